@@ -1,0 +1,130 @@
+"""Where an update runs: a loop in PyTorch, or one launch for all tensors.
+
+A backend is handed slots (a parameter with its gradient and states) and prepares a part from
+them, which it then updates step after step. It sees coefficients, never hyper-parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..coefficients import Table
+from ..codecs import compute_dtype, real_dtype
+from ..kernels.rule import Rule
+
+BACKENDS = ("auto", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one parameter brings to a step."""
+
+    position: int  # index into the step's lists of tensors
+    param: Tensor
+    inputs: tuple[Tensor, ...]
+    states: tuple[Tensor, ...]
+    options: tuple[bool, ...]
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """Parameter, inputs and states, in the order of the address table."""
+        return (self.param, *self.inputs, *self.states)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Type that the arithmetic is done in."""
+        return compute_dtype([real_dtype(t.dtype) for t in self.operands])
+
+
+class Part(Protocol):
+    """The tensors of one device, prepared for repeated steps."""
+
+    def move_inputs(self, inputs: Sequence[Sequence[Tensor]]) -> None:
+        """Take new inputs of the same types and layouts, ``inputs[position][k]``."""
+
+    def partial_norms(self, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
+        """Reduce the unscaled gradients to a float64 vector of partial sums or maxima."""
+
+    def clip_factor(
+        self,
+        partials: Tensor,
+        inverse_scale: Tensor,
+        max_norm: Tensor,
+        control: Tensor,
+        norm: Tensor,
+        infinity_norm: bool,
+    ) -> None:
+        """Write the gradient's norm, and into ``control[0]`` the factor on the raw gradient."""
+
+    def update(self, table: Table, control: Tensor) -> None:
+        """Apply the rule to every slot, unless ``control[1]`` is set."""
+
+
+def prepare(backend: str, rule: Rule, device: torch.device, slots: Sequence[Slot]) -> Part:
+    """Prepare slots of one device for a backend that ``choose`` has named."""
+    if backend == "triton":
+        from .triton import TritonPart
+
+        return TritonPart(rule, device, slots)
+    from .reference import ReferencePart
+
+    return ReferencePart(rule, device, slots)
+
+
+def check_name(requested: str) -> None:
+    """Raise ValueError for a backend that does not exist."""
+    if requested not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {requested!r}")
+
+
+def choose(device: torch.device | str, requested: str = "auto") -> tuple[str, str]:
+    """Choose the backend for tensors on ``device``.
+
+    Args:
+        device: where parameters live.
+        requested: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        The backend's name, and one sentence that says why.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: if Triton is asked for and cannot run there.
+    """
+    check_name(requested)
+    device = torch.device(device)
+    if requested == "reference":
+        return "reference", "asked for"
+    available, reason = _triton_runs_on(device)
+    if requested == "triton" and not available:
+        raise RuntimeError(
+            f'backend="triton" cannot update tensors on {device}: {reason}. Use backend="auto",'
+            " move the parameters to a GPU, or set TRITON_INTERPRET=1 before the import of"
+            " fusedopt to run the kernels on the CPU (slowly)"
+        )
+    return ("triton" if available else "reference"), reason
+
+
+def _triton_runs_on(device: torch.device) -> tuple[bool, str]:
+    from ..kernels import lang
+
+    if lang.triton is None:
+        return False, "Triton is not installed"
+    if lang.INTERPRETED:
+        if device.type == "cpu":
+            return True, "TRITON_INTERPRET=1 runs the kernels on the CPU"
+        return False, "TRITON_INTERPRET=1 runs the kernels on the CPU alone"
+    if device.type == "cpu":
+        return False, "the tensors are on the CPU, which Triton does not compile for"
+    if device.type not in ("cuda", "xpu"):
+        return False, f"Triton has no backend for {device.type} tensors"
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 7:
+            return False, f"Triton needs compute capability 7.0, the GPU has {major}.{minor}"
+    return True, f"the tensors are on a GPU ({device.type}) that Triton compiles for"

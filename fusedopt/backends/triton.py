@@ -1,0 +1,270 @@
+"""The Triton backend: one launch for all tensors that share types and alignment.
+
+Everything that stays the same from step to step is prepared once: the address table, the map
+from programs to chunks, staging buffers. A step refreshes the row of gradient addresses where
+gradients moved, and launches.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codecs import compute_dtype, real_dtype
+from ..coefficients import Table, upload
+from ..kernels import multi_tensor, norms
+from ..kernels.lang import tl
+from ..kernels.rule import Rule
+from ..layout import (
+    ALIGNMENT,
+    byte_range,
+    is_dense,
+    is_plain,
+    real_view,
+    same_order,
+    staging_buffer,
+)
+from . import Slot
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **meta: Any) -> None:
+    """Launch a kernel: the one place where this library hands work to Triton."""
+    with _device_guard(device):
+        kernel[(programs,)](*arguments, **meta)
+
+
+def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    # Triton launches on the current device, which need not be the tensors'.
+    if device.type == "cpu":
+        return nullcontext()
+    guard: AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    return guard
+
+
+@dataclass(frozen=True)
+class CohortKey:
+    """What tensors must share to be updated by the same launch."""
+
+    dtypes: tuple[torch.dtype, ...]
+    options: tuple[bool, ...]
+    aligned: bool
+    wave: int  # parameters that share memory are updated one after the other
+
+
+@dataclass
+class Staging:
+    """A tensor that no kernel can walk through, and the buffer that stands in for it."""
+
+    tensor: Tensor
+    buffer: Tensor
+    written: bool
+
+
+class Operands:
+    """A slot's operands as the kernel sees them: in place, or through a staging buffer."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.position = slot.position
+        self.tensors = list(slot.operands)
+        self.staging: dict[int, Staging] = {}
+        dense = is_dense(slot.param)
+        for i, tensor in enumerate(slot.operands):
+            if dense and same_order(slot.param, tensor) and is_plain(tensor):
+                continue
+            written = i == 0 or i > len(slot.inputs)
+            self.staging[i] = Staging(tensor, staging_buffer(slot.param, tensor), written)
+            self.tensors[i] = self.staging[i].buffer
+
+    def key(self, slot: Slot, wave: int) -> CohortKey:
+        """Return what the slot must share with others to be launched with them."""
+        return CohortKey(
+            dtypes=tuple(real_dtype(t.dtype) for t in self.tensors),
+            options=slot.options,
+            aligned=all(t.data_ptr() % ALIGNMENT == 0 for t in self.tensors),
+            wave=wave,
+        )
+
+
+class TritonPart:
+    """The slots of one device; see ``fusedopt.backends.Part``."""
+
+    def __init__(self, rule: Rule, device: torch.device, slots: Sequence[Slot]) -> None:
+        self.device = device
+        cohorts: dict[CohortKey, list[Operands]] = defaultdict(list)
+        waves = _waves(slots)
+        for slot in slots:
+            if slot.param.numel() > 0:
+                operands = Operands(slot)
+                cohorts[operands.key(slot, waves[slot.position])].append(operands)
+        ordered = sorted(cohorts.items(), key=lambda item: item[0].wave)
+        self.cohorts = [Cohort(rule, device, key, members) for key, members in ordered]
+        self._partials: Tensor | None = None
+        # Sources of copies that a CUDA graph repeats.
+        self._captured: list[Tensor] = []
+
+    def move_inputs(self, inputs: Sequence[Sequence[Tensor]]) -> None:
+        for cohort in self.cohorts:
+            cohort.move_inputs(inputs, self._captured)
+
+    def partial_norms(self, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
+        total = sum(cohort.norm_programs for cohort in self.cohorts)
+        if self._partials is None:
+            self._partials = torch.zeros(max(total, 1), dtype=torch.float64, device=self.device)
+        start = 0
+        for cohort in self.cohorts:
+            stop = start + cohort.norm_programs
+            cohort.partial_norms(inverse_scale, self._partials[start:stop], infinity_norm)
+            start = stop
+        return self._partials
+
+    def clip_factor(
+        self,
+        partials: Tensor,
+        inverse_scale: Tensor,
+        max_norm: Tensor,
+        control: Tensor,
+        norm: Tensor,
+        infinity_norm: bool,
+    ) -> None:
+        launch(
+            norms.clip_factor, 1, self.device,
+            partials, partials.numel(), inverse_scale, max_norm, control, norm,
+            INFINITY_NORM=infinity_norm, BLOCK=norms.REDUCE_BLOCK, num_warps=8,
+        )  # fmt: skip
+
+    def update(self, table: Table, control: Tensor) -> None:
+        for cohort in self.cohorts:
+            cohort.update(table, control, self._captured)
+
+
+class Cohort:
+    """Tensors of one launch: their address table and the map from programs to chunks."""
+
+    def __init__(
+        self, rule: Rule, device: torch.device, key: CohortKey, members: Sequence[Operands]
+    ) -> None:
+        self.device = device
+        self.key = key
+        self.members = members
+        self.positions = [m.position for m in members]
+        self.width = len(members)
+        self._input_staging = [
+            (m.position, i - 1, s) for m in members for i, s in m.staging.items() if not s.written
+        ]
+        self._staging = [s for m in members for s in m.staging.values()]
+        self._numels = [real_view(m.tensors[0]).numel() for m in members]
+        self._row_of = [0] * self.width
+        addresses = [
+            [t.data_ptr() for t in row] for row in zip(*(m.tensors for m in members), strict=True)
+        ]
+        host_table = torch.tensor([self._numels, self._row_of, *addresses], dtype=torch.int64)
+        self.table = torch.empty_like(host_table, device=device)
+        upload(self.table, host_table)
+        self.chunk_tensor, self.chunk_index = self._chunks(multi_tensor.BLOCK)
+        self._norm_chunks: tuple[Tensor, Tensor] | None = None
+        self._meta: dict[str, Any] = {
+            "RULE": rule.update,
+            "OPTIONS": key.options,
+            "DTYPES": tuple(TRITON_DTYPES[t] for t in key.dtypes),
+            "DEGREES": rule.degrees,
+            "N_COEFFICIENTS": rule.n_coefficients,
+            "COMPUTE": TRITON_DTYPES[compute_dtype(key.dtypes)],
+            "ALIGNED": key.aligned,
+            "BLOCK": multi_tensor.BLOCK,
+            "num_warps": multi_tensor.NUM_WARPS,
+        }
+
+    @property
+    def norm_programs(self) -> int:
+        """Number of partial norms."""
+        return sum(-(-n // norms.NORM_BLOCK) for n in self._numels)
+
+    def move_inputs(self, inputs: Sequence[Sequence[Tensor]], captured: list[Tensor]) -> None:
+        """Take new addresses of inputs; a staged one keeps its buffer and changes its source."""
+        for position, k, staging in self._input_staging:
+            staging.tensor = inputs[position][k]
+        first_row = multi_tensor.HEADER_ROWS + 1
+        for k in range(len(self._meta["DEGREES"])):
+            row = [inputs[position][k].data_ptr() for position in self.positions]
+            for i, member in enumerate(self.members if self._input_staging else ()):
+                if 1 + k in member.staging:
+                    row[i] = member.staging[1 + k].buffer.data_ptr()
+            upload(self.table[first_row + k], torch.tensor(row, dtype=torch.int64), captured)
+
+    def partial_norms(self, inverse_scale: Tensor, partials: Tensor, infinity_norm: bool) -> None:
+        if self._norm_chunks is None:
+            self._norm_chunks = self._chunks(norms.NORM_BLOCK)
+        for _, _, staging in self._input_staging:
+            staging.buffer.copy_(staging.tensor)
+        launch(
+            norms.partial_norms, self.norm_programs, self.device,
+            self.table, self.width, *self._norm_chunks, inverse_scale, partials,
+            DTYPE=self._meta["DTYPES"][1], COMPUTE=self._meta["COMPUTE"],
+            ALIGNED=self.key.aligned, INFINITY_NORM=infinity_norm,
+            BLOCK=norms.NORM_BLOCK, num_warps=norms.NORM_WARPS,
+        )  # fmt: skip
+
+    def update(self, table: Table, control: Tensor, captured: list[Tensor]) -> None:
+        row_of = [table.row_of[p] for p in self.positions]
+        if row_of != self._row_of:
+            self._row_of = row_of
+            upload(self.table[1], torch.tensor(row_of, dtype=torch.int64), captured)
+        for staging in self._staging:
+            staging.buffer.copy_(staging.tensor)
+        launch(
+            multi_tensor.update_tensors, len(self.chunk_tensor), self.device,
+            self.table, self.width, self.chunk_tensor, self.chunk_index, table.values, control,
+            **self._meta,
+        )  # fmt: skip
+        for staging in self._staging:
+            if staging.written:
+                staging.tensor.copy_(staging.buffer)
+
+    def _chunks(self, block: int) -> tuple[Tensor, Tensor]:
+        """Map programs to chunks: the tensor's column, and the chunk's number within it."""
+        counts = torch.tensor([-(-n // block) for n in self._numels])
+        columns = torch.arange(self.width).repeat_interleave(counts)
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        index = torch.arange(len(columns)) - first
+        maps = torch.stack((columns, index)).to(torch.int32)
+        on_device = torch.empty_like(maps, device=self.device)
+        upload(on_device, maps)
+        return on_device[0], on_device[1]
+
+
+def _waves(slots: Sequence[Slot]) -> dict[int, int]:
+    """Number the launches so that tensors sharing memory are never written by the same one.
+
+    Two parameters over the same storage would race within a launch; torch updates them in turn.
+    """
+    ranges = []
+    for slot in slots:
+        for tensor in (slot.param, *slot.states):
+            start, stop = byte_range(tensor)
+            if stop > start:
+                ranges.append((start, stop, slot.position))
+    waves = {slot.position: 0 for slot in slots}
+    clashes: dict[int, set[int]] = defaultdict(set)
+    open_ranges: list[tuple[int, int]] = []
+    for start, stop, position in sorted(ranges):
+        open_ranges = [r for r in open_ranges if r[0] > start]
+        for _, other in open_ranges:
+            if other != position:
+                clashes[max(position, other)].add(min(position, other))
+        open_ranges.append((stop, position))
+    for position in sorted(clashes):
+        waves[position] = 1 + max(waves[other] for other in clashes[position])
+    return waves

@@ -1,0 +1,274 @@
+"""The scalars of a step: from hyper-parameters and step counts to a small device table.
+
+A rule's ``coefficients(group, step)`` runs in double precision, once for each pair of group and
+step count that occurs, not once a tensor. Two tables do that:
+
+* ``HostTable``: hyper-parameters and step counts are known on the host; the rows are computed
+  there and copied over in one asynchronous transfer.
+* ``LiveTable``: step counts live on the device, and hyper-parameters may (``capturable=True``,
+  tensor lr on a GPU, loss scaling). The operations of ``coefficients`` are recorded once and
+  replayed into the same memory, so that a captured CUDA graph reads the current values, and a
+  step neither reads a device value nor allocates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.rule import Group, Rule
+
+
+def upload(destination: Tensor, values: Tensor, keep: list[Tensor] | None = None) -> None:
+    """Copy a host tensor to ``destination`` without waiting for the device.
+
+    A copy that is captured into a CUDA graph reads its source again at every replay: ``keep``
+    then holds on to it.
+    """
+    if destination.device.type == "cpu":
+        destination.copy_(values)
+        return
+    pinned = values.pin_memory()
+    destination.copy_(pinned, non_blocking=True)
+    if keep is not None and is_capturing(destination.device):
+        keep.append(pinned)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work sent to the device now is recorded into a CUDA graph instead of run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def lives_on_device(group: Group, hyper: Sequence[str]) -> bool:
+    """Whether a hyper-parameter of the group is a tensor that the host must not read."""
+    return any(
+        isinstance(value, Tensor) and value.device.type != "cpu"
+        for name in hyper
+        for value in _flat(group[name])
+    )
+
+
+def on_host(group: Group, hyper: Sequence[str]) -> dict[str, Any]:
+    """Return the group with its numeric entries as Python numbers."""
+    values = dict(group)
+    for name in hyper:
+        value = values[name]
+        if isinstance(value, Tensor):
+            values[name] = value.item()
+        elif isinstance(value, (tuple, list)):
+            values[name] = tuple(x.item() if isinstance(x, Tensor) else x for x in value)
+    return values
+
+
+class HostTable:
+    """Coefficient rows computed on the host, one for each (group, step count) that occurs."""
+
+    def __init__(self, rule: Rule, device: torch.device, group_of: list[int]) -> None:
+        self.rule = rule
+        self.device = device
+        self.group_of = group_of
+        self.row_of: list[int] = []
+        self._representatives: list[int] = []
+        self.rows: list[tuple[float, ...]] = []
+        self.values = torch.empty(0, rule.n_coefficients, dtype=torch.float64, device=device)
+
+    def partition(self, steps: Sequence[float]) -> None:
+        """Give tensors of equal group and step count the same row."""
+        first: dict[tuple[int, float], int] = {}
+        self._representatives, self.row_of = [], []
+        for position, key in enumerate(zip(self.group_of, steps, strict=True)):
+            row = first.setdefault(key, len(first))
+            if row == len(self._representatives):
+                self._representatives.append(position)
+            self.row_of.append(row)
+
+    def refresh(self, groups: Sequence[Group], steps: Sequence[float]) -> None:
+        """Recompute every row; ``steps`` has the partition that was announced."""
+        numbers: dict[int, dict[str, Any]] = {}
+        self.rows = []
+        for position in self._representatives:
+            index = self.group_of[position]
+            if index not in numbers:
+                numbers[index] = on_host(groups[index], self.rule.hyper)
+            self.rows.append(self.rule.coefficients(numbers[index], steps[position]))
+        if len(self.rows) != len(self.values):
+            shape = len(self.rows), self.rule.n_coefficients
+            self.values = torch.empty(shape, dtype=torch.float64, device=self.device)
+        if self.rows:
+            upload(self.values, torch.tensor(self.rows, dtype=torch.float64))
+
+
+class LiveTable:
+    """Coefficient rows computed on the device, one a tensor, from live hyper-parameters."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        device: torch.device,
+        group_of: list[int],
+        groups: Sequence[Group],
+    ) -> None:
+        self.rule = rule
+        self.device = device
+        self.row_of = list(range(len(group_of)))
+        count = len(group_of)
+        self.values = torch.empty(count, rule.n_coefficients, dtype=torch.float64, device=device)
+        self.rows = [tuple(row.unbind()) for row in self.values.unbind()]
+        self.steps = torch.ones(count, dtype=torch.float64, device=device)
+        self._inputs: list[_LiveGroup] = []
+        self._tape: list[_Entry] = []
+        for index in dict.fromkeys(group_of):
+            # Tensors are ordered by group, so those of a group are consecutive.
+            start = group_of.index(index)
+            rows = slice(start, start + group_of.count(index))
+            live = _LiveGroup(groups[index], rule.hyper, device)
+            self._inputs.append(live)
+            self._record(live, index, groups, rows)
+        self._groups = list(dict.fromkeys(group_of))
+
+    def _record(
+        self, live: _LiveGroup, index: int, groups: Sequence[Group], rows: slice
+    ) -> None:
+        step = _Taped(self.steps[rows], self._tape)
+        group = {**groups[index], **live.taped(self._tape)}
+        for column, value in enumerate(self.rule.coefficients(group, step)):
+            target = self.values[rows, column]
+            if isinstance(value, _Taped):
+                self._tape.append((_copy, (value.value,), target))
+                target.copy_(value.value)
+            else:
+                target.fill_(float(value))
+
+    def push(self, groups: Sequence[Group]) -> None:
+        """Send hyper-parameters that are Python numbers to the device, where they changed."""
+        for index, live in zip(self._groups, self._inputs, strict=True):
+            live.push(groups[index])
+
+    def refresh(self, groups: Sequence[Group]) -> None:
+        """Recompute every row from ``self.steps`` and the current hyper-parameters."""
+        for index, live in zip(self._groups, self._inputs, strict=True):
+            live.read(groups[index])
+        for function, arguments, out in self._tape:
+            function(*arguments, out=out)
+
+
+class _LiveGroup:
+    """The numeric hyper-parameters of one group, as float64 scalars on the device."""
+
+    def __init__(self, group: Group, hyper: Sequence[str], device: torch.device) -> None:
+        self.hyper = hyper
+        self.device = device
+        self.scalars: dict[str, list[Tensor]] = {}
+        self._pushed: dict[str, list[float | None]] = {}
+        for name in hyper:
+            count = sum(1 for _ in _flat(group[name]))
+            self.scalars[name] = [
+                torch.zeros((), dtype=torch.float64, device=device) for _ in range(count)
+            ]
+            self._pushed[name] = [None] * count
+        self.push(group)
+        self.read(group)
+
+    def taped(self, tape: list[_Entry]) -> dict[str, Any]:
+        """Return the scalars in the shape of the group's entries, recording onto ``tape``."""
+        taped = {name: [_Taped(x, tape) for x in xs] for name, xs in self.scalars.items()}
+        return {name: xs[0] if len(xs) == 1 else tuple(xs) for name, xs in taped.items()}
+
+    def push(self, group: Group) -> None:
+        for name in self.hyper:
+            for i, value in enumerate(_flat(group[name])):
+                if isinstance(value, Tensor) or value == self._pushed[name][i]:
+                    continue
+                if is_capturing(self.device):
+                    raise RuntimeError(
+                        f"{name} changed from {self._pushed[name][i]} to {value} since the last"
+                        " step, and a CUDA graph is being captured: call"
+                        " optimizer.push_hyperparameters() before the capture"
+                    )
+                self.scalars[name][i].fill_(float(value))
+                self._pushed[name][i] = value
+
+    def read(self, group: Group) -> None:
+        for name in self.hyper:
+            for scalar, value in zip(self.scalars[name], _flat(group[name]), strict=True):
+                if isinstance(value, Tensor):
+                    scalar.copy_(value.reshape(()), non_blocking=True)
+
+
+_Entry = tuple[Callable[..., Any], tuple[Tensor, ...], Tensor]
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    return iter(value) if isinstance(value, (tuple, list)) else iter((value,))
+
+
+def _copy(source: Tensor, *, out: Tensor) -> Tensor:
+    return out.copy_(source)
+
+
+class _Taped:
+    """A device value that records what is computed from it, so that it can be replayed."""
+
+    def __init__(self, value: Tensor, tape: list[_Entry]) -> None:
+        self.value = value
+        self.tape = tape
+
+    def _record(self, function: Callable[..., Tensor], a: Any, b: Any) -> _Taped:
+        arguments = self._tensor(a), self._tensor(b)
+        out = function(*arguments)
+        self.tape.append((function, arguments, out))
+        return _Taped(out, self.tape)
+
+    def _tensor(self, x: Any) -> Tensor:
+        if isinstance(x, _Taped):
+            return x.value
+        return torch.full((), float(x), dtype=torch.float64, device=self.value.device)
+
+    def __add__(self, other: Any) -> _Taped:
+        return self._record(torch.add, self, other)
+
+    def __radd__(self, other: Any) -> _Taped:
+        return self._record(torch.add, other, self)
+
+    def __sub__(self, other: Any) -> _Taped:
+        return self._record(torch.sub, self, other)
+
+    def __rsub__(self, other: Any) -> _Taped:
+        return self._record(torch.sub, other, self)
+
+    def __mul__(self, other: Any) -> _Taped:
+        return self._record(torch.mul, self, other)
+
+    def __rmul__(self, other: Any) -> _Taped:
+        return self._record(torch.mul, other, self)
+
+    def __truediv__(self, other: Any) -> _Taped:
+        return self._record(torch.div, self, other)
+
+    def __rtruediv__(self, other: Any) -> _Taped:
+        return self._record(torch.div, other, self)
+
+    def __pow__(self, other: Any) -> _Taped:
+        return self._record(torch.pow, self, other)
+
+    def __rpow__(self, other: Any) -> _Taped:
+        return self._record(torch.pow, other, self)
+
+    def __gt__(self, other: Any) -> _Taped:
+        return self._record(torch.gt, self, other)
+
+    def __neg__(self) -> _Taped:
+        return self._record(torch.mul, self, -1.0)
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "coefficients() branched on a hyper-parameter that lives on the device: use"
+            " arithmetic only, so that the same code serves a CUDA graph"
+        )
+
+
+Table = HostTable | LiveTable
+Groups = Sequence[Mapping[str, Any]]

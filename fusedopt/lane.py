@@ -1,0 +1,102 @@
+"""A lane: the tensors of one device, with what they need at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import Slot, prepare
+from .clipping import Control
+from .coefficients import Groups, HostTable, LiveTable, Table, is_capturing
+from .kernels.rule import Rule
+from .steps import State, StepCounter
+
+
+class Lane:
+    """Slots of one device whose step counts are kept in the same place.
+
+    Args:
+        rule: the update.
+        backend: name of a backend, as chosen by ``fusedopt.backends.choose``.
+        device: where the tensors live.
+        live: whether step counts and hyper-parameters are kept on the device.
+        slots: what to update; positions count within the lane.
+        states: the parameters' state dictionaries.
+        group_of: for each slot, the index of its parameter group.
+        groups: all parameter groups.
+        fresh: for each slot, whether its state was created just now.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        backend: str,
+        device: torch.device,
+        live: bool,
+        slots: Sequence[Slot],
+        states: Sequence[State],
+        group_of: list[int],
+        groups: Groups,
+        fresh: Sequence[bool],
+    ) -> None:
+        self.rule = rule
+        self.device = device
+        self.live = live
+        self.part = prepare(backend, rule, device, slots)
+        self.control = Control(device)
+        self.counter: StepCounter | None = None
+        if rule.counts_steps:
+            self.counter = StepCounter(states, device if live else torch.device("cpu"))
+        # Without a counter, 1 stands for the step that creates the state, 2 for any later one.
+        self._stages = [1.0 if new else 2.0 for new in fresh]
+        self._expected: Tensor | None = None
+        self._partitioned = False
+        self.table: Table
+        if live:
+            self.table = LiveTable(rule, device, group_of, groups)
+        else:
+            self.table = HostTable(rule, device, group_of)
+
+    def owns_steps(self) -> bool:
+        """Whether nobody has replaced the step counts."""
+        return self.counter is None or self.counter.owned()
+
+    def step(self, groups: Groups, found_inf: Tensor | None) -> None:
+        """Advance the step counts, form the coefficients and update."""
+        if isinstance(self.table, LiveTable):
+            self._refresh_live(self.table, groups, found_inf)
+        else:
+            self._refresh_host(self.table, groups)
+        self.part.update(self.table, self.control.values)
+
+    def _refresh_live(self, table: LiveTable, groups: Groups, found_inf: Tensor | None) -> None:
+        table.push(groups)
+        if self.counter is not None:
+            self.counter.advance(found_inf)
+            table.steps.copy_(self.counter.buffer)
+        elif not self._partitioned:
+            if 1.0 in self._stages and is_capturing(self.device):
+                raise RuntimeError("run one step before capturing a CUDA graph")
+            table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64))
+            self._partitioned = 1.0 not in self._stages
+            self._stages = [2.0] * len(self._stages)
+        table.refresh(groups)
+
+    def _refresh_host(self, table: HostTable, groups: Groups) -> None:
+        if self.counter is None:
+            steps: list[float] = self._stages
+            if not self._partitioned:
+                table.partition(steps)
+                self._partitioned = 1.0 not in steps
+                self._stages = [2.0] * len(steps)
+        else:
+            self.counter.advance()
+            buffer = self.counter.buffer
+            steps = buffer.tolist()
+            # Equal counts stay equal while all advance together; an edit of one shows here.
+            if self._expected is None or not torch.equal(self._expected.add_(1), buffer):
+                table.partition(steps)
+                self._expected = buffer.clone()
+        table.refresh(groups, steps)

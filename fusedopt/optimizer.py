@@ -1,0 +1,281 @@
+"""The optimizer base class: groups, states, checks and checkpoints around a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import backends
+from .checks import check_gradients, describe
+from .clipping import GlobalNorm
+from .coefficients import is_capturing, lives_on_device
+from .kernels.rule import Rule
+from .plan import Plan, local_tensors
+from .steps import State, new_step
+
+
+class FusedOptimizer(Optimizer):
+    """A ``torch.optim.Optimizer`` whose step is one launch for all parameters.
+
+    A subclass names its ``rule`` and passes its hyper-parameters on::
+
+        class Lion(fusedopt.FusedOptimizer):
+            rule = LION
+
+            def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **common):
+                defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay)
+                super().__init__(params, defaults, **common)
+
+    Args:
+        params: parameters or parameter groups, as for every ``torch.optim`` optimizer.
+        defaults: hyper-parameters for groups that do not set their own.
+        backend: ``"auto"`` (Triton for tensors on a GPU, else the reference), ``"triton"`` or
+            ``"reference"``.
+        clip: ``fusedopt.GlobalNorm(max_norm)``, or None.
+        state_dtype: reserved; only None is accepted.
+        rounding: reserved; only None is accepted.
+        master: reserved; only None is accepted.
+
+    Raises:
+        ValueError: for an unknown backend or an option that does not exist yet.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
+    """
+
+    rule: ClassVar[Rule]
+
+    # torch.amp.GradScaler then hands over its scale and overflow flag instead of unscaling.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        backend: str = "auto",
+        clip: GlobalNorm | None = None,
+        state_dtype: Any = None,
+        rounding: Any = None,
+        master: Any = None,
+    ) -> None:
+        backends.check_name(backend)
+        if clip is not None and not isinstance(clip, GlobalNorm):
+            raise TypeError(f"clip must be a fusedopt.GlobalNorm or None, got {clip!r}")
+        for name, value in (("state_dtype", state_dtype), ("rounding", rounding), ("master", master)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} is not supported yet: only None is")
+        if defaults.get("differentiable"):
+            raise ValueError("differentiable=True is not supported: a fused step has no derivative")
+        self.backend = backend
+        self.clip = clip
+        self._plan: Plan | None = None
+        # Whether the loss scaler keeps its overflow flag on the device: see _load_scaler.
+        self._device_scaler = False
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; the next step takes it in.
+
+        Args:
+            param_group: parameters under ``"params"`` and hyper-parameters that differ.
+
+        Raises:
+            RuntimeError: for parameters that the backend asked for cannot update.
+        """
+        if param_group.get("differentiable"):
+            raise ValueError("differentiable=True is not supported: a fused step has no derivative")
+        super().add_param_group(param_group)
+        try:
+            for parameter in self.param_groups[-1]["params"]:
+                backends.choose(parameter.device, self.backend)
+        except RuntimeError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient. Gradients are not written.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: for gradients that cannot be used; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    def push_hyperparameters(self) -> None:
+        """Make hyper-parameters that are Python numbers current for a captured CUDA graph.
+
+        With ``capturable=True`` the graph reads lr, weight decay, betas and the like from device
+        memory. Tensors in ``param_groups`` are read directly; call this between replays after
+        changing a number, as a scheduler does.
+        """
+        for lane in self._plan.live_lanes if self._plan is not None else ():
+            lane.table.push(self.param_groups)  # type: ignore[union-attr]
+
+    @torch._disable_dynamo  # a launch through addresses cannot be traced  # type: ignore
+    def _update(self) -> None:
+        params, gradients, group_of = self._gather()
+        grad_scale, found_inf = self._load_scaler()
+        if not params or (found_inf is not None and self._overflowed(params, found_inf)):
+            return
+        plan = self._plan
+        if plan is None or not plan.fits(self, params, gradients, group_of):
+            plan = self._make_plan(params, gradients, group_of)
+        for lane in plan.lanes:
+            lane.control.load(grad_scale, found_inf, self.clip is not None)
+        if self.clip is not None:
+            plan.check_clippable()
+            try:
+                self.clip.apply(plan.lanes)
+            except RuntimeError:
+                plan.forget_created(self.state)
+                self._plan = None
+                raise
+        for lane in plan.lanes:
+            lane.step(self.param_groups, found_inf)
+        # Autograd then notices a parameter that changed between forward and backward.
+        torch.autograd.graph.increment_version(params)
+
+    def _gather(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """List the parameters that have a gradient, each once, with gradient and group index."""
+        params: list[Tensor] = []
+        gradients: list[Tensor] = []
+        group_of: list[int] = []
+        for index, group in enumerate(self.param_groups):
+            found = [p.grad for p in group["params"]]
+            absent = [gradient is None for gradient in found]
+            if True in absent:
+                used = [i for i, missing in enumerate(absent) if not missing]
+                params += [group["params"][i] for i in used]
+                gradients += [found[i] for i in used]
+            else:
+                params += group["params"]
+                gradients += found
+            group_of += [index] * (len(params) - len(group_of))
+        if len(set(map(id, params))) != len(params):
+            first = {id(p): i for i, p in reversed(list(enumerate(params)))}
+            keep = sorted(first.values())
+            params = [params[i] for i in keep]
+            gradients = [gradients[i] for i in keep]
+            group_of = [group_of[i] for i in keep]
+        return params, gradients, group_of
+
+    def _load_scaler(self) -> tuple[Tensor | None, Tensor | None]:
+        """Take what torch.amp.GradScaler left on the optimizer for this step."""
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type != "cpu":
+            # The host must not read the flag, so that step counts move to the device for good.
+            self._device_scaler = True
+        return grad_scale, found_inf
+
+    def _overflowed(self, params: Sequence[Tensor], found_inf: Tensor) -> bool:
+        """Whether to skip the step on the host: the flag is there, or state is yet to be made."""
+        if found_inf.device.type == "cpu":
+            return bool(found_inf.item())
+        # A skipped step leaves no trace, so no state may be created by it. Reading the flag
+        # here waits for the device, at the first steps only.
+        if not all(self.state.get(p) for p in params) and any(map(self._has_state, params)):
+            return not is_capturing(found_inf.device) and bool(found_inf.item())
+        return False
+
+    def _has_state(self, param: Tensor) -> bool:
+        return self.rule.counts_steps or any(self.rule.states(g) for g in self.param_groups)
+
+    def _make_plan(
+        self, params: list[Tensor], gradients: list[Tensor], group_of: list[int]
+    ) -> Plan:
+        """Check everything, create missing states, and prepare the launches."""
+        check_gradients(self, params, gradients)
+        created = self._create_states(params, group_of)
+        self._plan = None
+        self._plan = Plan(self, params, gradients, group_of, created)
+        return self._plan
+
+    def _create_states(self, params: Sequence[Tensor], group_of: Sequence[int]) -> list[bool]:
+        """Create the states that are missing, at zero; say for each parameter whether any was."""
+        names_of = [self.rule.states(group) for group in self.param_groups]
+        created = []
+        for p, index in zip(params, group_of, strict=True):
+            state: State = self.state[p] if names_of[index] or self.rule.counts_steps else {}
+            missing = [n for n in names_of[index] if state.get(n) is None]
+            if missing and is_capturing(p.device):
+                raise RuntimeError(
+                    f"{describe(self, p)} has no state yet: run one step before capturing a"
+                    " CUDA graph"
+                )
+            if self.rule.counts_steps and "step" not in state:
+                state["step"] = new_step()
+            for name in missing:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            created.append(bool(missing))
+        return created
+
+    def is_live(self, group: dict[str, Any]) -> bool:
+        """Whether step counts and hyper-parameters of the group are kept on the device."""
+        return (
+            bool(group.get("capturable"))
+            or self._device_scaler
+            or lives_on_device(group, self.rule.hyper)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch's optimizer of the same name does, with the clipping bound.
+
+        Returns:
+            A dictionary of plain values and tensors that both load.
+        """
+        state_dict: dict[str, Any] = super().state_dict()
+        config = None if self.clip is None else self.clip.config()
+        for group in state_dict["param_groups"]:
+            group["clip"] = config
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by this class or by torch's optimizer of the same name.
+
+        Args:
+            state_dict: what ``state_dict()`` returned.
+        """
+        super().load_state_dict(state_dict)
+        # Clipping spans groups: a checkpoint holds one bound, written into each of them.
+        saved = [group.pop("clip") for group in self.param_groups if "clip" in group]
+        if not saved:
+            return
+        if saved[0] is None:
+            self.clip = None
+        elif self.clip is None:
+            self.clip = GlobalNorm(**saved[0])
+        else:
+            self.clip.configure(saved[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend, "clip": self.clip}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        self._device_scaler = False
+        # Keys that an older or a torch checkpoint does not have.
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        for values in self.state.values():
+            if "step" in values and not isinstance(values["step"], Tensor):
+                values["step"] = new_step() + float(values["step"])
+
+
+__all__ = ["FusedOptimizer", "local_tensors"]

@@ -1,0 +1,244 @@
+"""SGD, RMSprop, Adam and AdamW with the signatures, groups and states of torch.optim.
+
+Arguments that torch has and that mean nothing here (``foreach``, ``fused``) are kept in the
+parameter groups, so that checkpoints go both ways, and ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from .kernels.rules import ADAM, RMSPROP
+from .kernels.rules import SGD as SGD_RULE
+from .optimizer import FusedOptimizer
+
+Params = Iterable[Any]
+Number = float | Tensor
+
+
+def _require(condition: bool, name: str, bound: str, value: Any) -> None:
+    # Written so that nan fails, as it does in torch.
+    if not condition:
+        raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def _check_lr(lr: Number) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
+    _require(not lr < 0.0, "lr", "at least 0", lr)
+
+
+class SGD(FusedOptimizer):
+    """Stochastic gradient descent with momentum: ``torch.optim.SGD``, fused.
+
+    See ``kernels/rules/sgd.py`` for the update. Arguments are torch's, in particular:
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate, in units of parameter per gradient.
+        momentum: decay of the momentum buffer, dimensionless.
+        dampening: the new gradient enters the buffer with weight 1 - dampening.
+        weight_decay: added to the gradient as weight_decay * parameter.
+        nesterov: look ahead by one momentum step; needs momentum > 0 and no dampening.
+        maximize: ascend.
+        foreach: ignored.
+        differentiable: must be False.
+        fused: ignored.
+        **common: ``backend``, ``clip``: see ``FusedOptimizer``.
+
+    Raises:
+        ValueError: for a hyper-parameter out of range.
+    """
+
+    rule = SGD_RULE
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: Number = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **common: Any,
+    ) -> None:
+        _check_lr(lr)
+        _require(not momentum < 0.0, "momentum", "at least 0", momentum)
+        _require(not weight_decay < 0.0, "weight_decay", "at least 0", weight_decay)
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, **common)
+
+
+class RMSprop(FusedOptimizer):
+    """RMSprop, plain or centred, with momentum: ``torch.optim.RMSprop``, fused.
+
+    See ``kernels/rules/rmsprop.py`` for the update. Arguments are torch's, in particular:
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate, in units of the parameter.
+        alpha: decay of the moving averages; the horizon is 1 / (1 - alpha) steps.
+        eps: added to the root, in units of the gradient.
+        weight_decay: added to the gradient as weight_decay * parameter.
+        momentum: decay of the momentum buffer.
+        centered: divide by the standard deviation instead of the root mean square.
+        capturable: keep step counts and hyper-parameters on the device, for CUDA graphs.
+        foreach: ignored.
+        maximize: ascend.
+        differentiable: must be False.
+        **common: ``backend``, ``clip``: see ``FusedOptimizer``.
+
+    Raises:
+        ValueError: for a hyper-parameter out of range.
+    """
+
+    rule = RMSPROP
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        **common: Any,
+    ) -> None:
+        _check_lr(lr)
+        _require(lr >= 0.0, "lr", "at least 0", lr)
+        for name, value in (("eps", eps), ("momentum", momentum), ("alpha", alpha)):
+            _require(value >= 0.0, name, "at least 0", value)
+        _require(weight_decay >= 0.0, "weight_decay", "at least 0", weight_decay)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "alpha": alpha,
+            "eps": eps,
+            "centered": centered,
+            "weight_decay": weight_decay,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults, **common)
+
+
+class Adam(FusedOptimizer):
+    """Adam: ``torch.optim.Adam``, fused.
+
+    See ``kernels/rules/adam.py`` for the update. Arguments are torch's, in particular:
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate, in units of the parameter.
+        betas: decays of the first and second moment.
+        eps: added to the root of the second moment, in units of the gradient.
+        weight_decay: added to the gradient as weight_decay * parameter, or applied to the
+            parameter directly with ``decoupled_weight_decay``.
+        amsgrad: divide by the largest second moment so far.
+        foreach: ignored.
+        maximize: ascend.
+        capturable: keep step counts and hyper-parameters on the device, for CUDA graphs.
+        differentiable: must be False.
+        fused: ignored.
+        decoupled_weight_decay: multiply the parameter by 1 - lr * weight_decay instead (AdamW).
+        **common: ``backend``, ``clip``: see ``FusedOptimizer``.
+
+    Raises:
+        ValueError: for a hyper-parameter out of range.
+    """
+
+    rule = ADAM
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-3,
+        betas: tuple[Number, Number] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        **common: Any,
+    ) -> None:
+        _check_lr(lr)
+        _require(lr >= 0.0, "lr", "at least 0", lr)
+        _require(eps >= 0.0, "eps", "at least 0", eps)
+        for name, beta in (("betas[0]", betas[0]), ("betas[1]", betas[1])):
+            _require(0.0 <= beta < 1.0, name, "in [0, 1)", beta)
+        _require(weight_decay >= 0.0, "weight_decay", "at least 0", weight_decay)
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults, **common)
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay: ``torch.optim.AdamW``, fused.
+
+    Arguments are those of ``Adam``; ``weight_decay`` multiplies the parameter by
+    1 - lr * weight_decay before the update (Loshchilov and Hutter, arXiv 1711.05101).
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-3,
+        betas: tuple[Number, Number] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **common: Any,
+    ) -> None:
+        options = {"maximize": maximize, "foreach": foreach, "capturable": capturable}
+        options |= {"differentiable": differentiable, "fused": fused, **common}
+        options["decoupled_weight_decay"] = True
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)

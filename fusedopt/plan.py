@@ -1,0 +1,241 @@
+"""A plan: the prepared launches of a step, and how to tell that they still fit.
+
+Users replace gradients, swap ``p.data``, edit states and groups, and load checkpoints between
+steps. Nothing is trusted to have stayed: every step compares what it sees (identities, addresses,
+strides, shapes, types, options) with what the plan was made for, and makes a new plan where they
+differ. Only new addresses of gradients, the common case, are taken into the old one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends import Slot
+from .checks import check_states, describe
+from .lane import Lane
+from .layout import ALIGNMENT, fingerprint, is_plain
+from .steps import State
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+_dtype = operator.attrgetter("dtype")
+_nbytes = operator.attrgetter("nbytes")
+
+
+def _prints(params: list[Tensor], states: list[Tensor]) -> tuple[Any, ...]:
+    # States are the same objects, so only a swapped .data can have moved them. A parameter's
+    # .data is swapped as a matter of course (model.half()), and may land at an old address.
+    return fingerprint(params, _nbytes), list(map(Tensor.data_ptr, states))
+
+
+def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
+    """Replace DTensors by the tensors of this process."""
+    if set(map(type, tensors)) <= _PLAIN:
+        return tensors
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
+class Plan:
+    """The lanes of a step, made for one set of tensors.
+
+    Args:
+        optimizer: whose step this is.
+        params: parameters with a gradient, ordered by group.
+        gradients: their gradients.
+        group_of: for each parameter, the index of its group.
+        created: for each parameter, whether its state was created just now.
+    """
+
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        params: list[Tensor],
+        gradients: list[Tensor],
+        group_of: list[int],
+        created: Sequence[bool],
+    ) -> None:
+        groups = optimizer.param_groups
+        self._params = params
+        self._group_of = group_of
+        self._created = [p for p, new in zip(params, created, strict=True) if new]
+        self._config = _config(optimizer)
+        names_of = [optimizer.rule.states(group) for group in groups]
+        options_of = [optimizer.rule.options(group) for group in groups]
+        self._names = [names_of[index] for index in group_of]
+        self._states: list[State] = [optimizer.state.get(p, {}) for p in params]
+        self._all_params = list(optimizer.state)
+        self._all_states = list(optimizer.state.values())
+        self._columns = _columns(self._names, self._states)
+        self._tensors = self._state_tensors()
+        self._sharded = next((p for p, g in zip(params, gradients) if _is_sharded(p, g)), None)
+        local_params, local_gradients = local_tensors(params), local_tensors(gradients)
+        local_states = local_tensors(self._tensors)
+        self._prints = _prints(local_params, local_states)
+        self._gradient_print = fingerprint(local_gradients, _dtype)
+        self._gradient_kinds = _kinds(local_gradients, self._gradient_print[0])
+
+        slots: dict[tuple[torch.device, bool], list[int]] = {}
+        rest = {
+            name: iter(local_tensors([state[name] for state in states]))
+            for name, states in self._columns.items()
+        }
+        states_of = [tuple(next(rest[name]) for name in names) for names in self._names]
+        for position, (p, index) in enumerate(zip(local_params, group_of, strict=True)):
+            check_states(optimizer, p, self._names[position], states_of[position])
+            slots.setdefault((p.device, optimizer.is_live(groups[index])), []).append(position)
+
+        self.lanes: list[Lane] = []
+        self._positions: list[list[int]] = list(slots.values())
+        for (device, live), positions in slots.items():
+            self.lanes.append(
+                Lane(
+                    optimizer.rule,
+                    backends.choose(device, optimizer.backend)[0],
+                    device,
+                    live,
+                    [
+                        Slot(
+                            position=i,
+                            param=local_params[k].detach(),
+                            inputs=(local_gradients[k],),
+                            states=states_of[k],
+                            options=options_of[group_of[k]],
+                        )
+                        for i, k in enumerate(positions)
+                    ],
+                    [self._states[k] for k in positions],
+                    [group_of[k] for k in positions],
+                    groups,
+                    [created[k] for k in positions],
+                )
+            )
+        self.live_lanes = [lane for lane in self.lanes if lane.live]
+
+    def _state_tensors(self) -> list[Tensor]:
+        """List the state tensors, name by name."""
+        tensors: list[Tensor] = []
+        for name, states in self._columns.items():
+            tensors += map(operator.itemgetter(name), states)
+        return tensors
+
+    def fits(
+        self,
+        optimizer: FusedOptimizer,
+        params: list[Tensor],
+        gradients: list[Tensor],
+        group_of: list[int],
+    ) -> bool:
+        """Whether this plan can run a step on these tensors; moved gradients are taken in."""
+        if not (
+            _identical(params, self._params)
+            and group_of == self._group_of
+            and _config(optimizer) == self._config
+        ):
+            return False
+        # Not a look-up a parameter: hashing a tensor is a call into Python.
+        if not _identical(optimizer.state, self._all_params) or not _identical(
+            optimizer.state.values(), self._all_states
+        ):
+            return False
+        try:
+            tensors = self._state_tensors()
+            unchanged = _identical(tensors, self._tensors) and all(
+                lane.owns_steps() for lane in self.lanes
+            )
+        except KeyError:
+            return False
+        if not unchanged:
+            return False
+        prints = _prints(local_tensors(params), local_tensors(tensors))
+        return prints == self._prints and self._take_gradients(gradients)
+
+    def _take_gradients(self, gradients: list[Tensor]) -> bool:
+        gradients = local_tensors(gradients)
+        try:
+            new = fingerprint(gradients, _dtype)
+        except RuntimeError:  # sparse tensors have no address; the checks say so better
+            return False
+        if new[1:] != self._gradient_print[1:]:
+            return False
+        if new[0] == self._gradient_print[0]:
+            return True
+        if _kinds(gradients, new[0]) != self._gradient_kinds:
+            return False
+        for lane, positions in zip(self.lanes, self._positions, strict=True):
+            lane.part.move_inputs([(gradients[k],) for k in positions])
+        self._gradient_print = new
+        return True
+
+    def check_clippable(self) -> None:
+        """Raise for gradients whose norm this process cannot know alone."""
+        if self._sharded is not None:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(self._sharded.shape)} is sharded over processes,"
+                " and GlobalNorm does not sum over them yet: pass clip=None and call"
+                " torch.nn.utils.clip_grad_norm_ before step()"
+            )
+
+    def forget_created(self, state: dict[Tensor, Any]) -> None:
+        """Remove the states that were created for this plan."""
+        for p in self._created:
+            state.pop(p, None)
+
+
+def _columns(
+    names_of: Sequence[Sequence[str]], states: Sequence[State]
+) -> dict[str, list[State]]:
+    """For each state name, list the state dictionaries that must have it."""
+    columns: dict[str, list[State]] = {}
+    for names, state in zip(names_of, states, strict=True):
+        for name in names:
+            columns.setdefault(name, []).append(state)
+    return columns
+
+
+def _identical(now: Collection[Any], then: Collection[Any]) -> bool:
+    return len(now) == len(then) and all(map(operator.is_, now, then))
+
+
+def _config(optimizer: FusedOptimizer) -> list[Any]:
+    """Collect what the plan takes from the groups besides numbers."""
+    skip = {"params", "param_names", *optimizer.rule.hyper}
+    config: list[Any] = [optimizer.backend]
+    for group in optimizer.param_groups:
+        config.append(optimizer.rule.states(group))
+        config.append(optimizer.rule.options(group))
+        config.append(optimizer.is_live(group))
+        config.append({k: v for k, v in group.items() if k not in skip and _is_setting(v)})
+    return config
+
+
+def _is_setting(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _kinds(gradients: Sequence[Tensor], addresses: Sequence[int]) -> list[bool]:
+    """What of a gradient's address and flags decides by which launch it is read."""
+    aligned = [address % ALIGNMENT == 0 for address in addresses]
+    return aligned + [is_plain(g) for g in gradients]
+
+
+def _is_sharded(param: Tensor, gradient: Tensor) -> bool:
+    placements = getattr(param, "placements", None)
+    if placements is None:
+        return False
+    if gradient.placements != placements:  # type: ignore[attr-defined]
+        raise RuntimeError(
+            f"a DTensor parameter of shape {tuple(param.shape)} is placed as {placements}, its"
+            f" gradient as {gradient.placements}: redistribute the gradient first"  # type: ignore[attr-defined]
+        )
+    return any(not p.is_replicate() for p in placements)
+
+
+__all__ = ["Plan", "describe", "local_tensors"]

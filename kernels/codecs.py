@@ -1,0 +1,37 @@
+"""How a block of compute precision is kept in memory: loading and storing, nothing else.
+
+The one codec so far is the cast: memory holds a floating type, the block is converted on load and
+rounded to nearest, ties to even, on store. Its twin in PyTorch is ``fusedopt/codecs.py``.
+"""
+
+from __future__ import annotations
+
+from .lang import INTERPRETED, jit, tl
+
+_INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
+
+
+@jit
+def decode(pointers, mask, COMPUTE: tl.constexpr):
+    """Load a block and widen it to the compute type."""
+    return tl.load(pointers, mask).to(COMPUTE)
+
+
+@jit
+def encode(pointers, value, mask):
+    """Round a block to the type that the pointers point to, and store it."""
+    if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
+        tl.store(pointers, _round_to_bfloat16(value), mask)
+    else:
+        tl.store(pointers, value.to(pointers.dtype.element_ty), mask)
+
+
+@jit
+def _round_to_bfloat16(value):
+    """Round float32 to bfloat16 as the hardware does: the interpreter truncates instead."""
+    bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    # Adding to the pattern of a nan can carry it into infinity: keep it, and set a mantissa bit.
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    rounded = tl.where(is_nan, (bits | 0x00400000) & 0xFFFF0000, rounded)
+    return rounded.to(tl.float32, bitcast=True).to(tl.bfloat16)

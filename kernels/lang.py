@@ -1,0 +1,71 @@
+"""The vocabulary of the device functions, importable where Triton is not installed.
+
+A rule writes its update with these few operations and with ``+ - * /``. Each is exact to the last
+bit where the hardware allows it: an optimizer step waits for memory, not for a rounded division,
+and only correctly rounded operations can be held to a tolerance in units in the last place.
+
+Without Triton the decorator leaves a plain Python function behind, which nothing calls: the
+host-side half of a rule (coefficients, twin) keeps working.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+except ImportError:
+    triton = None
+    tl = None
+
+    def jit(fn: Any = None, **_: Any) -> Any:
+        """Stand in for ``triton.jit``: the function stays plain Python."""
+        return fn if fn is not None else jit
+
+
+@jit
+def where(condition, a, b):
+    """Choose elementwise; never a multiplication by zero, which would turn inf into nan."""
+    return tl.where(condition, a, b)
+
+
+@jit
+def sqrt(x):
+    """Square root, correctly rounded."""
+    # tl.sqrt is the approximate instruction for float32, and the exact form exists for it alone.
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@jit
+def divide(a, b):
+    """Quotient of two blocks, correctly rounded."""
+    # a / b compiles to an instruction that is off by up to two units in the last place.
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@jit
+def maximum(a, b):
+    """Elementwise maximum in which a nan wins, as in ``torch.maximum``."""
+    # The default drops a nan in compiled code and keeps it in the interpreter.
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def lerp(a, b, weight):
+    """Move from ``a`` to ``b`` by ``weight``, anchored at the nearer end as ``torch.lerp`` is.
+
+    The one-sided form ``a + weight * (b - a)`` does not return ``b`` at weight 1.
+    """
+    return tl.where(weight < 0.5, a + weight * (b - a), b - (b - a) * (1.0 - weight))
+
+
+# Whether the kernels run as Python on the CPU (TRITON_INTERPRET=1 when this module was imported).
+INTERPRETED = triton is not None and not isinstance(lerp, triton.JITFunction)

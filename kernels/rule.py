@@ -1,0 +1,56 @@
+"""What an update rule is: everything the rest of the library knows about an algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Scalar = Any  # a Python number, or a 0-d float64 tensor on the path that a CUDA graph captures
+Group = Mapping[str, Any]
+
+
+def _no_options(group: Group) -> tuple[bool, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One optimizer, stated per element and blind to memory, dtypes, launches and groups.
+
+    Attributes:
+        name: what tables and messages call it.
+        update: the ``@jit`` device function ``update(p, inputs, states, coefficients, OPTIONS)``
+            returning ``(p, states)``. All values are blocks of one floating type; ``inputs``,
+            ``states`` and ``coefficients`` are tuples, ``OPTIONS`` a compile-time tuple of bools.
+        twin: the same update stated in PyTorch, ``twin(p, inputs, states, coefficients, options)``,
+            out of place. Coefficients are numbers or 0-d tensors; see ``fusedopt.kernels.twin``.
+        coefficients: ``coefficients(group, step) -> tuple`` of scalars, formed once for each
+            (group, step) in double precision. Only arithmetic operators: on the path that a CUDA
+            graph captures, ``step`` and the group's values are float64 device tensors.
+        states: ``states(group) -> names`` of the state tensors that the group needs, in the order
+            in which ``update`` takes them. Every state starts at zero, shaped like the parameter.
+        options: ``options(group) -> tuple of bool`` that select code at compile time. Reserve
+            them for what changes the shape of the update; a number belongs in ``coefficients``.
+        hyper: names of the group entries that ``coefficients`` reads as numbers.
+        degrees: for each input, its degree in the gradient: 1 for the gradient, 2 for squares.
+            Clipping and loss unscaling multiply an input by ``scale ** degree``.
+        counts_steps: whether ``state["step"]`` is kept. Without it, ``coefficients`` sees 1 at
+            the step that creates the parameter's state, and 2 afterwards.
+        n_coefficients: how many scalars ``coefficients`` returns.
+        example_groups: hyper-parameter sets that tests, ``verify`` and ``codegen`` exercise.
+    """
+
+    name: str
+    update: Any
+    twin: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    coefficients: Callable[[Group, Scalar], tuple[Scalar, ...]]
+    states: Callable[[Group], tuple[str, ...]]
+    hyper: tuple[str, ...]
+    n_coefficients: int
+    options: Callable[[Group], tuple[bool, ...]] = _no_options
+    degrees: tuple[int, ...] = (1,)
+    counts_steps: bool = True
+    example_groups: tuple[Group, ...] = field(default=(), hash=False, compare=False)

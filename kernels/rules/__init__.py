@@ -1,0 +1,24 @@
+"""Update rules, one algorithm family a file, and the registry that tests and tools run over."""
+
+from __future__ import annotations
+
+from ..rule import Rule
+from .adam import ADAM
+from .rmsprop import RMSPROP
+from .sgd import SGD
+
+REGISTRY: dict[str, Rule] = {}
+
+
+def register(rule: Rule) -> Rule:
+    """Add a rule to the registry, so that tests, ``verify`` and ``codegen`` exercise it."""
+    if rule.name in REGISTRY and REGISTRY[rule.name] is not rule:
+        raise ValueError(f"a rule named {rule.name!r} is registered already")
+    REGISTRY[rule.name] = rule
+    return rule
+
+
+for _rule in (SGD, RMSPROP, ADAM):
+    register(_rule)
+
+__all__ = ["ADAM", "REGISTRY", "RMSPROP", "SGD", "register"]

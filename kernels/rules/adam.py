@@ -1,0 +1,107 @@
+"""Adam and AdamW, with AMSGrad.
+
+    p = (1 - lr wd) p                     decoupled decay (AdamW)
+    d = g + wd p                          coupled decay (Adam)
+    m = m + (1 - beta1)(d - m)
+    v = beta2 v + (1 - beta2) d^2
+    r = sqrt(v), or with AMSGrad sqrt(v_max) where v_max = max(v_max, v)
+    p = p - lr / (1 - beta1^t) * m / (r / sqrt(1 - beta2^t) + eps)
+
+Kingma and Ba, arXiv 1412.6980, algorithm 1; decoupled decay of Loshchilov and Hutter, arXiv
+1711.05101, algorithm 2; AMSGrad of Reddi et al., arXiv 1904.09237, algorithm 2, in torch's form,
+which takes the maximum before the bias correction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import twin as T
+from ..lang import divide, jit, lerp, maximum, sqrt, tl, where
+from ..rule import Group, Rule, Scalar
+
+
+def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
+    """Sign, coupled decay, shrinkage, 1 - beta1, beta2, 1 - beta2, root of the bias, eps, step."""
+    lr, decay = group["lr"], group["weight_decay"]
+    beta1, beta2 = group["betas"]
+    decoupled = group["decoupled_weight_decay"]
+    return (
+        -1.0 if group["maximize"] else 1.0,
+        0.0 if decoupled else decay,
+        1 - lr * decay if decoupled else 1.0,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        (1 - beta2**step) ** 0.5,
+        group["eps"],
+        lr / (1 - beta1**step),
+    )
+
+
+@jit
+def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
+    """Update one block; OPTIONS is (amsgrad,)."""
+    sign, l2, shrink, keep1, beta2, keep2, root_bias, eps, step_size = coefficients
+    d = inputs[0] * sign
+    d = where(l2 != 0.0, d + l2 * p, d)
+    exp_avg = lerp(states[0], d, keep1)
+    exp_avg_sq = beta2 * states[1] + keep2 * d * d
+    if OPTIONS[0]:
+        largest = maximum(states[2], exp_avg_sq)
+        new_states = (exp_avg, exp_avg_sq, largest)
+    else:
+        largest = exp_avg_sq
+        new_states = (exp_avg, exp_avg_sq)
+    denominator = divide(sqrt(largest), root_bias) + eps
+    return p * shrink - step_size * divide(exp_avg, denominator), new_states
+
+
+def twin(
+    p: Tensor,
+    inputs: tuple[Tensor, ...],
+    states: tuple[Tensor, ...],
+    coefficients: tuple[Any, ...],
+    options: tuple[bool, ...],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """State the update in PyTorch."""
+    sign, l2, shrink, keep1, beta2, keep2, root_bias, eps, step_size = coefficients
+    d = T.add_if(T.scale(inputs[0], sign), p, l2)
+    exp_avg = T.lerp(states[0], d, keep1)
+    exp_avg_sq = T.addcmul(T.scale(states[1], beta2), d, d, keep2)
+    new_states = (exp_avg, exp_avg_sq)
+    if options[0]:
+        new_states += (torch.maximum(states[2], exp_avg_sq),)
+    denominator = T.shift(T.divide(new_states[-1].sqrt(), root_bias), eps)
+    return T.addcdiv(T.scale(p, shrink), exp_avg, denominator, -step_size), new_states
+
+
+def states(group: Group) -> tuple[str, ...]:
+    """State names in torch's spelling."""
+    return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+
+
+_DEFAULTS = {
+    "lr": 0.03, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0, "amsgrad": False,
+    "maximize": False, "decoupled_weight_decay": False,
+}  # fmt: skip
+
+ADAM = Rule(
+    name="Adam",
+    update=update,
+    twin=twin,
+    coefficients=coefficients,
+    states=states,
+    options=lambda group: (bool(group["amsgrad"]),),
+    hyper=("lr", "betas", "eps", "weight_decay"),
+    n_coefficients=9,
+    example_groups=(
+        _DEFAULTS,
+        {**_DEFAULTS, "weight_decay": 0.1, "maximize": True},
+        {**_DEFAULTS, "weight_decay": 0.1, "decoupled_weight_decay": True},
+        {**_DEFAULTS, "amsgrad": True, "betas": (0.3, 0.6)},
+    ),
+)

@@ -1,0 +1,119 @@
+"""RMSprop, plain and centred, with momentum.
+
+    d = g + l2 p
+    s = alpha s + (1 - alpha) d^2
+    a = a + (1 - alpha)(d - a)            centred only
+    r = sqrt(s), or sqrt(s - a^2) centred
+    b = mu b + d / (r + eps)              with momentum
+    p = p - lr b                          without momentum p - lr d / (r + eps)
+
+Tieleman and Hinton 2012 (lecture 6.5); centred form of Graves, arXiv 1308.0850, equations 38 to
+45, with eps outside the root as ``torch.optim.RMSprop`` has it.
+
+s - a^2 is a variance, but rounding can make it negative for a nearly constant gradient, and then
+its root is nan and so is the parameter for good. Here it is cut off at zero: the trajectory is the
+same wherever the root exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import twin as T
+from ..lang import divide, jit, lerp, maximum, sqrt, tl, where
+from ..rule import Group, Rule, Scalar
+
+
+def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
+    """Sign, weight decay, alpha, 1 - alpha, eps, momentum, learning rate."""
+    sign = -1.0 if group["maximize"] else 1.0
+    alpha = group["alpha"]
+    return (
+        sign,
+        group["weight_decay"],
+        alpha,
+        1 - alpha,
+        group["eps"],
+        group["momentum"],
+        group["lr"],
+    )
+
+
+@jit
+def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
+    """Update one block; OPTIONS is (centered, momentum)."""
+    sign, l2, alpha, keep, eps, momentum, lr = coefficients
+    d = inputs[0] * sign
+    d = where(l2 != 0.0, d + l2 * p, d)
+    square_avg = alpha * states[0] + keep * d * d
+    new_states = (square_avg,)
+    spread = square_avg
+    if OPTIONS[0]:
+        grad_avg = lerp(states[1], d, keep)
+        new_states = new_states + (grad_avg,)
+        spread = maximum(square_avg - grad_avg * grad_avg, 0.0 * square_avg)
+    ratio = divide(d, sqrt(spread) + eps)
+    if OPTIONS[1]:
+        ratio = momentum * states[2 if OPTIONS[0] else 1] + ratio
+        new_states = new_states + (ratio,)
+    return p - lr * ratio, new_states
+
+
+def twin(
+    p: Tensor,
+    inputs: tuple[Tensor, ...],
+    states: tuple[Tensor, ...],
+    coefficients: tuple[Any, ...],
+    options: tuple[bool, ...],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """State the update in PyTorch."""
+    sign, l2, alpha, keep, eps, momentum, lr = coefficients
+    centered, has_momentum = options
+    d = T.add_if(T.scale(inputs[0], sign), p, l2)
+    square_avg = T.addcmul(T.scale(states[0], alpha), d, d, keep)
+    new_states, spread = [square_avg], square_avg
+    if centered:
+        grad_avg = T.lerp(states[1], d, keep)
+        new_states.append(grad_avg)
+        spread = torch.addcmul(square_avg, grad_avg, grad_avg, value=-1).clamp_(min=0)
+    denominator = T.shift(spread.sqrt(), eps)
+    if not has_momentum:
+        return T.addcdiv(p, d, denominator, -lr), tuple(new_states)
+    buffer = torch.addcdiv(T.scale(states[-1], momentum), d, denominator)
+    return T.add(p, buffer, -lr), (*new_states, buffer)
+
+
+def states(group: Group) -> tuple[str, ...]:
+    """State names in torch's spelling."""
+    names: tuple[str, ...] = ("square_avg",)
+    if group["centered"]:
+        names += ("grad_avg",)
+    if group["momentum"] > 0:
+        names += ("momentum_buffer",)
+    return names
+
+
+_DEFAULTS = {
+    "lr": 0.03, "alpha": 0.9, "eps": 1e-6, "weight_decay": 0.0, "momentum": 0.0,
+    "centered": False, "maximize": False,
+}  # fmt: skip
+
+RMSPROP = Rule(
+    name="RMSprop",
+    update=update,
+    twin=twin,
+    coefficients=coefficients,
+    states=states,
+    options=lambda group: (bool(group["centered"]), group["momentum"] > 0),
+    hyper=("lr", "alpha", "eps", "weight_decay", "momentum"),
+    n_coefficients=7,
+    example_groups=(
+        _DEFAULTS,
+        {**_DEFAULTS, "centered": True, "weight_decay": 0.1},
+        {**_DEFAULTS, "momentum": 0.9, "maximize": True},
+        {**_DEFAULTS, "centered": True, "momentum": 0.9},
+    ),
+)

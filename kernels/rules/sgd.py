@@ -1,0 +1,83 @@
+"""Stochastic gradient descent with momentum.
+
+    d = g + l2 p                          coupled weight decay
+    b = mu b + (1 - dampening) d          the first step takes b = d
+    p = p - lr (d + mu b)                 with nesterov, else p - lr b; without momentum p - lr d
+
+Polyak 1964; Nesterov momentum in the form of Sutskever et al., ICML 2013, as ``torch.optim.SGD``
+states it: the learning rate stands outside the momentum buffer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import twin as T
+from ..lang import jit, tl, where
+from ..rule import Group, Rule, Scalar
+
+
+def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
+    """Sign of the gradient, weight decay, momentum, weight of the new gradient, learning rate."""
+    # A buffer at its first step is zero, so weight 1 makes it the gradient, undampened.
+    keep = 1.0 - group["dampening"] * (step > 1)
+    sign = -1.0 if group["maximize"] else 1.0
+    return sign, group["weight_decay"], group["momentum"], keep, group["lr"]
+
+
+@jit
+def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
+    """Update one block; OPTIONS is (momentum, nesterov)."""
+    sign, l2, momentum, keep, lr = coefficients
+    d = inputs[0] * sign
+    d = where(l2 != 0.0, d + l2 * p, d)
+    if OPTIONS[0]:
+        buffer = momentum * states[0] + keep * d
+        d = d + momentum * buffer if OPTIONS[1] else buffer
+        return p - lr * d, (buffer,)
+    else:
+        return p - lr * d, states
+
+
+def twin(
+    p: Tensor,
+    inputs: tuple[Tensor, ...],
+    states: tuple[Tensor, ...],
+    coefficients: tuple[Any, ...],
+    options: tuple[bool, ...],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """State the update in PyTorch."""
+    sign, l2, momentum, keep, lr = coefficients
+    has_momentum, nesterov = options
+    d = T.add_if(T.scale(inputs[0], sign), p, l2)
+    if not has_momentum:
+        return T.add(p, d, -lr), states
+    buffer = T.add(T.scale(states[0], momentum), d, keep)
+    d = T.add(d, buffer, momentum) if nesterov else buffer
+    return T.add(p, d, -lr), (buffer,)
+
+
+_DEFAULTS = {
+    "lr": 0.3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0,
+    "nesterov": False, "maximize": False,
+}  # fmt: skip
+
+SGD = Rule(
+    name="SGD",
+    update=update,
+    twin=twin,
+    coefficients=coefficients,
+    states=lambda group: ("momentum_buffer",) if group["momentum"] != 0 else (),
+    options=lambda group: (group["momentum"] != 0, bool(group["nesterov"])),
+    hyper=("lr", "momentum", "dampening", "weight_decay"),
+    n_coefficients=5,
+    counts_steps=False,
+    example_groups=(
+        _DEFAULTS,
+        {**_DEFAULTS, "weight_decay": 0.1, "maximize": True},
+        {**_DEFAULTS, "momentum": 0.9, "dampening": 0.4, "weight_decay": 0.1},
+        {**_DEFAULTS, "momentum": 0.9, "nesterov": True},
+    ),
+)
