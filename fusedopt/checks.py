@@ -26,9 +26,7 @@ def describe(optimizer: Optimizer, param: Tensor) -> str:
     return f"parameter of shape {tuple(param.shape)}"
 
 
-def check_gradients(
-    optimizer: Any, params: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> None:
+def check_gradients(optimizer: Any, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """Raise for a parameter or gradient that cannot be used.
 
     Raises:

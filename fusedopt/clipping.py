@@ -108,9 +108,7 @@ class GlobalNorm:
         """Compute the norm over all lanes and write the factor into each lane's control."""
         infinity = self.norm_type == math.inf
         first = lanes[0]
-        partials = [
-            lane.part.partial_norms(lane.control.inverse_scale, infinity) for lane in lanes
-        ]
+        partials = [lane.part.partial_norms(lane.control.inverse_scale, infinity) for lane in lanes]
         if len(partials) > 1:
             partials = [torch.cat([x.to(first.device) for x in partials])]
         control = first.control

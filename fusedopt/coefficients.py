@@ -129,9 +129,7 @@ class LiveTable:
             self._record(live, index, groups, rows)
         self._groups = list(dict.fromkeys(group_of))
 
-    def _record(
-        self, live: _LiveGroup, index: int, groups: Sequence[Group], rows: slice
-    ) -> None:
+    def _record(self, live: _LiveGroup, index: int, groups: Sequence[Group], rows: slice) -> None:
         step = _Taped(self.steps[rows], self._tape)
         group = {**groups[index], **live.taped(self._tape)}
         for column, value in enumerate(self.rule.coefficients(group, step)):

@@ -73,8 +73,7 @@ def same_order(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of equal shape visit memory in the same order of dimensions."""
     # The stride of a dimension of size 1 says nothing.
     return all(
-        i == j or size == 1
-        for i, j, size in zip(a.stride(), b.stride(), a.shape, strict=True)
+        i == j or size == 1 for i, j, size in zip(a.stride(), b.stride(), a.shape, strict=True)
     )
 
 

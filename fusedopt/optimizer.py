@@ -64,7 +64,11 @@ class FusedOptimizer(Optimizer):
         backends.check_name(backend)
         if clip is not None and not isinstance(clip, GlobalNorm):
             raise TypeError(f"clip must be a fusedopt.GlobalNorm or None, got {clip!r}")
-        for name, value in (("state_dtype", state_dtype), ("rounding", rounding), ("master", master)):
+        for name, value in (
+            ("state_dtype", state_dtype),
+            ("rounding", rounding),
+            ("master", master),
+        ):
             if value is not None:
                 raise ValueError(f"{name}={value!r} is not supported yet: only None is")
         if defaults.get("differentiable"):

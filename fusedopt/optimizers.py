@@ -19,7 +19,7 @@ Params = Iterable[Any]
 Number = float | Tensor
 
 
-def _require(condition: bool, name: str, bound: str, value: Any) -> None:
+def _require(condition: bool | Tensor, name: str, bound: str, value: Any) -> None:
     # Written so that nan fails, as it does in torch.
     if not condition:
         raise ValueError(f"{name} must be {bound}, got {value}")
@@ -238,7 +238,18 @@ class AdamW(Adam):
         fused: bool | None = None,
         **common: Any,
     ) -> None:
-        options = {"maximize": maximize, "foreach": foreach, "capturable": capturable}
-        options |= {"differentiable": differentiable, "fused": fused, **common}
-        options["decoupled_weight_decay"] = True
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            **common,
+        )

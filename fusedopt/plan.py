@@ -75,7 +75,9 @@ class Plan:
         self._all_states = list(optimizer.state.values())
         self._columns = _columns(self._names, self._states)
         self._tensors = self._state_tensors()
-        self._sharded = next((p for p, g in zip(params, gradients) if _is_sharded(p, g)), None)
+        self._sharded = next(
+            (p for p, g in zip(params, gradients, strict=True) if _is_sharded(p, g)), None
+        )
         local_params, local_gradients = local_tensors(params), local_tensors(gradients)
         local_states = local_tensors(self._tensors)
         self._prints = _prints(local_params, local_states)
@@ -189,9 +191,7 @@ class Plan:
             state.pop(p, None)
 
 
-def _columns(
-    names_of: Sequence[Sequence[str]], states: Sequence[State]
-) -> dict[str, list[State]]:
+def _columns(names_of: Sequence[Sequence[str]], states: Sequence[State]) -> dict[str, list[State]]:
     """For each state name, list the state dictionaries that must have it."""
     columns: dict[str, list[State]] = {}
     for names, state in zip(names_of, states, strict=True):

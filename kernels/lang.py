@@ -1,8 +1,8 @@
 """The vocabulary of the device functions, importable where Triton is not installed.
 
-A rule writes its update with these few operations and with ``+ - * /``. Each is exact to the last
-bit where the hardware allows it: an optimizer step waits for memory, not for a rounded division,
-and only correctly rounded operations can be held to a tolerance in units in the last place.
+A rule writes its update with these few operations and with ``+ - * /``. ``sqrt`` and ``divide`` are
+correctly rounded where Triton's own are approximate: a step waits for memory, not for them. They
+take registers, though; a rule may use ``/`` (two units in the last place) where those run out.
 
 Without Triton the decorator leaves a plain Python function behind, which nothing calls: the
 host-side half of a rule (coefficients, twin) keeps working.

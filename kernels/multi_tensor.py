@@ -17,13 +17,20 @@ from __future__ import annotations
 from .codecs import decode, encode
 from .lang import jit, tl
 
-# Elements a program owns. At 4 warps a thread holds 8 elements of each operand: one 16-byte
-# access for 2-byte types, two for float32, and AdamW in float32 stays below 64 registers.
+# Elements and threads of a program. A thread holds 8 elements of each operand: one 16-byte access
+# for 2-byte types, two for float32, and AdamW in float32 stays below 64 registers.
 BLOCK = 1024
-NUM_WARPS = 4
+THREADS = 128
+# Without alignment each element has an address of its own, which takes registers.
+UNALIGNED_BLOCK = 512
 
 # Rows of the address table in front of the addresses.
 HEADER_ROWS = 2
+
+
+def block_size(aligned: bool) -> int:
+    """Elements a program owns."""
+    return BLOCK if aligned else UNALIGNED_BLOCK
 
 
 @jit(do_not_specialize=["width"])

@@ -15,8 +15,9 @@ from .lang import jit, tl
 # Larger chunks than the update's: there is one stream to read, so a program must ask for more
 # of it at once to keep the memory busy, and fewer partial values are left for stage 2.
 NORM_BLOCK = 4096
-NORM_WARPS = 4
+NORM_THREADS = 128
 REDUCE_BLOCK = 2048
+REDUCE_THREADS = 256
 
 
 @jit(do_not_specialize=["width"])

@@ -34,6 +34,7 @@ class Rule:
             in which ``update`` takes them. Every state starts at zero, shaped like the parameter.
         options: ``options(group) -> tuple of bool`` that select code at compile time. Reserve
             them for what changes the shape of the update; a number belongs in ``coefficients``.
+        option_names: what tables call the options, in the same order.
         hyper: names of the group entries that ``coefficients`` reads as numbers.
         degrees: for each input, its degree in the gradient: 1 for the gradient, 2 for squares.
             Clipping and loss unscaling multiply an input by ``scale ** degree``.
@@ -51,6 +52,13 @@ class Rule:
     hyper: tuple[str, ...]
     n_coefficients: int
     options: Callable[[Group], tuple[bool, ...]] = _no_options
+    option_names: tuple[str, ...] = ()
     degrees: tuple[int, ...] = (1,)
     counts_steps: bool = True
     example_groups: tuple[Group, ...] = field(default=(), hash=False, compare=False)
+
+    def label(self, options: tuple[bool, ...]) -> str:
+        """Name the rule with the options that are on."""
+        names = self.option_names or tuple(f"option {i}" for i in range(len(options)))
+        chosen = [name for name, on in zip(names, options, strict=True) if on]
+        return f"{self.name} ({', '.join(chosen)})" if chosen else self.name

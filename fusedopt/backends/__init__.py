@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..coefficients import Table
 from ..codecs import compute_dtype, real_dtype
+from ..coefficients import Table
 from ..kernels.rule import Rule
 
 BACKENDS = ("auto", "triton", "reference")

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,10 +41,19 @@ TRITON_DTYPES = {
 }
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **meta: Any) -> None:
+def launch(
+    kernel: Any, programs: int, threads: int, device: torch.device, *arguments: Any, **meta: Any
+) -> None:
     """Launch a kernel: the one place where this library hands work to Triton."""
     with _device_guard(device):
-        kernel[(programs,)](*arguments, **meta)
+        kernel[(programs,)](*arguments, num_warps=threads // _warp_size(device), **meta)
+
+
+@cache
+def _warp_size(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 32
+    return int(torch.cuda.get_device_properties(device).warp_size)
 
 
 def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
@@ -140,9 +150,9 @@ class TritonPart:
         infinity_norm: bool,
     ) -> None:
         launch(
-            norms.clip_factor, 1, self.device,
+            norms.clip_factor, 1, norms.REDUCE_THREADS, self.device,
             partials, partials.numel(), inverse_scale, max_norm, control, norm,
-            INFINITY_NORM=infinity_norm, BLOCK=norms.REDUCE_BLOCK, num_warps=8,
+            INFINITY_NORM=infinity_norm, BLOCK=norms.REDUCE_BLOCK,
         )  # fmt: skip
 
     def update(self, table: Table, control: Tensor) -> None:
@@ -173,7 +183,7 @@ class Cohort:
         host_table = torch.tensor([self._numels, self._row_of, *addresses], dtype=torch.int64)
         self.table = torch.empty_like(host_table, device=device)
         upload(self.table, host_table)
-        self.chunk_tensor, self.chunk_index = self._chunks(multi_tensor.BLOCK)
+        self.chunk_tensor, self.chunk_index = self._chunks(multi_tensor.block_size(key.aligned))
         self._norm_chunks: tuple[Tensor, Tensor] | None = None
         self._meta: dict[str, Any] = {
             "RULE": rule.update,
@@ -183,8 +193,7 @@ class Cohort:
             "N_COEFFICIENTS": rule.n_coefficients,
             "COMPUTE": TRITON_DTYPES[compute_dtype(key.dtypes)],
             "ALIGNED": key.aligned,
-            "BLOCK": multi_tensor.BLOCK,
-            "num_warps": multi_tensor.NUM_WARPS,
+            "BLOCK": multi_tensor.block_size(key.aligned),
         }
 
     @property
@@ -210,11 +219,11 @@ class Cohort:
         for _, _, staging in self._input_staging:
             staging.buffer.copy_(staging.tensor)
         launch(
-            norms.partial_norms, self.norm_programs, self.device,
+            norms.partial_norms, self.norm_programs, norms.NORM_THREADS, self.device,
             self.table, self.width, *self._norm_chunks, inverse_scale, partials,
             DTYPE=self._meta["DTYPES"][1], COMPUTE=self._meta["COMPUTE"],
             ALIGNED=self.key.aligned, INFINITY_NORM=infinity_norm,
-            BLOCK=norms.NORM_BLOCK, num_warps=norms.NORM_WARPS,
+            BLOCK=norms.NORM_BLOCK,
         )  # fmt: skip
 
     def update(self, table: Table, control: Tensor, captured: list[Tensor]) -> None:
@@ -225,7 +234,7 @@ class Cohort:
         for staging in self._staging:
             staging.buffer.copy_(staging.tensor)
         launch(
-            multi_tensor.update_tensors, len(self.chunk_tensor), self.device,
+            multi_tensor.update_tensors, len(self.chunk_tensor), multi_tensor.THREADS, self.device,
             self.table, self.width, self.chunk_tensor, self.chunk_index, table.values, control,
             **self._meta,
         )  # fmt: skip

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import twin as T
-from ..lang import divide, jit, lerp, maximum, sqrt, tl, where
+from ..lang import jit, lerp, maximum, sqrt, tl, where
 from ..rule import Group, Rule, Scalar
 
 
@@ -55,7 +55,9 @@ def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
         grad_avg = lerp(states[1], d, keep)
         new_states = new_states + (grad_avg,)
         spread = maximum(square_avg - grad_avg * grad_avg, 0.0 * square_avg)
-    ratio = divide(d, sqrt(spread) + eps)
+    # The plain quotient, within two units in the last place: a rounded one spills registers where
+    # every state is kept and the gradient has another type.
+    ratio = d / (sqrt(spread) + eps)
     if OPTIONS[1]:
         ratio = momentum * states[2 if OPTIONS[0] else 1] + ratio
         new_states = new_states + (ratio,)
@@ -108,6 +110,7 @@ RMSPROP = Rule(
     coefficients=coefficients,
     states=states,
     options=lambda group: (bool(group["centered"]), group["momentum"] > 0),
+    option_names=("centered", "momentum"),
     hyper=("lr", "alpha", "eps", "weight_decay", "momentum"),
     n_coefficients=7,
     example_groups=(

@@ -71,6 +71,7 @@ SGD = Rule(
     coefficients=coefficients,
     states=lambda group: ("momentum_buffer",) if group["momentum"] != 0 else (),
     options=lambda group: (group["momentum"] != 0, bool(group["nesterov"])),
+    option_names=("momentum", "nesterov"),
     hyper=("lr", "momentum", "dampening", "weight_decay"),
     n_coefficients=5,
     counts_steps=False,

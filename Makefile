@@ -1,0 +1,64 @@
+# Everything runs in .venv, which is made on first use. `make` alone lists the targets.
+
+# The interpreter that makes .venv; afterwards .venv/bin/python is used.
+PYTHON ?= python3
+# Passed to the tool behind a target: make test ARGS='-k adam -x'
+ARGS ?=
+TARGETS ?= cuda:80 cuda:90 cuda:100 hip:gfx942
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UNFINISHED := $(VENV)/.unfinished
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test bench codegen lint format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON (to make .venv with), ARGS (for demo, test, bench), TARGETS (for codegen)"
+
+env: $(STAMP) ## Create or update .venv with the versions in constraints.txt
+
+# The stamp is written last, so an install that fails or is interrupted is tried again. The mark of an
+# unfinished first install makes that retry start from an empty environment, since pip takes a package
+# whose files were half written for an installed one. An environment made otherwise is updated in place.
+# torch comes by itself and first: its pin decides the build, and nothing later may replace it.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -e $(UNFINISHED) ]; then rm -rf $(VENV); fi
+	@if [ ! -e $(BIN)/python ]; then \
+	  mkdir -p $(VENV) && touch $(UNFINISHED) && $(PYTHON) -m venv $(VENV); fi
+	$(PIP) torch setuptools
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@rm -f $(UNFINISHED)
+	@touch $@
+
+demo: $(STAMP) ## Run the main job of the README
+	$(BIN)/python -m fusedopt demo $(ARGS)
+
+# The script and not `python -m pytest`, which would put the checkout itself on the import path.
+# loadgroup keeps tests that share an expensive fixture on one worker.
+test: $(STAMP) ## Run the whole test suite in parallel
+	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
+
+bench: $(STAMP) ## Run the microbenchmarks
+	$(BIN)/pytest bench $(ARGS)
+
+codegen: $(STAMP) ## Compile every kernel variant for TARGETS, without a GPU, and check the budgets
+	$(BIN)/python -m fusedopt codegen $(TARGETS:%=--target %)
+
+# The conventions that only a pattern can check are pre-commit hooks; those need the git checkout.
+lint: $(STAMP) ## Check style, format, types and conventions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@if [ -e .git ]; then PRE_COMMIT_HOME=$(VENV)/.pre-commit $(BIN)/pre-commit run --all-files; fi
+
+format: $(STAMP) ## Format the code and apply the safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove .venv, build output and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

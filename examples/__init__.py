@@ -1,0 +1,1 @@
+"""Complete, small programs that use fusedopt; each one also runs on its own."""

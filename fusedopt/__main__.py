@@ -1,0 +1,49 @@
+"""The command line: ``python -m fusedopt <command>``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "info": "environment, devices, and the backend chosen for each and why",
+    "verify": "kernels against reference on this machine, in ulps",
+    "codegen": "compile every kernel variant without a GPU and check the budgets",
+    "demo": "train a small GPT with torch.optim.AdamW and with fusedopt.AdamW",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line without the program's name; ``sys.argv`` by default.
+
+    Returns:
+        0 on success, 1 where a check failed, 2 for bad arguments.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="python -m fusedopt", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    chosen = next((a for a in arguments if not a.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        # Only the command that runs is imported: the others may need what is not installed.
+        if name == chosen:
+            module = importlib.import_module(f"fusedopt.cli.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except ModuleNotFoundError as error:
+        if error.name not in ("rich", "matplotlib"):
+            raise
+        print(f"{chosen} needs {error.name}: pip install 'fusedopt[bench]'", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""``python -m fusedopt codegen``: compile every kernel variant without a GPU, hold the budgets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import cpu_count, get_context
+from typing import Any
+
+from fusedopt.kernels import lang
+
+DEFAULT_TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="cuda:90",
+        help=f"cuda:<capability> or hip:gfx<number>, repeatable; default {DEFAULT_TARGETS}",
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable output, nothing else")
+    parser.add_argument("--jobs", type=int, default=cpu_count(), help="processes to compile with")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compile, print a table, and return 1 if a budget is broken."""
+    targets = options.target or list(DEFAULT_TARGETS)
+    problem = _unusable(targets)
+    if problem:
+        print(f"codegen: {problem}", file=sys.stderr)
+        return 2
+    rows = list(_compile_all(targets, options.jobs, quiet=options.json))
+    broken = [row for row in rows if row["broken"]]
+    if options.json:
+        print(json.dumps({"variants": rows, "broken": len(broken)}, indent=2))
+    else:
+        _print_tables(rows, targets)
+    return 1 if broken else 0
+
+
+def _unusable(targets: Sequence[str]) -> str | None:
+    if lang.triton is None:
+        return "Triton is not installed"
+    if lang.INTERPRETED:
+        return "TRITON_INTERPRET=1 replaces the compiler: unset it"
+    from fusedopt.kernels import aot
+
+    try:
+        for target in targets:
+            aot.parse_target(target)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _compile_all(targets: Sequence[str], jobs: int, quiet: bool) -> Iterator[dict[str, Any]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from fusedopt.kernels import aot
+
+    work = [(target, variant) for target in targets for variant in aot.variants()]
+    columns = (
+        TextColumn("compiling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+    )
+    with (
+        ProcessPoolExecutor(max(1, jobs), mp_context=get_context("spawn")) as pool,
+        Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as progress,
+    ):
+        task = progress.add_task("", total=len(work))
+        for row in pool.map(compile_row, work, chunksize=4):
+            progress.update(task, advance=1, description=f"{row['target']} {row['variant']}")
+            yield row
+
+
+def compile_row(work: tuple[str, Any]) -> dict[str, Any]:
+    """Compile one variant for one target and say what it uses and which budgets it breaks."""
+    from fusedopt.kernels import aot
+
+    name, variant = work
+    target = aot.parse_target(name)
+    row: dict[str, Any] = {"target": name, "variant": variant.name, "kernel": variant.kernel}
+    try:
+        result = aot.report(aot.compile_variant(variant, target), target)
+    except Exception as error:  # noqa: BLE001 - whatever the compiler raises is a finding
+        return {**row, "broken": [f"does not compile: {type(error).__name__}: {error}"[:600]]}
+    return {
+        **row,
+        "registers": result.registers,
+        "stack": result.stack,
+        "shared": result.shared,
+        "loads": {str(bits): n for bits, n in sorted(result.loads.items())},
+        "stores": {str(bits): n for bits, n in sorted(result.stores.items())},
+        "bytes_per_element": result.bytes_moved(variant),
+        "matrix": list(result.matrix),
+        "broken": aot.broken_budgets(variant, result, target),
+    }
+
+
+def _print_tables(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for target in targets:
+        table = Table(title=f"{target}: what each variant uses")
+        table.add_column("variant", no_wrap=True)
+        for column in ("registers", "stack", "shared", "B/element", "128-bit ld/st"):
+            table.add_column(column, justify="right")
+        table.add_column("broken budgets")
+        for row in (r for r in rows if r["target"] == target):
+            table.add_row(row["variant"], *_cells(row), "; ".join(row["broken"]) or "-")
+        console.print(table)
+    broken = sum(bool(row["broken"]) for row in rows)
+    console.print(
+        f"{len(rows)} variants compiled for {len(targets)} targets, {broken} break a budget. "
+        "B/element: bytes that whole chunks of aligned tensors move."
+    )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "registers" not in row:
+        return ["-"] * 5
+    wide = f"{row['loads'].get('128', 0)}/{row['stores'].get('128', 0)}"
+    moved = row["bytes_per_element"]
+    return [
+        str(row["registers"]),
+        str(row["stack"]),
+        str(row["shared"]),
+        f"{moved:g}" if moved else "-",
+        wide,
+    ]

@@ -1,0 +1,162 @@
+"""``python -m fusedopt verify``: the kernels against the reference, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import FusedOptimizer, Rule, backends
+from fusedopt.kernels import lang
+from fusedopt.kernels.rules import REGISTRY
+from fusedopt.ulps import ulps
+
+STEPS = 5
+
+# Largest distance between kernel and reference after STEPS steps, in ulps of the stored type.
+# Both round once a step to the stored type. float32 and float64: the compiler may contract a
+# product and a sum into one rounding, and a quotient may be off by two ulps; each is an ulp or
+# two of an intermediate value, and five steps add up. 16-bit types: arithmetic in float32 agrees
+# to far less than a 16-bit ulp, but on the edge between two numbers it tips to either side, and
+# a state that tipped moves the next steps.
+TOLERANCE = {torch.float32: 24.0, torch.float64: 24.0, torch.bfloat16: 3.0, torch.float16: 3.0}
+
+# Whole chunks, ragged ones, scalars, and none at all.
+SHAPES = ((1024,), (2500,), (3, 5, 7), (), (0,), (1,))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+    parser.add_argument("--json", action="store_true", help="machine-readable output, nothing else")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare every rule in every type, print a table, and return 1 on any failure."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("verify: there is no CUDA or ROCm device; use --device cpu", file=sys.stderr)
+        return 2
+    if lang.triton is None:
+        print("verify: Triton is not installed, so there are no kernels", file=sys.stderr)
+        return 2
+    if lang.INTERPRETED != (options.device == "cpu"):
+        # The kernels were made for the other mode when Triton's decorator ran.
+        environment = {**os.environ, "TRITON_INTERPRET": str(int(options.device == "cpu"))}
+        arguments = ["--device", options.device, *(["--json"] if options.json else [])]
+        command = [sys.executable, "-m", "fusedopt", "verify", *arguments]
+        return subprocess.run(command, env=environment, check=False).returncode
+    rows = list(_compare_all(torch.device(options.device), quiet=options.json))
+    failed = [row for row in rows if not row["passed"]]
+    if options.json:
+        print(json.dumps({"device": options.device, "rows": rows, "failed": len(failed)}, indent=2))
+    else:
+        _print_table(rows, options.device)
+    return 1 if failed else 0
+
+
+def _compare_all(device: torch.device, quiet: bool) -> Iterator[dict[str, Any]]:
+    from rich.console import Console
+    from rich.progress import track
+
+    cases = [(rule, dtype) for rule in REGISTRY.values() for dtype in TOLERANCE]
+    console = Console(stderr=True)
+    for rule, dtype in track(cases, "comparing", console=console, disable=quiet, transient=True):
+        worst, still = 0.0, True
+        for group in rule.example_groups:
+            distance, moved = compare(rule, group, dtype, device)
+            worst, still = max(worst, distance), still and not moved
+        yield {
+            "rule": rule.name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "groups": len(rule.example_groups),
+            "worst_ulps": worst,
+            "tolerance_ulps": TOLERANCE[dtype],
+            "passed": worst <= TOLERANCE[dtype] and not still,
+        }
+
+
+def compare(rule: Rule, group: Any, dtype: torch.dtype, device: torch.device) -> tuple[float, bool]:
+    """Run both backends side by side from the same start.
+
+    Args:
+        rule: the update.
+        group: its hyper-parameters.
+        dtype: type of parameters, gradients and states.
+        device: where to run.
+
+    Returns:
+        The worst distance of any parameter or state in ulps, and whether the parameters moved
+        by more than the tolerance: where they did not, agreement would mean nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kind = type(rule.name, (FusedOptimizer,), {"rule": rule})
+    start = [torch.randn(shape, generator=generator).to(device, dtype) for shape in SHAPES]
+    runs = []
+    for backend in ("triton", "reference"):
+        params = [torch.nn.Parameter(x.clone()) for x in start]
+        runs.append((params, kind(params, dict(group), backend=backend)))
+    scales: dict[tuple[int, str], Tensor] = {}
+    for params, optimizer in runs:
+        _widen(scales, params, optimizer)
+    for _ in range(STEPS):
+        gradients = [torch.randn(s, generator=generator).to(device, dtype) for s in SHAPES]
+        for params, optimizer in runs:
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient
+            optimizer.step()
+        for params, optimizer in runs:
+            _widen(scales, params, optimizer)
+    (ours, kernels), (theirs, reference) = runs
+    worst, moved = 0.0, False
+    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        if p.numel() == 0:
+            continue
+        worst = max(worst, ulps(p, q, scales[i, ""]))
+        moved = moved or ulps(p, start[i], scales[i, ""]) > TOLERANCE[dtype]
+        for name, value in kernels.state[p].items():
+            worst = max(worst, ulps(value, reference.state[q][name], scales[i, name]))
+    return worst, moved
+
+
+def _widen(
+    scales: dict[tuple[int, str], Tensor], params: list[Any], optimizer: FusedOptimizer
+) -> None:
+    """Keep the largest magnitude that each value has had: rounding errors are of that size."""
+    for i, p in enumerate(params):
+        for name, value in (("", p), *optimizer.state.get(p, {}).items()):
+            magnitude = value.detach().double().abs().cpu()
+            previous = scales.get((i, name), magnitude)
+            scales[i, name] = torch.maximum(previous, magnitude)
+
+
+def _print_table(rows: list[dict[str, Any]], device: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    name = torch.cuda.get_device_name() if device == "cuda" else "the CPU, in the interpreter"
+    table = Table(title=f"kernels against reference on {name}, {STEPS} steps")
+    table.add_column("rule")
+    table.add_column("type")
+    for column in ("option sets", "worst ulps", "tolerance"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for row in rows:
+        table.add_row(
+            row["rule"],
+            row["dtype"],
+            str(row["groups"]),
+            f"{row['worst_ulps']:.3g}",
+            f"{row['tolerance_ulps']:g}",
+            "ok" if row["passed"] else "FAILED",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"backend: {backends.choose(device)[1]}")
