@@ -88,15 +88,19 @@ class ReferencePart:
     ) -> None:
         n_inputs = len(slot.inputs)
         values = [decode(x, slot.compute) for x in operands]
+        memory = (operands[0], *operands[1 + n_inputs :])
+        # The twin may overwrite its arguments, which can be the memory itself.
+        old = [x.clone() for x in memory] if isinstance(skip, Tensor) else []
         inputs = tuple(
             _scaled(x, scale, degree)
             for x, degree in zip(values[1 : 1 + n_inputs], self.rule.degrees, strict=True)
         )
         states = tuple(values[1 + n_inputs :])
-        p, new_states = self.rule.twin(values[0], inputs, states, coefficients, slot.options)
-        memory = (operands[0], *operands[1 + n_inputs :])
-        for target, old, new in zip(memory, (values[0], *states), (p, *new_states), strict=True):
-            encode(target, torch.where(skip, old, new) if isinstance(skip, Tensor) else new)
+        p, states = self.rule.twin(values[0], inputs, states, coefficients, slot.options)
+        for target, new in zip(memory, (p, *states), strict=True):
+            encode(target, new)
+        for target, before in zip(memory, old, strict=False):
+            torch.where(skip, before, target, out=target)
 
 
 def _scaled(x: Tensor, scale: Any, degree: int) -> Tensor:

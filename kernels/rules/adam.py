@@ -72,13 +72,12 @@ def twin(
     """State the update in PyTorch."""
     sign, l2, shrink, keep1, beta2, keep2, root_bias, eps, step_size = coefficients
     d = T.add_if(T.scale(inputs[0], sign), p, l2)
-    exp_avg = T.lerp(states[0], d, keep1)
-    exp_avg_sq = T.addcmul(T.scale(states[1], beta2), d, d, keep2)
-    new_states = (exp_avg, exp_avg_sq)
+    exp_avg = T.lerp_(states[0], d, keep1)
+    exp_avg_sq = T.addcmul_(T.scale_(states[1], beta2), d, d, keep2)
     if options[0]:
-        new_states += (torch.maximum(states[2], exp_avg_sq),)
-    denominator = T.shift(T.divide(new_states[-1].sqrt(), root_bias), eps)
-    return T.addcdiv(T.scale(p, shrink), exp_avg, denominator, -step_size), new_states
+        torch.maximum(states[2], exp_avg_sq, out=states[2])
+    denominator = T.shift_(T.divide_(states[-1].sqrt(), root_bias), eps)
+    return T.addcdiv_(T.scale_(p, shrink), exp_avg, denominator, -step_size), states
 
 
 def states(group: Group) -> tuple[str, ...]:

@@ -75,17 +75,15 @@ def twin(
     sign, l2, alpha, keep, eps, momentum, lr = coefficients
     centered, has_momentum = options
     d = T.add_if(T.scale(inputs[0], sign), p, l2)
-    square_avg = T.addcmul(T.scale(states[0], alpha), d, d, keep)
-    new_states, spread = [square_avg], square_avg
+    spread = T.addcmul_(T.scale_(states[0], alpha), d, d, keep)
     if centered:
-        grad_avg = T.lerp(states[1], d, keep)
-        new_states.append(grad_avg)
-        spread = torch.addcmul(square_avg, grad_avg, grad_avg, value=-1).clamp_(min=0)
-    denominator = T.shift(spread.sqrt(), eps)
+        grad_avg = T.lerp_(states[1], d, keep)
+        spread = torch.addcmul(spread, grad_avg, grad_avg, value=-1).clamp_(min=0)
+    denominator = T.shift_(spread.sqrt(), eps)
     if not has_momentum:
-        return T.addcdiv(p, d, denominator, -lr), tuple(new_states)
-    buffer = torch.addcdiv(T.scale(states[-1], momentum), d, denominator)
-    return T.add(p, buffer, -lr), (*new_states, buffer)
+        return T.addcdiv_(p, d, denominator, -lr), states
+    buffer = T.scale_(states[-1], momentum).addcdiv_(d, denominator)
+    return T.add_(p, buffer, -lr), states
 
 
 def states(group: Group) -> tuple[str, ...]:

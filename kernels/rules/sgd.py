@@ -52,11 +52,10 @@ def twin(
     sign, l2, momentum, keep, lr = coefficients
     has_momentum, nesterov = options
     d = T.add_if(T.scale(inputs[0], sign), p, l2)
-    if not has_momentum:
-        return T.add(p, d, -lr), states
-    buffer = T.add(T.scale(states[0], momentum), d, keep)
-    d = T.add(d, buffer, momentum) if nesterov else buffer
-    return T.add(p, d, -lr), (buffer,)
+    if has_momentum:
+        buffer = T.add_(T.scale_(states[0], momentum), d, keep)
+        d = T.add_(d.clone(), buffer, momentum) if nesterov else buffer
+    return T.add_(p, d, -lr), states
 
 
 _DEFAULTS = {
