@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fusedopt
 import pytest
 import torch
-from fusedopt.backends import triton as backend
 from pairs import make_params, ratio
+
+import fusedopt
+from fusedopt.backends import triton as backend
 
 SHAPES = [(16,)] * 1000
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fusedopt
 import torch
 from pairs import make_params, ratio
+
+import fusedopt
 
 # A few large matrices, as most of a model's parameters are.
 SHAPES = [(5000, 1000)] * 5

@@ -1,8 +1,6 @@
-"""A character-level GPT on real text: model, data and training loop in one file.
+"""A character-level GPT on real text: ``python examples/char_gpt.py --optimizer fusedopt``.
 
-python examples/char_gpt.py --optimizer fusedopt
-
-Without ``--text`` it reads the Python language reference that ships with every CPython.
+The text is the Python language reference that ships with every CPython.
 """
 
 from __future__ import annotations
@@ -84,7 +82,8 @@ def read_text(path: Path | None = None) -> str:
         return path.read_text(encoding="utf-8")
     from pydoc_data.topics import topics
 
-    paragraphs = (part for name in sorted(topics) for part in topics[name].split("\n\n"))
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    paragraphs = (part.strip("\n") for part in text.split("\n\n"))
     # Topics quote each other; a paragraph seen in training must not be held out again.
     return "\n\n".join(dict.fromkeys(paragraphs))
 

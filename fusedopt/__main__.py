@@ -39,9 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except ModuleNotFoundError as error:
-        if error.name not in ("rich", "matplotlib"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("rich", "matplotlib"):
             raise
-        print(f"{chosen} needs {error.name}: pip install 'fusedopt[bench]'", file=sys.stderr)
+        print(f"{chosen} needs {missing}: pip install 'fusedopt[bench]'", file=sys.stderr)
         return 2
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .backends import Inputs
     from .lane import Lane
 
 
@@ -104,11 +105,14 @@ class GlobalNorm:
         self.max_norm, self.norm_type = fresh.max_norm, fresh.norm_type
         self.error_if_nonfinite = fresh.error_if_nonfinite
 
-    def apply(self, lanes: Sequence[Lane]) -> None:
+    def apply(self, lanes: Sequence[Lane], inputs: Sequence[Inputs]) -> None:
         """Compute the norm over all lanes and write the factor into each lane's control."""
         infinity = self.norm_type == math.inf
         first = lanes[0]
-        partials = [lane.part.partial_norms(lane.control.inverse_scale, infinity) for lane in lanes]
+        partials = [
+            lane.part.partial_norms(own, lane.control.inverse_scale, infinity)
+            for lane, own in zip(lanes, inputs, strict=True)
+        ]
         if len(partials) > 1:
             partials = [torch.cat([x.to(first.device) for x in partials])]
         control = first.control

@@ -170,6 +170,12 @@ class _LiveGroup:
         self.push(group)
         self.read(group)
 
+    def _is_live(self, value: Any) -> bool:
+        # A tensor on the host, where parameters are on a GPU, is a number like any other.
+        return isinstance(value, Tensor) and (
+            value.device.type != "cpu" or self.device.type == "cpu"
+        )
+
     def taped(self, tape: list[_Entry]) -> dict[str, Any]:
         """Return the scalars in the shape of the group's entries, recording onto ``tape``."""
         taped = {name: [_Taped(x, tape) for x in xs] for name, xs in self.scalars.items()}
@@ -178,7 +184,7 @@ class _LiveGroup:
     def push(self, group: Group) -> None:
         for name in self.hyper:
             for i, value in enumerate(_flat(group[name])):
-                if isinstance(value, Tensor) or value == self._pushed[name][i]:
+                if self._is_live(value) or float(value) == self._pushed[name][i]:
                     continue
                 if is_capturing(self.device):
                     raise RuntimeError(
@@ -186,13 +192,13 @@ class _LiveGroup:
                         " step, and a CUDA graph is being captured: call"
                         " optimizer.push_hyperparameters() before the capture"
                     )
+                self._pushed[name][i] = float(value)
                 self.scalars[name][i].fill_(float(value))
-                self._pushed[name][i] = value
 
     def read(self, group: Group) -> None:
         for name in self.hyper:
             for scalar, value in zip(self.scalars[name], _flat(group[name]), strict=True):
-                if isinstance(value, Tensor):
+                if self._is_live(value):
                     scalar.copy_(value.reshape(()), non_blocking=True)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends import Slot, prepare
+from .backends import Inputs, Slot, prepare
 from .clipping import Control
 from .coefficients import Groups, HostTable, LiveTable, Table, is_capturing
 from .kernels.rule import Rule
@@ -63,13 +63,13 @@ class Lane:
         """Whether nobody has replaced the step counts."""
         return self.counter is None or self.counter.owned()
 
-    def step(self, groups: Groups, found_inf: Tensor | None) -> None:
+    def step(self, inputs: Inputs, groups: Groups, found_inf: Tensor | None) -> None:
         """Advance the step counts, form the coefficients and update."""
         if isinstance(self.table, LiveTable):
             self._refresh_live(self.table, groups, found_inf)
         else:
             self._refresh_host(self.table, groups)
-        self.part.update(self.table, self.control.values)
+        self.part.update(inputs, self.table, self.control.values)
 
     def _refresh_live(self, table: LiveTable, groups: Groups, found_inf: Tensor | None) -> None:
         table.push(groups)

@@ -14,7 +14,7 @@ from .checks import check_gradients, describe
 from .clipping import GlobalNorm
 from .coefficients import is_capturing, lives_on_device
 from .kernels.rule import Rule
-from .plan import Plan, local_tensors
+from .plan import Plan
 from .steps import State, new_step
 
 
@@ -23,12 +23,11 @@ class FusedOptimizer(Optimizer):
 
     A subclass names its ``rule`` and passes its hyper-parameters on::
 
-        class Lion(fusedopt.FusedOptimizer):
-            rule = LION
+        class SignSGD(fusedopt.FusedOptimizer):
+            rule = SIGN
 
-            def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **common):
-                defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay)
-                super().__init__(params, defaults, **common)
+            def __init__(self, params, lr=1e-3, **common):
+                super().__init__(params, {"lr": lr}, **common)
 
     Args:
         params: parameters or parameter groups, as for every ``torch.optim`` optimizer.
@@ -138,18 +137,19 @@ class FusedOptimizer(Optimizer):
         plan = self._plan
         if plan is None or not plan.fits(self, params, gradients, group_of):
             plan = self._make_plan(params, gradients, group_of)
+        inputs = plan.inputs(gradients)
         for lane in plan.lanes:
             lane.control.load(grad_scale, found_inf, self.clip is not None)
         if self.clip is not None:
             plan.check_clippable()
             try:
-                self.clip.apply(plan.lanes)
+                self.clip.apply(plan.lanes, inputs)
             except RuntimeError:
                 plan.forget_created(self.state)
                 self._plan = None
                 raise
-        for lane in plan.lanes:
-            lane.step(self.param_groups, found_inf)
+        for lane, own in zip(plan.lanes, inputs, strict=True):
+            lane.step(own, self.param_groups, found_inf)
         # Autograd then notices a parameter that changed between forward and backward.
         torch.autograd.graph.increment_version(params)
 
@@ -188,16 +188,13 @@ class FusedOptimizer(Optimizer):
 
     def _overflowed(self, params: Sequence[Tensor], found_inf: Tensor) -> bool:
         """Whether to skip the step on the host: the flag is there, or state is yet to be made."""
-        if found_inf.device.type == "cpu":
+        # A skipped step leaves no trace, so no state may be created by it. Reading the flag then
+        # waits for the device, at the first steps only.
+        keeps_state = self.rule.counts_steps or any(map(self.rule.states, self.param_groups))
+        creates_state = keeps_state and not all(p in self.state for p in params)
+        if found_inf.device.type == "cpu" or creates_state:
             return bool(found_inf.item())
-        # A skipped step leaves no trace, so no state may be created by it. Reading the flag
-        # here waits for the device, at the first steps only.
-        if not all(self.state.get(p) for p in params) and any(map(self._has_state, params)):
-            return not is_capturing(found_inf.device) and bool(found_inf.item())
         return False
-
-    def _has_state(self, param: Tensor) -> bool:
-        return self.rule.counts_steps or any(self.rule.states(g) for g in self.param_groups)
 
     def _make_plan(
         self, params: list[Tensor], gradients: list[Tensor], group_of: list[int]
@@ -280,6 +277,3 @@ class FusedOptimizer(Optimizer):
         for values in self.state.values():
             if "step" in values and not isinstance(values["step"], Tensor):
                 values["step"] = new_step() + float(values["step"])
-
-
-__all__ = ["FusedOptimizer", "local_tensors"]

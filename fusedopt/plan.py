@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import Slot
-from .checks import check_states, describe
+from .backends import Inputs, Slot
+from .checks import check_states
 from .lane import Lane
 from .layout import ALIGNMENT, fingerprint, is_plain
 from .steps import State
@@ -171,10 +171,17 @@ class Plan:
             return True
         if _kinds(gradients, new[0]) != self._gradient_kinds:
             return False
-        for lane, positions in zip(self.lanes, self._positions, strict=True):
-            lane.part.move_inputs([(gradients[k],) for k in positions])
+        for lane, inputs in zip(self.lanes, self.inputs(gradients), strict=True):
+            lane.part.move_inputs(inputs)
         self._gradient_print = new
         return True
+
+    def inputs(self, gradients: list[Tensor]) -> list[Inputs]:
+        """Deal the gradients out to the lanes."""
+        gradients = local_tensors(gradients)
+        if len(self.lanes) == 1:
+            return [(gradients,)]
+        return [([gradients[k] for k in positions],) for positions in self._positions]
 
     def check_clippable(self) -> None:
         """Raise for gradients whose norm this process cannot know alone."""
@@ -236,6 +243,3 @@ def _is_sharded(param: Tensor, gradient: Tensor) -> bool:
             f" gradient as {gradient.placements}: redistribute the gradient first"  # type: ignore[attr-defined]
         )
     return any(not p.is_replicate() for p in placements)
-
-
-__all__ = ["Plan", "describe", "local_tensors"]

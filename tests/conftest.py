@@ -12,6 +12,11 @@ if DEVICE == "cpu":
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from fusedopt.examples.lion import LION  # noqa: E402
+from fusedopt.kernels.rules import register  # noqa: E402
+
+# A rule from outside the package: whatever runs over the registry must take it as it is.
+register(LION)
 
 # Two test processes share two cores: more threads would wait for each other.
 torch.set_num_threads(1)

@@ -20,11 +20,15 @@ from ..kernels.rule import Rule
 BACKENDS = ("auto", "triton", "reference")
 
 
+# For each input of the rule (the gradient first), the tensors of all slots.
+Inputs = Sequence[Sequence[Tensor]]
+
+
 @dataclass(frozen=True)
 class Slot:
     """What one parameter brings to a step."""
 
-    position: int  # index into the step's lists of tensors
+    position: int  # index into the lists of inputs
     param: Tensor
     inputs: tuple[Tensor, ...]
     states: tuple[Tensor, ...]
@@ -42,12 +46,16 @@ class Slot:
 
 
 class Part(Protocol):
-    """The tensors of one device, prepared for repeated steps."""
+    """The tensors of one device, prepared for repeated steps.
 
-    def move_inputs(self, inputs: Sequence[Sequence[Tensor]]) -> None:
-        """Take new inputs of the same types and layouts, ``inputs[position][k]``."""
+    A part keeps parameters and states, never an input: gradients that outlive ``zero_grad()``
+    would add their size to the memory of the next forward pass. Inputs are handed in at each use.
+    """
 
-    def partial_norms(self, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
+    def move_inputs(self, inputs: Inputs) -> None:
+        """Note the addresses of inputs of the same types and layouts as before."""
+
+    def partial_norms(self, inputs: Inputs, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
         """Reduce the unscaled gradients to a float64 vector of partial sums or maxima."""
 
     def clip_factor(
@@ -61,7 +69,7 @@ class Part(Protocol):
     ) -> None:
         """Write the gradient's norm, and into ``control[0]`` the factor on the raw gradient."""
 
-    def update(self, table: Table, control: Tensor) -> None:
+    def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
         """Apply the rule to every slot, unless ``control[1]`` is set."""
 
 

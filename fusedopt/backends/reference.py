@@ -7,6 +7,7 @@ read from memory once, not once an operation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..codecs import decode, encode
 from ..coefficients import Table
 from ..kernels.rule import Rule
 from ..layout import is_dense, real_view, same_order
-from . import Slot
+from . import Inputs, Slot
 
 # Elements a piece: half a dozen float32 temporaries of this size fit into a second-level cache,
 # and it is large enough for PyTorch to use all threads.
@@ -29,21 +30,18 @@ class ReferencePart:
     def __init__(self, rule: Rule, device: torch.device, slots: Sequence[Slot]) -> None:
         self.rule = rule
         self.device = device
-        self.slots = list(slots)
+        self.slots = [(replace(slot, inputs=()), slot.compute) for slot in slots]
 
-    def move_inputs(self, inputs: Sequence[Sequence[Tensor]]) -> None:
-        self.slots = [
-            Slot(s.position, s.param, tuple(inputs[s.position]), s.states, s.options)
-            for s in self.slots
-        ]
+    def move_inputs(self, inputs: Inputs) -> None:
+        pass
 
-    def partial_norms(self, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
+    def partial_norms(self, inputs: Inputs, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
         order = float("inf") if infinity_norm else 2.0
         norms = []
-        for slot in self.slots:
+        for slot, compute in self.slots:
             if slot.param.numel() == 0:
                 continue
-            gradient = decode(real_view(slot.inputs[0]), slot.compute)
+            gradient = decode(real_view(inputs[0][slot.position]), compute)
             norms.append(torch.linalg.vector_norm(gradient, order).double())
         if not norms:
             return torch.zeros(1, dtype=torch.float64, device=self.device)
@@ -64,7 +62,7 @@ class ReferencePart:
         control[:1].copy_(factor * inverse_scale)
         norm.copy_(value)
 
-    def update(self, table: Table, control: Tensor) -> None:
+    def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
         scale: Any
         skip: Any
         if self.device.type == "cpu":
@@ -73,21 +71,23 @@ class ReferencePart:
                 return
         else:
             scale, skip = control[0], control[1] != 0
-        for slot in self.slots:
+        for slot, compute in self.slots:
             coefficients = table.rows[table.row_of[slot.position]]
-            for operands in _pieces(slot):
-                self._update(operands, slot, coefficients, scale, skip)
+            full = replace(slot, inputs=tuple(kind[slot.position] for kind in inputs))
+            for operands in _pieces(full):
+                self._update(operands, full, compute, coefficients, scale, skip)
 
     def _update(
         self,
         operands: Sequence[Tensor],
         slot: Slot,
+        compute: torch.dtype,
         coefficients: tuple[Any, ...],
         scale: Any,
         skip: Any,
     ) -> None:
         n_inputs = len(slot.inputs)
-        values = [decode(x, slot.compute) for x in operands]
+        values = [decode(x, compute) for x in operands]
         memory = (operands[0], *operands[1 + n_inputs :])
         # The twin may overwrite its arguments, which can be the memory itself.
         old = [x.clone() for x in memory] if isinstance(skip, Tensor) else []

@@ -8,7 +8,7 @@ gradients moved, and launches.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -31,7 +31,7 @@ from ..layout import (
     same_order,
     staging_buffer,
 )
-from . import Slot
+from . import Inputs, Slot
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -74,29 +74,31 @@ class CohortKey:
     wave: int  # parameters that share memory are updated one after the other
 
 
-@dataclass
-class Staging:
-    """A tensor that no kernel can walk through, and the buffer that stands in for it."""
-
-    tensor: Tensor
-    buffer: Tensor
-    written: bool
-
-
 class Operands:
     """A slot's operands as the kernel sees them: in place, or through a staging buffer."""
 
     def __init__(self, slot: Slot) -> None:
         self.position = slot.position
+        self.n_inputs = len(slot.inputs)
         self.tensors = list(slot.operands)
-        self.staging: dict[int, Staging] = {}
+        self.originals: dict[int, Tensor] = {}
         dense = is_dense(slot.param)
         for i, tensor in enumerate(slot.operands):
-            if dense and same_order(slot.param, tensor) and is_plain(tensor):
-                continue
-            written = i == 0 or i > len(slot.inputs)
-            self.staging[i] = Staging(tensor, staging_buffer(slot.param, tensor), written)
-            self.tensors[i] = self.staging[i].buffer
+            if not (dense and same_order(slot.param, tensor) and is_plain(tensor)):
+                self.originals[i] = tensor
+                self.tensors[i] = staging_buffer(slot.param, tensor)
+
+    def staged_inputs(self) -> Iterator[tuple[int, Tensor]]:
+        """Which inputs go through a buffer, and the buffer."""
+        for i in self.originals:
+            if 1 <= i <= self.n_inputs:
+                yield i - 1, self.tensors[i]
+
+    def staged_memory(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameter and states that go through a buffer, each with it."""
+        for i, tensor in self.originals.items():
+            if not 1 <= i <= self.n_inputs:
+                yield tensor, self.tensors[i]
 
     def key(self, slot: Slot, wave: int) -> CohortKey:
         """Return what the slot must share with others to be launched with them."""
@@ -125,18 +127,19 @@ class TritonPart:
         # Sources of copies that a CUDA graph repeats.
         self._captured: list[Tensor] = []
 
-    def move_inputs(self, inputs: Sequence[Sequence[Tensor]]) -> None:
+    def move_inputs(self, inputs: Inputs) -> None:
         for cohort in self.cohorts:
             cohort.move_inputs(inputs, self._captured)
 
-    def partial_norms(self, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
+    def partial_norms(self, inputs: Inputs, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
         total = sum(cohort.norm_programs for cohort in self.cohorts)
         if self._partials is None:
             self._partials = torch.zeros(max(total, 1), dtype=torch.float64, device=self.device)
         start = 0
         for cohort in self.cohorts:
             stop = start + cohort.norm_programs
-            cohort.partial_norms(inverse_scale, self._partials[start:stop], infinity_norm)
+            partials = self._partials[start:stop]
+            cohort.partial_norms(inputs, inverse_scale, partials, infinity_norm)
             start = stop
         return self._partials
 
@@ -155,9 +158,9 @@ class TritonPart:
             INFINITY_NORM=infinity_norm, BLOCK=norms.REDUCE_BLOCK,
         )  # fmt: skip
 
-    def update(self, table: Table, control: Tensor) -> None:
+    def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
         for cohort in self.cohorts:
-            cohort.update(table, control, self._captured)
+            cohort.update(inputs, table, control, self._captured)
 
 
 class Cohort:
@@ -168,13 +171,14 @@ class Cohort:
     ) -> None:
         self.device = device
         self.key = key
-        self.members = members
         self.positions = [m.position for m in members]
         self.width = len(members)
-        self._input_staging = [
-            (m.position, i - 1, s) for m in members for i, s in m.staging.items() if not s.written
-        ]
-        self._staging = [s for m in members for s in m.staging.values()]
+        # For each input, the columns whose tensors go through a buffer.
+        self._staged_inputs: list[dict[int, Tensor]] = [{} for _ in rule.degrees]
+        for column, member in enumerate(members):
+            for k, buffer in member.staged_inputs():
+                self._staged_inputs[k][column] = buffer
+        self._staged_memory = [pair for m in members for pair in m.staged_memory()]
         self._numels = [real_view(m.tensors[0]).numel() for m in members]
         self._row_of = [0] * self.width
         addresses = [
@@ -201,23 +205,27 @@ class Cohort:
         """Number of partial norms."""
         return sum(-(-n // norms.NORM_BLOCK) for n in self._numels)
 
-    def move_inputs(self, inputs: Sequence[Sequence[Tensor]], captured: list[Tensor]) -> None:
-        """Take new addresses of inputs; a staged one keeps its buffer and changes its source."""
-        for position, k, staging in self._input_staging:
-            staging.tensor = inputs[position][k]
+    def move_inputs(self, inputs: Inputs, captured: list[Tensor]) -> None:
+        """Write the addresses of inputs into the table; those of buffers stay."""
         first_row = multi_tensor.HEADER_ROWS + 1
-        for k in range(len(self._meta["DEGREES"])):
-            row = [inputs[position][k].data_ptr() for position in self.positions]
-            for i, member in enumerate(self.members if self._input_staging else ()):
-                if 1 + k in member.staging:
-                    row[i] = member.staging[1 + k].buffer.data_ptr()
+        for k, (tensors, buffers) in enumerate(zip(inputs, self._staged_inputs, strict=True)):
+            row = [tensors[position].data_ptr() for position in self.positions]
+            for column, buffer in buffers.items():
+                row[column] = buffer.data_ptr()
             upload(self.table[first_row + k], torch.tensor(row, dtype=torch.int64), captured)
 
-    def partial_norms(self, inverse_scale: Tensor, partials: Tensor, infinity_norm: bool) -> None:
+    def _fill_buffers(self, inputs: Inputs) -> None:
+        for tensors, buffers in zip(inputs, self._staged_inputs, strict=True):
+            for column, buffer in buffers.items():
+                buffer.copy_(tensors[self.positions[column]])
+
+    def partial_norms(
+        self, inputs: Inputs, inverse_scale: Tensor, partials: Tensor, infinity_norm: bool
+    ) -> None:
+        """Write the partial norms of the gradients, one a program."""
         if self._norm_chunks is None:
             self._norm_chunks = self._chunks(norms.NORM_BLOCK)
-        for _, _, staging in self._input_staging:
-            staging.buffer.copy_(staging.tensor)
+        self._fill_buffers(inputs)
         launch(
             norms.partial_norms, self.norm_programs, norms.NORM_THREADS, self.device,
             self.table, self.width, *self._norm_chunks, inverse_scale, partials,
@@ -226,21 +234,22 @@ class Cohort:
             BLOCK=norms.NORM_BLOCK,
         )  # fmt: skip
 
-    def update(self, table: Table, control: Tensor, captured: list[Tensor]) -> None:
+    def update(self, inputs: Inputs, table: Table, control: Tensor, captured: list[Tensor]) -> None:
+        """Update every tensor of the cohort by one launch."""
         row_of = [table.row_of[p] for p in self.positions]
         if row_of != self._row_of:
             self._row_of = row_of
             upload(self.table[1], torch.tensor(row_of, dtype=torch.int64), captured)
-        for staging in self._staging:
-            staging.buffer.copy_(staging.tensor)
+        self._fill_buffers(inputs)
+        for tensor, buffer in self._staged_memory:
+            buffer.copy_(tensor)
         launch(
             multi_tensor.update_tensors, len(self.chunk_tensor), multi_tensor.THREADS, self.device,
             self.table, self.width, self.chunk_tensor, self.chunk_index, table.values, control,
             **self._meta,
         )  # fmt: skip
-        for staging in self._staging:
-            if staging.written:
-                staging.tensor.copy_(staging.buffer)
+        for tensor, buffer in self._staged_memory:
+            tensor.copy_(buffer)
 
     def _chunks(self, block: int) -> tuple[Tensor, Tensor]:
         """Map programs to chunks: the tensor's column, and the chunk's number within it."""

@@ -1,0 +1,152 @@
+"""What the demo shows: tables on the terminal, loss curves as a PNG, everything as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+# Rows of the table of losses.
+ROWS = 6
+_REMARK = {"triton": "", "reference": " It is written to be compared with, not for speed."}
+
+
+def to_json(result: dict[str, Any]) -> str:
+    """Write the result as strict JSON, which has no infinities and nans: they become null."""
+    return json.dumps(_plain(result), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_report(result: dict[str, Any], console: Console) -> None:
+    """Print tables, verdicts, the sample and the files written."""
+    console.print(_loss_table(result))
+    console.print(_cost_table(result))
+    for line in (*_verdicts(result), *_notes(result)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    # Text, not a string: generated brackets must not be read as markup.
+    console.print(Panel(Text(result["sample"]), title="written by the fusedopt run"))
+
+
+def _new_table(title: str, first: str) -> Table:
+    table = Table(title=title)
+    table.add_column(first)
+    for name in ("torch.optim.AdamW", "fusedopt.AdamW"):
+        table.add_column(name, justify="right")
+    return table
+
+
+def _loss_table(result: dict[str, Any]) -> Table:
+    table = _new_table("Loss, nats per character", "step")
+    table.add_column("difference", justify="right")
+    runs = result["runs"]["torch"], result["runs"]["fusedopt"]
+    steps = result["steps"]
+    chosen = sorted({1, *(max(1, steps * i // ROWS) for i in range(1, ROWS + 1))})
+    rows = [(str(step), *(run["losses"][step - 1] for run in runs)) for step in chosen]
+    rows.append(("held-out text", *(run["held_out_loss"] for run in runs)))
+    for name, theirs, ours in rows:
+        table.add_row(name, f"{theirs:.6f}", f"{ours:.6f}", f"{ours - theirs:.2g}")
+    return table
+
+
+def _cost_table(result: dict[str, Any]) -> Table:
+    table = _new_table("Cost of the optimizer", "")
+    for name, key, form in (
+        ("step, median ms", "step_ms", ".3f"),
+        ("state, bytes per parameter", "state_bytes_per_parameter", ".2f"),
+        ("least traffic, bytes per parameter", "moved_bytes_per_parameter", ".1f"),
+    ):
+        values = (result["runs"][run][key] for run in ("torch", "fusedopt"))
+        table.add_row(name, *(format(value, form) for value in values))
+    return table
+
+
+def _verdicts(result: dict[str, Any]) -> list[str]:
+    apart = result["agreement"]
+    lines = [
+        f"Backend: {result['backend']} ({result['backend_reason']}).{_REMARK[result['backend']]}",
+        f"Runs {_verdict(apart['ok'])}: largest difference of the loss {apart['loss']:.2g} nats per"
+        f" character (tolerance {apart['loss_tolerance']:.0e}), of a parameter"
+        f" {apart['parameter']:.2g} (tolerance {apart['parameter_tolerance']:.0e}).",
+    ]
+    step = result["kernels"]
+    if "not_run" in step:
+        lines.append(f"Kernels: {'' if step['ok'] else 'FAILED, '}{step['not_run']}.")
+        return lines
+    where = "in Triton's interpreter" if step["interpreted"] else "on the GPU"
+    lines.append(
+        f"Kernels {_verdict(step['ok'])} with the reference {where}: one step of"
+        f" {step['parameters']:,} parameters in {step['tensors']} tensors, {step['programs']}"
+        f" programs, {step['seconds']:.2g} s; largest difference {step['worst_ulps']:.2g} ulps"
+        f" (tolerance {step['tolerance_ulps']:.0f}; the step itself moves parameters by up to"
+        f" {step['update_ulps']:.0e})."
+    )
+    return lines
+
+
+def _verdict(ok: bool) -> str:
+    return "agree" if ok else "DISAGREE"
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    text = result["text"]
+    lines = [
+        f"Model: {result['parameters']:,} parameters on {result['device']}; text: {text['source']},"
+        f" {text['characters']:,} characters, a tenth of them held out; {result['seconds']:.0f} s"
+        " in total."
+    ]
+    for kind in ("png", "json"):
+        if result[kind]:
+            lines.append(f"Wrote {result[kind]}")
+    if result["png_skipped"]:
+        lines.append(f"No PNG: {result['png_skipped']}.")
+    return lines
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """Plot both runs' losses, and their difference below.
+
+    Raises:
+        ImportError: where matplotlib is not installed.
+    """
+    # Without pyplot there is no display to look for: a Figure alone draws with Agg.
+    from matplotlib.figure import Figure
+
+    theirs, ours = (result["runs"][run]["losses"] for run in ("torch", "fusedopt"))
+    steps = range(1, len(ours) + 1)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, gap = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    losses.plot(steps, theirs, color="#9ecae1", linewidth=4, label="torch.optim.AdamW")
+    losses.plot(steps, ours, color="#a63603", linewidth=1, label="fusedopt.AdamW")
+    held_out = [result["runs"][run]["held_out_loss"] for run in ("torch", "fusedopt")]
+    for loss, color, size in zip(held_out, ("#9ecae1", "#a63603"), (10, 5), strict=True):
+        losses.plot([len(ours)], [loss], "D", mfc=color, mec="black", ms=size, zorder=3)
+    losses.plot([], [], "kD", ms=5, label=f"on held-out text: {held_out[0]:.4f}, {held_out[1]:.4f}")
+    losses.set_ylabel("training loss, nats per character")
+    losses.set_title(
+        f"Character-level GPT, {result['parameters']:,} parameters, seed {result['seed']}, on"
+        f" {result['device']} (backend: {result['backend']})"
+    )
+    losses.legend()
+    gap.plot(steps, [b - a for a, b in zip(theirs, ours, strict=True)], color="black", linewidth=1)
+    gap.set_ylabel("difference,\nfusedopt - torch")
+    gap.set_xlabel("step")
+    gap.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    if result["agreement"]["loss"] == 0.0:
+        gap.set_ylim(-1e-6, 1e-6)
+        gap.text(0.5, 0.75, "every loss bitwise equal", transform=gap.transAxes, ha="center")
+    for axes in (losses, gap):
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
