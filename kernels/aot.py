@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import multi_tensor, norms
-from .lang import tl, triton
+from .lang import COMPILE_OPTIONS, tl, triton
 from .rules import REGISTRY
 
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
@@ -170,7 +170,7 @@ def compile_variant(variant: Variant, target: Any) -> Any:
         },
     )
     warps = variant.threads // target.warp_size
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    return triton.compile(source, target=target, options={"num_warps": warps, **COMPILE_OPTIONS})
 
 
 def _source(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any]]:

@@ -67,5 +67,9 @@ def lerp(a, b, weight):
     return tl.where(weight < 0.5, a + weight * (b - a), b - (b - a) * (1.0 - weight))
 
 
+# A product and a sum may be contracted into one rounding, which takes fewer registers. Stated,
+# because Triton's default is about to change.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
+
 # Whether the kernels run as Python on the CPU (TRITON_INTERPRET=1 when this module was imported).
 INTERPRETED = triton is not None and not isinstance(lerp, triton.JITFunction)

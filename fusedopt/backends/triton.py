@@ -20,7 +20,7 @@ from torch import Tensor
 from ..codecs import compute_dtype, real_dtype
 from ..coefficients import Table, upload
 from ..kernels import multi_tensor, norms
-from ..kernels.lang import tl
+from ..kernels.lang import COMPILE_OPTIONS, tl
 from ..kernels.rule import Rule
 from ..layout import (
     ALIGNMENT,
@@ -46,7 +46,8 @@ def launch(
 ) -> None:
     """Launch a kernel: the one place where this library hands work to Triton."""
     with _device_guard(device):
-        kernel[(programs,)](*arguments, num_warps=threads // _warp_size(device), **meta)
+        warps = threads // _warp_size(device)
+        kernel[(programs,)](*arguments, num_warps=warps, **COMPILE_OPTIONS, **meta)
 
 
 @cache
