@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from . import backends
 from .codecs import STORABLE, real_dtype
+from .coefficients import is_capturing
 from .layout import overlaps_itself
 
 
@@ -39,6 +40,9 @@ def check_gradients(optimizer: Any, params: Sequence[Tensor], gradients: Sequenc
         if problem is not None:
             error, text = problem
             raise error(f"{describe(optimizer, p)}: {text}")
+        sharding = _sharding_problem(p, gradient, optimizer.clip is not None)
+        if sharding is not None:
+            raise RuntimeError(f"{describe(optimizer, p)}: {sharding}")
     for device in dict.fromkeys(p.device for p in params):
         backends.choose(device, optimizer.backend)
 
@@ -75,22 +79,50 @@ def _problem(p: Tensor, gradient: Tensor) -> tuple[type[Exception], str] | None:
     return None
 
 
-def check_states(
-    optimizer: Any, param: Tensor, names: Sequence[str], tensors: Sequence[Tensor]
-) -> None:
-    """Raise for a state that does not fit its parameter.
+def check_states(optimizer: Any, params: Sequence[Tensor], group_of: Sequence[int]) -> None:
+    """Raise for a state that does not fit its parameter, or that cannot be created now.
 
     Raises:
-        RuntimeError: a state on another device or of another shape.
+        RuntimeError: a state on another device, of another shape or of a type that is no
+            floating point; a state that is missing while a CUDA graph is captured.
     """
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor.shape != param.shape or tensor.device != param.device:
-            raise RuntimeError(
-                f"{describe(optimizer, param)} on {param.device}: its state {name!r} has shape"
-                f" {tuple(tensor.shape)} on {tensor.device}. Load the optimizer's state after"
-                " the model's parameters have their final shape and device"
-            )
-        if real_dtype(tensor.dtype) not in STORABLE:
-            raise RuntimeError(
-                f"{describe(optimizer, param)}: its state {name!r} has type {tensor.dtype}"
-            )
+    names_of = [optimizer.rule.states(group) for group in optimizer.param_groups]
+    for p, index in zip(params, group_of, strict=True):
+        state = optimizer.state.get(p, {})
+        for name in names_of[index]:
+            problem = _state_problem(p, name, state.get(name))
+            if problem is not None:
+                raise RuntimeError(f"{describe(optimizer, p)}: {problem}")
+
+
+def _state_problem(p: Tensor, name: str, state: Tensor | None) -> str | None:
+    if state is None:
+        if is_capturing(p.device):
+            return "it has no state yet; run one step before capturing a CUDA graph"
+        return None
+    if state.shape != p.shape or state.device != p.device:
+        return (
+            f"its state {name!r} has shape {tuple(state.shape)} and is on {state.device}, the"
+            f" parameter on {p.device}. Load the optimizer's state after the model's parameters"
+            " have their final shape and device"
+        )
+    if real_dtype(state.dtype) not in STORABLE or state.is_complex() != p.is_complex():
+        return f"its state {name!r} has type {state.dtype}, the parameter {p.dtype}"
+    return None
+
+
+def _sharding_problem(p: Tensor, gradient: Tensor, clipping: bool) -> str | None:
+    placements = getattr(p, "placements", None)
+    if placements is None:
+        return None
+    if getattr(gradient, "placements", None) != placements:
+        return (
+            f"it is a DTensor placed as {placements}, its gradient is placed as"
+            f" {getattr(gradient, 'placements', 'no DTensor')}; redistribute the gradient first"
+        )
+    if clipping and not all(placement.is_replicate() for placement in placements):
+        return (
+            "it is sharded over processes, and GlobalNorm does not sum over them yet: pass"
+            " clip=None and call torch.nn.utils.clip_grad_norm_ before step()"
+        )
+    return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backends import Inputs, Slot, prepare
 from .clipping import Control
-from .coefficients import Groups, HostTable, LiveTable, Table, is_capturing
+from .coefficients import Groups, HostTable, LiveTable, Table
 from .kernels.rule import Rule
 from .steps import State, StepCounter
 
@@ -63,40 +63,40 @@ class Lane:
         """Whether nobody has replaced the step counts."""
         return self.counter is None or self.counter.owned()
 
-    def step(self, inputs: Inputs, groups: Groups, found_inf: Tensor | None) -> None:
-        """Advance the step counts, form the coefficients and update."""
+    def prepare(self, groups: Groups) -> None:
+        """Read the hyper-parameters. This may raise; nothing has changed then."""
         if isinstance(self.table, LiveTable):
-            self._refresh_live(self.table, groups, found_inf)
-        else:
-            self._refresh_host(self.table, groups)
-        self.part.update(inputs, self.table, self.control.values)
-
-    def _refresh_live(self, table: LiveTable, groups: Groups, found_inf: Tensor | None) -> None:
-        table.push(groups)
-        if self.counter is not None:
-            self.counter.advance(found_inf)
-            table.steps.copy_(self.counter.buffer)
-        elif not self._partitioned:
-            if 1.0 in self._stages and is_capturing(self.device):
-                raise RuntimeError("run one step before capturing a CUDA graph")
-            table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64))
-            self._partitioned = 1.0 not in self._stages
-            self._stages = [2.0] * len(self._stages)
-        table.refresh(groups)
-
-    def _refresh_host(self, table: HostTable, groups: Groups) -> None:
+            self.table.push(groups)
+            return
         if self.counter is None:
             steps: list[float] = self._stages
             if not self._partitioned:
-                table.partition(steps)
-                self._partitioned = 1.0 not in steps
-                self._stages = [2.0] * len(steps)
+                self.table.partition(steps)
         else:
-            self.counter.advance()
-            buffer = self.counter.buffer
-            steps = buffer.tolist()
+            steps = (self.counter.buffer + 1).tolist()
             # Equal counts stay equal while all advance together; an edit of one shows here.
-            if self._expected is None or not torch.equal(self._expected.add_(1), buffer):
-                table.partition(steps)
-                self._expected = buffer.clone()
-        table.refresh(groups, steps)
+            if self._expected is None or not torch.equal(self._expected, self.counter.buffer):
+                self.table.partition(steps)
+                self._expected = self.counter.buffer.clone()
+        self.table.refresh(groups, steps)
+
+    def step(self, inputs: Inputs, groups: Groups, found_inf: Tensor | None) -> None:
+        """Advance the step counts and update."""
+        if self.counter is not None:
+            self.counter.advance(found_inf)
+        if isinstance(self.table, LiveTable):
+            self._refresh_live(self.table, groups)
+        elif self._expected is not None:
+            self._expected.add_(1)
+        self.part.update(inputs, self.table, self.control.values)
+        # What was created has had its first step.
+        self._partitioned = 1.0 not in self._stages
+        if not self._partitioned:
+            self._stages = [2.0] * len(self._stages)
+
+    def _refresh_live(self, table: LiveTable, groups: Groups) -> None:
+        if self.counter is not None:
+            table.steps.copy_(self.counter.buffer)
+        elif not self._partitioned:
+            table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64))
+        table.refresh(groups)

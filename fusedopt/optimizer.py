@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
-from .checks import check_gradients, describe
+from .checks import check_gradients, check_states
 from .clipping import GlobalNorm
-from .coefficients import is_capturing, lives_on_device
+from .coefficients import lives_on_device
 from .kernels.rule import Rule
 from .plan import Plan
 from .steps import State, new_step
@@ -125,8 +125,9 @@ class FusedOptimizer(Optimizer):
         memory. Tensors in ``param_groups`` are read directly; call this between replays after
         changing a number, as a scheduler does.
         """
-        for lane in self._plan.live_lanes if self._plan is not None else ():
-            lane.table.push(self.param_groups)  # type: ignore[union-attr]
+        for lane in self._plan.lanes if self._plan is not None else ():
+            if lane.live:
+                lane.prepare(self.param_groups)
 
     @torch._disable_dynamo  # a launch through addresses cannot be traced  # type: ignore
     def _update(self) -> None:
@@ -138,18 +139,19 @@ class FusedOptimizer(Optimizer):
         if plan is None or not plan.fits(self, params, gradients, group_of):
             plan = self._make_plan(params, gradients, group_of)
         inputs = plan.inputs(gradients)
-        for lane in plan.lanes:
-            lane.control.load(grad_scale, found_inf, self.clip is not None)
-        if self.clip is not None:
-            plan.check_clippable()
-            try:
+        try:
+            for lane in plan.lanes:
+                lane.control.load(grad_scale, found_inf, self.clip is not None)
+                lane.prepare(self.param_groups)
+            if self.clip is not None:
                 self.clip.apply(plan.lanes, inputs)
-            except RuntimeError:
-                plan.forget_created(self.state)
-                self._plan = None
-                raise
+        except Exception:
+            plan.forget_created(self.state)
+            self._plan = None
+            raise
         for lane, own in zip(plan.lanes, inputs, strict=True):
             lane.step(own, self.param_groups, found_inf)
+        plan.created.clear()
         # Autograd then notices a parameter that changed between forward and backward.
         torch.autograd.graph.increment_version(params)
 
@@ -201,28 +203,25 @@ class FusedOptimizer(Optimizer):
     ) -> Plan:
         """Check everything, create missing states, and prepare the launches."""
         check_gradients(self, params, gradients)
+        check_states(self, params, group_of)
         created = self._create_states(params, group_of)
         self._plan = None
         self._plan = Plan(self, params, gradients, group_of, created)
         return self._plan
 
-    def _create_states(self, params: Sequence[Tensor], group_of: Sequence[int]) -> list[bool]:
-        """Create the states that are missing, at zero; say for each parameter whether any was."""
+    def _create_states(self, params: Sequence[Tensor], group_of: Sequence[int]) -> list[list[str]]:
+        """Create the states that are missing, at zero; return their names for each parameter."""
         names_of = [self.rule.states(group) for group in self.param_groups]
         created = []
         for p, index in zip(params, group_of, strict=True):
             state: State = self.state[p] if names_of[index] or self.rule.counts_steps else {}
             missing = [n for n in names_of[index] if state.get(n) is None]
-            if missing and is_capturing(p.device):
-                raise RuntimeError(
-                    f"{describe(self, p)} has no state yet: run one step before capturing a"
-                    " CUDA graph"
-                )
-            if self.rule.counts_steps and "step" not in state:
-                state["step"] = new_step()
             for name in missing:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            created.append(bool(missing))
+            if self.rule.counts_steps and "step" not in state:
+                state["step"] = new_step()
+                missing.append("step")
+            created.append(missing)
         return created
 
     def is_live(self, group: dict[str, Any]) -> bool:

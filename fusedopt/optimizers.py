@@ -253,3 +253,9 @@ class AdamW(Adam):
             decoupled_weight_decay=True,
             **common,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A checkpoint of Adam says otherwise; the class decides, as in torch.
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True

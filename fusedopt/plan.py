@@ -17,7 +17,6 @@ from torch import Tensor
 
 from . import backends
 from .backends import Inputs, Slot
-from .checks import check_states
 from .lane import Lane
 from .layout import ALIGNMENT, fingerprint, is_plain
 from .steps import State
@@ -51,7 +50,7 @@ class Plan:
         params: parameters with a gradient, ordered by group.
         gradients: their gradients.
         group_of: for each parameter, the index of its group.
-        created: for each parameter, whether its state was created just now.
+        created: for each parameter, the names of the states created just now.
     """
 
     def __init__(
@@ -60,12 +59,13 @@ class Plan:
         params: list[Tensor],
         gradients: list[Tensor],
         group_of: list[int],
-        created: Sequence[bool],
+        created: Sequence[Sequence[str]],
     ) -> None:
         groups = optimizer.param_groups
         self._params = params
         self._group_of = group_of
-        self._created = [p for p, new in zip(params, created, strict=True) if new]
+        # Until the first step is through.
+        self.created = [(p, names) for p, names in zip(params, created, strict=True) if names]
         self._config = _config(optimizer)
         names_of = [optimizer.rule.states(group) for group in groups]
         options_of = [optimizer.rule.options(group) for group in groups]
@@ -75,9 +75,6 @@ class Plan:
         self._all_states = list(optimizer.state.values())
         self._columns = _columns(self._names, self._states)
         self._tensors = self._state_tensors()
-        self._sharded = next(
-            (p for p, g in zip(params, gradients, strict=True) if _is_sharded(p, g)), None
-        )
         local_params, local_gradients = local_tensors(params), local_tensors(gradients)
         local_states = local_tensors(self._tensors)
         self._prints = _prints(local_params, local_states)
@@ -91,7 +88,6 @@ class Plan:
         }
         states_of = [tuple(next(rest[name]) for name in names) for names in self._names]
         for position, (p, index) in enumerate(zip(local_params, group_of, strict=True)):
-            check_states(optimizer, p, self._names[position], states_of[position])
             slots.setdefault((p.device, optimizer.is_live(groups[index])), []).append(position)
 
         self.lanes: list[Lane] = []
@@ -116,10 +112,9 @@ class Plan:
                     [self._states[k] for k in positions],
                     [group_of[k] for k in positions],
                     groups,
-                    [created[k] for k in positions],
+                    [bool(created[k]) for k in positions],
                 )
             )
-        self.live_lanes = [lane for lane in self.lanes if lane.live]
 
     def _state_tensors(self) -> list[Tensor]:
         """List the state tensors, name by name."""
@@ -183,19 +178,13 @@ class Plan:
             return [(gradients,)]
         return [([gradients[k] for k in positions],) for positions in self._positions]
 
-    def check_clippable(self) -> None:
-        """Raise for gradients whose norm this process cannot know alone."""
-        if self._sharded is not None:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(self._sharded.shape)} is sharded over processes,"
-                " and GlobalNorm does not sum over them yet: pass clip=None and call"
-                " torch.nn.utils.clip_grad_norm_ before step()"
-            )
-
     def forget_created(self, state: dict[Tensor, Any]) -> None:
         """Remove the states that were created for this plan."""
-        for p in self._created:
-            state.pop(p, None)
+        for p, names in self.created:
+            for name in names:
+                del state[p][name]
+            if not state[p]:
+                del state[p]
 
 
 def _columns(names_of: Sequence[Sequence[str]], states: Sequence[State]) -> dict[str, list[State]]:
@@ -214,7 +203,7 @@ def _identical(now: Collection[Any], then: Collection[Any]) -> bool:
 def _config(optimizer: FusedOptimizer) -> list[Any]:
     """Collect what the plan takes from the groups besides numbers."""
     skip = {"params", "param_names", *optimizer.rule.hyper}
-    config: list[Any] = [optimizer.backend]
+    config: list[Any] = [optimizer.backend, optimizer.clip is not None]
     for group in optimizer.param_groups:
         config.append(optimizer.rule.states(group))
         config.append(optimizer.rule.options(group))
@@ -231,15 +220,3 @@ def _kinds(gradients: Sequence[Tensor], addresses: Sequence[int]) -> list[bool]:
     """What of a gradient's address and flags decides by which launch it is read."""
     aligned = [address % ALIGNMENT == 0 for address in addresses]
     return aligned + [is_plain(g) for g in gradients]
-
-
-def _is_sharded(param: Tensor, gradient: Tensor) -> bool:
-    placements = getattr(param, "placements", None)
-    if placements is None:
-        return False
-    if gradient.placements != placements:  # type: ignore[attr-defined]
-        raise RuntimeError(
-            f"a DTensor parameter of shape {tuple(param.shape)} is placed as {placements}, its"
-            f" gradient as {gradient.placements}: redistribute the gradient first"  # type: ignore[attr-defined]
-        )
-    return any(not p.is_replicate() for p in placements)
