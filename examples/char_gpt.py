@@ -3,10 +3,9 @@
 The text is the Python language reference that ships with every CPython.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,9 +82,8 @@ def read_text(path: Path | None = None) -> str:
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    paragraphs = (part.strip("\n") for part in text.split("\n\n"))
     # Topics quote each other; a paragraph seen in training must not be held out again.
-    return "\n\n".join(dict.fromkeys(paragraphs))
+    return "\n\n".join(dict.fromkeys(part.strip("\n") for part in text.split("\n\n")))
 
 
 def encode(text: str, context: int) -> tuple[str, Tensor, Tensor]:
@@ -116,10 +114,10 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
 def train(
     model: CharGPT, optimizer: torch.optim.Optimizer, batches: Iterator[Tensor], steps: int
 ) -> Iterator[float]:
-    """Yield the loss of each step; the learning rate rises to the optimizer's, then falls."""
-    peak = optimizer.defaults["lr"]
-    cycle: dict[str, Any] = {"pct_start": 0.05, "cycle_momentum": False, "final_div_factor": 1}
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, **cycle)
+    """Yield each step's loss; the learning rate rises to the optimizer's, then falls to 4 %."""
+    rise, fall = max(1, steps // 20), math.pi / steps
+    factors = [min((i + 1) / rise, 0.52 + 0.48 * math.cos(fall * i)) for i in range(steps + 1)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__)
     for codes in itertools.islice(batches, steps):
         optimizer.zero_grad()
         loss = model.loss(codes)

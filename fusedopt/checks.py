@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from . import backends
 from .codecs import STORABLE, real_dtype
 from .coefficients import is_capturing
-from .layout import overlaps_itself
+from .layout import is_plain, overlaps_itself
 
 
 def describe(optimizer: Optimizer, param: Tensor) -> str:
@@ -71,6 +71,8 @@ def _problem(p: Tensor, gradient: Tensor) -> tuple[type[Exception], str] | None:
             return TypeError, f"{name} type is {tensor.dtype}; it must be floating point"
     if p.is_complex() != gradient.is_complex():
         return TypeError, "parameter and gradient must both be complex or both be real"
+    if not is_plain(p):
+        return RuntimeError, "it is lazily conjugated or negated; optimize its clone() instead"
     if overlaps_itself(p):
         return RuntimeError, (
             "several of its elements share one memory location (it is an expanded view), so"

@@ -47,8 +47,11 @@ def fingerprint(tensors: Sequence[Tensor], kind: Callable[[Tensor], Any]) -> Fin
 
 
 def real_view(tensor: Tensor) -> Tensor:
-    """View complex values as pairs of reals; real tensors are returned as they are."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    """View complex values as pairs of reals; real tensors are returned as they are.
+
+    A lazily conjugated tensor has no such view and is copied.
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -196,6 +196,9 @@ class Adam(FusedOptimizer):
         _check_lr(lr)
         _require(lr >= 0.0, "lr", "at least 0", lr)
         _require(eps >= 0.0, "eps", "at least 0", eps)
+        kinds = {Tensor if isinstance(beta, Tensor) else type(beta) for beta in betas[:2]}
+        if kinds not in ({float}, {Tensor}):
+            raise ValueError(f"betas must be two floats, or two tensors, got {betas}")
         for name, beta in (("betas[0]", betas[0]), ("betas[1]", betas[1])):
             _require(0.0 <= beta < 1.0, name, "in [0, 1)", beta)
         _require(weight_decay >= 0.0, "weight_decay", "at least 0", weight_decay)

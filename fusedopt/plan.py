@@ -29,6 +29,10 @@ _dtype = operator.attrgetter("dtype")
 _nbytes = operator.attrgetter("nbytes")
 
 
+def _flags(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.is_conj(), tensor.is_neg()
+
+
 def _prints(params: list[Tensor], states: list[Tensor]) -> tuple[Any, ...]:
     # States are the same objects, so only a swapped .data can have moved them. A parameter's
     # .data is swapped as a matter of course (model.half()), and may land at an old address.
@@ -78,7 +82,9 @@ class Plan:
         local_params, local_gradients = local_tensors(params), local_tensors(gradients)
         local_states = local_tensors(self._tensors)
         self._prints = _prints(local_params, local_states)
-        self._gradient_print = fingerprint(local_gradients, _dtype)
+        # Setting a conjugate in the place of a gradient changes neither address nor type.
+        self._gradient_kind = _flags if any(p.is_complex() for p in params) else _dtype
+        self._gradient_print = fingerprint(local_gradients, self._gradient_kind)
         self._gradient_kinds = _kinds(local_gradients, self._gradient_print[0])
 
         slots: dict[tuple[torch.device, bool], list[int]] = {}
@@ -157,7 +163,7 @@ class Plan:
     def _take_gradients(self, gradients: list[Tensor]) -> bool:
         gradients = local_tensors(gradients)
         try:
-            new = fingerprint(gradients, _dtype)
+            new = fingerprint(gradients, self._gradient_kind)
         except RuntimeError:  # sparse tensors have no address; the checks say so better
             return False
         if new[1:] != self._gradient_print[1:]:

@@ -1,40 +1,36 @@
 """Every rule in the registry, with each of its example groups, against three oracles.
 
 The kernel against the rule's twin and against its own source executed by torch; the source
-against the twin in float64; the twin against torch.optim; and numbers worked by hand. A new rule
-is covered by adding it to the registry.
+against the twin in float64; the twin against torch.optim. A new rule is covered by adding it to
+the registry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import fusedopt
 import pytest
 import torch
-from fusedopt import backends
-from fusedopt.backends import Slot
-from fusedopt.kernels.lang import jit, sqrt, tl
-from fusedopt.kernels.rule import Rule
-from fusedopt.kernels.rules import REGISTRY
-from oracles import (
-    INTERPRETED,
+from oracles import INTERPRETED, as_scalars, source_of
+from tolerances import FORMULA, STEP, TRAJECTORY, assert_close_ulps, assert_equal, assert_untouched
+from torch import Tensor
+from trajectory import (
     TORCH_CLASS,
-    ForeignName,
     Trajectory,
-    as_scalars,
     assert_same_trajectory,
     describe,
     give_gradient,
     make_gradients,
     optimizer_of,
-    source_of,
     wide,
 )
-from tolerances import FORMULA, STEP, TRAJECTORY, assert_close_ulps, assert_equal, bits
-from torch import Tensor
+
+from fusedopt import backends
+from fusedopt.backends import Slot
+from fusedopt.kernels.lang import jit, tl
+from fusedopt.kernels.rule import Rule
+from fusedopt.kernels.rules import REGISTRY
 
 RULES = [pytest.param(rule, id=name) for name, rule in REGISTRY.items()]
 CASES = [
@@ -52,6 +48,9 @@ TYPES = [
         (torch.float64, torch.float64),
         (torch.float32, torch.bfloat16),
         (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+        # Last, and compared with the twin only: torch rounds float64 to float16 by way of
+        # float32, the kernel at once.
         (torch.float16, torch.float64),
     )
 ]
@@ -69,13 +68,19 @@ def _groups(params: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> li
     return [{**group, "params": [p]} for p, group in zip(params, groups, strict=True)]
 
 
+def _signed(size: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    random = torch.randn(like.numel(), dtype=torch.float64, device=like.device)
+    return (size.to(random) * random.sign()).to(dtype)
+
+
+def _ordinary(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradients from 1 to 10: larger than weight_decay * p, so that their sum does not cancel."""
+    return _signed(torch.logspace(0, 1, like.numel()), like, dtype)
+
+
 def _spread(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradients of very different sizes, some of them about as small as eps."""
-    size = torch.logspace(-6, 1, like.numel(), dtype=torch.float64, device=like.device)
-    return (torch.randn(like.numel(), dtype=torch.float64, device=like.device) * size).to(dtype)
-
-
-# --- the registry ----------------------------------------------------------------------------
+    """Gradients of very different sizes, the smallest about as small as eps."""
+    return _signed(torch.logspace(-6, 1, like.numel()), like, dtype)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -111,9 +116,6 @@ def test_coefficients_are_double_and_device_ready(
         assert_close_ulps(got, expected, None, STEP[torch.float64], f"coefficient {i}")
 
 
-# --- kernel against its source and its twin --------------------------------------------------
-
-
 @pytest.mark.parametrize(("stored", "gradient_type"), TYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_kernel_against_twin(
@@ -133,7 +135,7 @@ def test_kernel_against_twin(
             for name, value in kernel.state.get(p, {}).items():
                 twin.state[q][name].copy_(value)
             before.append({"p": p.detach().clone(), **_copies(kernel.state.get(p, {}))})
-            gradient = _spread(p, gradient_type)
+            gradient = _ordinary(p, gradient_type)
             give_gradient(p, gradient)
             give_gradient(q, gradient.clone())
         kernel.step()
@@ -144,9 +146,11 @@ def test_kernel_against_twin(
             assert got.keys() == expected.keys()
             for name, value in expected.items():
                 old = before[i].get(name, torch.zeros_like(value))
+                # A maximum moves at every other step only.
                 assert_close_ulps(
-                    got[name], value, old, STEP[value.dtype], f"step {step}: group {i}: {name}"
-                )
+                    got[name], value, old, STEP[value.dtype], f"step {step}: group {i}: {name}",
+                    moved=0.5 if name == "p" or step == 1 else 0.2,
+                )  # fmt: skip
 
 
 def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +158,7 @@ def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compiled code contracts products and sums")
-@pytest.mark.parametrize(("stored", "gradient_type"), TYPES)
+@pytest.mark.parametrize(("stored", "gradient_type"), TYPES[:-1])
 @pytest.mark.parametrize("rule", RULES)
 def test_kernel_is_its_source_to_the_bit(
     rule: Rule, stored: torch.dtype, gradient_type: torch.dtype, device: torch.device
@@ -186,9 +190,6 @@ def test_kernel_is_its_source_to_the_bit(
             assert_equal(got, value.to(stored), zero.to(stored), f"group {i}: {name}")
 
 
-# --- source against twin, in float64 ---------------------------------------------------------
-
-
 @pytest.mark.parametrize(("rule", "group"), CASES)
 def test_source_against_twin_in_float64(rule: Rule, group: Mapping[str, Any]) -> None:
     # Catches a slip in either statement of the formula that single precision could hide.
@@ -200,70 +201,18 @@ def test_source_against_twin_in_float64(rule: Rule, group: Mapping[str, Any]) ->
         inputs = tuple(gradient**degree for degree in rule.degrees)
         numbers = rule.coefficients(group, float(step))
         got_p, got = source(p, inputs, states, as_scalars(numbers, torch.float64), options)
-        new_p, new = rule.twin(p, inputs, states, numbers, options)
+        # A twin may overwrite parameter and states, and nothing else.
+        given = tuple(x.clone() for x in inputs)
+        new_p, new = rule.twin(p.clone(), given, tuple(s.clone() for s in states), numbers, options)
+        for x, y in zip(given, inputs, strict=True):
+            assert_untouched(x, y, "input")
         assert len(got) == len(new) == len(states)
         assert_close_ulps(got_p, new_p, p, FORMULA, f"step {step}: p")
         for name, a, b, old in zip(rule.states(group), got, new, states, strict=True):
-            # A maximum stays where it is.
-            moved = 0.0 if name.startswith("max") and step > 1 else 0.5
+            # The first step moves every state, later ones do not move every maximum.
+            moved = 0.5 if step == 1 else 0.0
             assert_close_ulps(a, b, old, FORMULA, f"step {step}: {name}", moved=moved)
         p, states = new_p, new
-
-
-GLOBAL = 2.0
-
-
-def _honest(p, inputs, states, coefficients, OPTIONS):
-    return p - coefficients[0] * inputs[0] / sqrt(inputs[0] * inputs[0]), states
-
-
-def _reads_global(p, inputs, states, coefficients, OPTIONS):
-    return p - GLOBAL * inputs[0], states
-
-
-def _reads_global_in_dead_code(p, inputs, states, coefficients, OPTIONS):
-    if OPTIONS[0]:
-        p = p - GLOBAL
-    return p, states
-
-
-def _asks_where_it_is(p, inputs, states, coefficients, OPTIONS):
-    return p * tl.program_id(0), states
-
-
-def _reads_memory(p, inputs, states, coefficients, OPTIONS):
-    return tl.load(inputs[0]), states
-
-
-def _casts(p, inputs, states, coefficients, OPTIONS):
-    return p.to(inputs[0].dtype), states
-
-
-def _calls_python(p, inputs, states, coefficients, OPTIONS):
-    return max(p, inputs[0]), states
-
-
-def test_source_oracle_runs_an_elementwise_function() -> None:
-    one = torch.ones(1, dtype=torch.float64)
-    p, states = source_of(jit(_honest))(3 * one, (-2 * one,), (), (0.5 * one,), (False,))
-    assert p.item() == 3.5
-    assert states == ()
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        _reads_global, _reads_global_in_dead_code, _asks_where_it_is, _reads_memory, _casts,
-        _calls_python,
-    ],
-)  # fmt: skip
-def test_source_oracle_refuses_all_but_arguments(function: Callable[..., Any]) -> None:
-    # Catches an oracle that lends a rule what the rule must not have.
-    with pytest.raises(ForeignName):
-        source_of(jit(function))
-
-
-# --- twin against torch.optim ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -301,9 +250,6 @@ def test_live_coefficients_against_torch(rule: Rule, backend: str, device: torch
     )
 
 
-# --- scale and skip --------------------------------------------------------------------------
-
-
 @jit
 def _two_inputs(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     return p - coefficients[0] * inputs[0], (states[0] + inputs[1],)
@@ -338,7 +284,8 @@ def _update_two_inputs(
     values = [torch.full((5,), v, device=device) for v in (8.0, 6.0, 10.0, 1.0)]
     slot = Slot(0, values[0], (values[1], values[2]), (values[3],), ())
     part = backends.prepare(backend, TWO_INPUTS, device, [slot])
-    part.update(_Table(device), torch.tensor(control, dtype=torch.float64, device=device))
+    factors = torch.tensor(control, dtype=torch.float64, device=device)
+    part.update([(x,) for x in slot.inputs], _Table(device), factors)
     return values[0], values[3]
 
 
@@ -356,80 +303,3 @@ def test_skip_flag_leaves_memory_alone(backend: str, device: torch.device) -> No
     p, total = _update_two_inputs(backend, [float("nan"), 1.0], device)
     assert p.tolist() == [8.0] * 5
     assert total.tolist() == [1.0] * 5
-
-
-# --- numbers worked by hand ------------------------------------------------------------------
-
-F = Fraction
-# (class, arguments, first parameter, gradients, parameters after each step, states at the end)
-BY_HAND = {
-    # d = 3 + 0.5 * 2 = 4; p = 2 - 0.25 * 4 = 1.   d = -1 + 0.5 * 1 = -0.5; p = 1 + 0.125.
-    "SGD-decay": (
-        fusedopt.SGD, {"lr": 0.25, "weight_decay": 0.5},
-        2, [3, -1], [1, F(9, 8)], {},
-    ),
-    # Ascent: d = -3 + 0.5 * 2 = -2; p = 2 + 0.25 * 2 = 2.5. The decay still pulls down.
-    "SGD-maximize": (
-        fusedopt.SGD, {"lr": 0.25, "weight_decay": 0.5, "maximize": True},
-        2, [3], [F(5, 2)], {},
-    ),
-    # b = 4, undampened; p = 1 - 0.5 * 4 = -1.   b = 0.75 * 4 + 0.25 * 8 = 5; p = -1 - 2.5.
-    # b = 0.75 * 5 + 0.25 * (-3) = 3; p = -3.5 - 1.5.
-    "SGD-dampening": (
-        fusedopt.SGD, {"lr": 0.5, "momentum": 0.75, "dampening": 0.75},
-        1, [4, 8, -3], [-1, F(-7, 2), -5], {"momentum_buffer": 3},
-    ),
-    # b = 4; p = 1 - 0.5 * (4 + 0.5 * 4) = -2.   b = 2 + 2 = 4; p = -2 - 0.5 * (2 + 2) = -4.
-    "SGD-nesterov": (
-        fusedopt.SGD, {"lr": 0.5, "momentum": 0.5, "nesterov": True},
-        1, [4, 2], [-2, -4], {"momentum_buffer": 4},
-    ),
-    # s = 0.25 * 8^2 = 16; p = 1 - 5 * 8 / (4 + 1) = -7.
-    # s = 0.75 * 16 + 0.25 * 4^2 = 16; p = -7 - 5 * 4 / (4 + 1) = -11.
-    "RMSprop": (
-        fusedopt.RMSprop, {"lr": 5, "alpha": 0.75, "eps": 1},
-        1, [8, 4], [-7, -11], {"square_avg": 16},
-    ),
-    # d = 6 + 0.5 * 4 = 8; s = 0.25 * 64 = 16; b = 8 / (4 + 1) = 1.6; p = 4 - 2 * 1.6 = 0.8.
-    # d = 3.6 + 0.4 = 4; s = 0.75 * 16 + 0.25 * 16 = 16; b = 0.5 * 1.6 + 4 / 5 = 1.6; p = -2.4.
-    "RMSprop-momentum": (
-        fusedopt.RMSprop,
-        {"lr": 2, "alpha": 0.75, "eps": 1, "momentum": 0.5, "weight_decay": 0.5},
-        4, [6, F(18, 5)], [F(4, 5), F(-12, 5)],
-        {"square_avg": 16, "momentum_buffer": F(8, 5)},
-    ),
-    # s = 0.2 * 25 = 5; a = 0.2 * 5 = 1; s - a^2 = 4; p = 3 - 2 * 5 / (2 + 0.5) = -1.
-    # s = 0.8 * 5 + 0.2 * 25 = 9; a = 0.8 + 1 = 1.8; s - a^2 = 5.76; p = -1 - 10 / (2.4 + 0.5).
-    "RMSprop-centered": (
-        fusedopt.RMSprop, {"lr": 2, "alpha": 0.8, "eps": 0.5, "centered": True},
-        3, [5, 5], [-1, -1 - F(100, 29)], {"square_avg": 9, "grad_avg": F(9, 5)},
-    ),
-    # m = 0.5 * 2 = 1, v = 0.25 * 4 = 1; m / (1 - 0.5) = 2, sqrt(v / (1 - 0.75)) = 2;
-    # p = 1 - 9/8 * 2 / (2 + 1/4) = 0.
-    # m = 0.5 + 2.5 = 3, v = 0.75 + 6.25 = 7; m / (1 - 1/4) = 4, sqrt(7 / (1 - 9/16)) = 4;
-    # p = 0 - 9/8 * 4 / (4 + 1/4) = -18/17.
-    "Adam": (
-        fusedopt.Adam, {"lr": 1.125, "betas": (0.5, 0.75), "eps": 0.25},
-        1, [2, 5], [0, F(-18, 17)], {"exp_avg": 3, "exp_avg_sq": 7},
-    ),
-    # The same two steps, from d = g + 0.5 p: 1.5 + 0.5 = 2 and 5 + 0 = 5.
-    "Adam-decay": (
-        fusedopt.Adam, {"lr": 1.125, "betas": (0.5, 0.75), "eps": 0.25, "weight_decay": 0.5},
-        1, [F(3, 2), 5], [0, F(-18, 17)], {"exp_avg": 3, "exp_avg_sq": 7},
-    ),
-    # Decay apart from the gradient: p = (1 - 1.125 * 0.5) * 16 - 9/8 * 2 / (9/4) = 7 - 1 = 6,
-    # then 7/16 * 6 - 18/17.
-    "AdamW": (
-        fusedopt.AdamW, {"lr": 1.125, "betas": (0.5, 0.75), "eps": 0.25, "weight_decay": 0.5},
-        16, [2, 5], [6, F(21, 8) - F(18, 17)], {"exp_avg": 3, "exp_avg_sq": 7},
-    ),
-    # beta2 = 0.6: v = 0.4 * 10 = 4 of the first step (g^2 = 10 is not rational, so the first
-    # step is 2 and the second 6): v = 1.6; p = 1 - 2 * 2 / (2 + 2) = 0.
-    # v = 0.96 + 14.4 = 15.36 = v_max, 1 - 0.36 = 0.64, sqrt(15.36 / 0.64) = sqrt(24): see below.
-    # Third step with g = 0 and AMSGrad: v = 9.216 is below v_max = 15.36.
-    "Adam-amsgrad": (
-        fusedopt.Adam, {"lr": 2, "betas": (0.0, 0.6), "eps": 2, "amsgrad": True},
-        1, [2, 0], [0, 0],
-        {"exp_avg": 0, "exp_avg_sq": F(24, 25), "max_exp_avg_sq": F(8, 5)},
-    ),
-}  # fmt: skip

@@ -26,7 +26,7 @@ class Tolerance:
     reason: str
 
 
-_ORDER = "a rule has up to six roundings between memory and memory; kernel and twin order them apart"
+_ORDER = "up to six roundings between memory and memory, which kernel and twin order apart"
 _FLIP = "a last-bit difference of the arithmetic can turn one rounding on storing"
 _GROWTH = "differences of single steps add up: momentum 0.9 remembers ten, a parameter all of them"
 _FLIPS = "a turned rounding shifts what follows, and some elements meet two or three of them"
@@ -54,10 +54,11 @@ FORMULA = Tolerance(450, "1e-13 / 2^-52")
 
 # Arithmetic in the storage type, with a rounding at every operation as torch.optim does it on
 # bfloat16 and float16 parameters, against one rounding a step: the distance between the ends of
-# two trajectories as a share of the way that they went.
+# two trajectories as a share of the way that they went. AdamW is the worst: its decay of 0.1 % a
+# step is less than half an ulp, and torch, which rounds the decayed parameter, never decays.
 EVERY_OPERATION_ROUNDED: Mapping[torch.dtype, float] = {
-    torch.bfloat16: 0.05,
-    torch.float16: 0.01,
+    torch.bfloat16: 0.15,
+    torch.float16: 0.05,
 }
 
 

@@ -7,7 +7,6 @@ read from memory once, not once an operation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +18,39 @@ from ..kernels.rule import Rule
 from ..layout import is_dense, real_view, same_order
 from . import Inputs, Slot
 
-# Elements a piece: half a dozen float32 temporaries of this size fit into a second-level cache,
-# and it is large enough for PyTorch to use all threads.
-PIECE = 1 << 18
+# Elements that each thread takes of a piece: what a step touches of them fits a second-level cache.
+PIECE_OF_THREAD = 1 << 17
+
+
+class _Memory:
+    """What of a slot is read and written in place: the parameter and its states."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.position = slot.position
+        self.options = slot.options
+        self.compute = slot.compute
+        self.tensors = [real_view(t) for t in (slot.param, *slot.states)]
+        param = self.tensors[0]
+        self.cuttable = (
+            param.numel() > PIECE_OF_THREAD
+            and is_dense(param)
+            and all(same_order(param, t) for t in self.tensors)
+        )
+
+    def pieces(
+        self, inputs: Sequence[Tensor]
+    ) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+        """Yield memory and inputs, whole or cut into pieces where all lie in the same order."""
+        param = self.tensors[0]
+        if not self.cuttable or not all(same_order(param, x) for x in inputs):
+            yield self.tensors, inputs
+            return
+        memory = [t.as_strided((t.numel(),), (1,)) for t in self.tensors]
+        flat = [x.as_strided((x.numel(),), (1,)) for x in inputs]
+        piece = PIECE_OF_THREAD * torch.get_num_threads()
+        for start in range(0, param.numel(), piece):
+            stop = start + piece
+            yield [t[start:stop] for t in memory], [x[start:stop] for x in flat]
 
 
 class ReferencePart:
@@ -30,7 +59,7 @@ class ReferencePart:
     def __init__(self, rule: Rule, device: torch.device, slots: Sequence[Slot]) -> None:
         self.rule = rule
         self.device = device
-        self.slots = [(replace(slot, inputs=()), slot.compute) for slot in slots]
+        self.memories = [_Memory(slot) for slot in slots if slot.param.numel() > 0]
 
     def move_inputs(self, inputs: Inputs) -> None:
         pass
@@ -38,10 +67,8 @@ class ReferencePart:
     def partial_norms(self, inputs: Inputs, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
         order = float("inf") if infinity_norm else 2.0
         norms = []
-        for slot, compute in self.slots:
-            if slot.param.numel() == 0:
-                continue
-            gradient = decode(real_view(inputs[0][slot.position]), compute)
+        for memory in self.memories:
+            gradient = decode(real_view(inputs[0][memory.position]), memory.compute)
             norms.append(torch.linalg.vector_norm(gradient, order).double())
         if not norms:
             return torch.zeros(1, dtype=torch.float64, device=self.device)
@@ -71,35 +98,32 @@ class ReferencePart:
                 return
         else:
             scale, skip = control[0], control[1] != 0
-        for slot, compute in self.slots:
-            coefficients = table.rows[table.row_of[slot.position]]
-            full = replace(slot, inputs=tuple(kind[slot.position] for kind in inputs))
-            for operands in _pieces(full):
-                self._update(operands, full, compute, coefficients, scale, skip)
+        for memory in self.memories:
+            coefficients = table.rows[table.row_of[memory.position]]
+            own = [real_view(kind[memory.position]) for kind in inputs]
+            for tensors, values in memory.pieces(own):
+                self._update(memory, tensors, values, coefficients, scale, skip)
 
     def _update(
         self,
-        operands: Sequence[Tensor],
-        slot: Slot,
-        compute: torch.dtype,
+        memory: _Memory,
+        tensors: Sequence[Tensor],
+        inputs: Sequence[Tensor],
         coefficients: tuple[Any, ...],
         scale: Any,
         skip: Any,
     ) -> None:
-        n_inputs = len(slot.inputs)
-        values = [decode(x, compute) for x in operands]
-        memory = (operands[0], *operands[1 + n_inputs :])
         # The twin may overwrite its arguments, which can be the memory itself.
-        old = [x.clone() for x in memory] if isinstance(skip, Tensor) else []
-        inputs = tuple(
-            _scaled(x, scale, degree)
-            for x, degree in zip(values[1 : 1 + n_inputs], self.rule.degrees, strict=True)
+        old = [t.clone() for t in tensors] if isinstance(skip, Tensor) else []
+        p, *states = [decode(t, memory.compute) for t in tensors]
+        scaled = tuple(
+            _scaled(decode(x, memory.compute), scale, degree)
+            for x, degree in zip(inputs, self.rule.degrees, strict=True)
         )
-        states = tuple(values[1 + n_inputs :])
-        p, states = self.rule.twin(values[0], inputs, states, coefficients, slot.options)
-        for target, new in zip(memory, (p, *states), strict=True):
+        p, new_states = self.rule.twin(p, scaled, tuple(states), coefficients, memory.options)
+        for target, new in zip(tensors, (p, *new_states), strict=True):
             encode(target, new)
-        for target, before in zip(memory, old, strict=False):
+        for target, before in zip(tensors, old, strict=False):
             torch.where(skip, before, target, out=target)
 
 
@@ -107,18 +131,3 @@ def _scaled(x: Tensor, scale: Any, degree: int) -> Tensor:
     if isinstance(scale, Tensor):
         return x * scale.to(x.dtype) ** degree
     return x if scale == 1.0 else x * scale**degree
-
-
-def _pieces(slot: Slot) -> Iterator[Sequence[Tensor]]:
-    """Yield the operands, whole or cut into pieces where they lie in the same order."""
-    if slot.param.numel() == 0:
-        return
-    views = [real_view(t) for t in slot.operands]
-    param = views[0]
-    cuttable = is_dense(param) and all(same_order(param, t) for t in views[1:])
-    if param.numel() <= PIECE or not cuttable:
-        yield views
-        return
-    flat = [t.as_strided((t.numel(),), (1,)) for t in views]
-    for start in range(0, param.numel(), PIECE):
-        yield [t[start : start + PIECE] for t in flat]

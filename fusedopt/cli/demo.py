@@ -188,7 +188,9 @@ def kernel_step(
     start = demo_kernels.snapshot(optimizer)
     backend, reason = chosen
     on_cpu = start["parameters"][0].device.type == "cpu"
-    missing = demo_kernels.missing_reason() if on_cpu else reason if backend != "triton" else None
+    missing = demo_kernels.missing_reason() if on_cpu else None
+    if not on_cpu and backend != "triton":
+        missing = reason
     if missing is not None:
         return {"ok": True, "not_run": missing}
     if not on_cpu:
