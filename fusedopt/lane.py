@@ -56,6 +56,7 @@ class Lane:
         self.table: Table
         if live:
             self.table = LiveTable(rule, device, group_of, groups)
+            self.table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64))
         else:
             self.table = HostTable(rule, device, group_of)
 
@@ -85,18 +86,19 @@ class Lane:
         if self.counter is not None:
             self.counter.advance(found_inf)
         if isinstance(self.table, LiveTable):
-            self._refresh_live(self.table, groups)
+            if self.counter is not None:
+                self.table.steps.copy_(self.counter.buffer)
+            self.table.refresh(groups)
         elif self._expected is not None:
             self._expected.add_(1)
         self.part.update(inputs, self.table, self.control.values)
-        # What was created has had its first step.
-        self._partitioned = 1.0 not in self._stages
-        if not self._partitioned:
-            self._stages = [2.0] * len(self._stages)
+        self._partitioned = True
+        if self.counter is None and 1.0 in self._stages:
+            self._age()
 
-    def _refresh_live(self, table: LiveTable, groups: Groups) -> None:
-        if self.counter is not None:
-            table.steps.copy_(self.counter.buffer)
-        elif not self._partitioned:
-            table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64))
-        table.refresh(groups)
+    def _age(self) -> None:
+        """What was created has had its first step."""
+        self._stages = [2.0] * len(self._stages)
+        self._partitioned = False
+        if isinstance(self.table, LiveTable):
+            self.table.steps.fill_(2.0)

@@ -133,7 +133,9 @@ class FusedOptimizer(Optimizer):
     def _update(self) -> None:
         params, gradients, group_of = self._gather()
         grad_scale, found_inf = self._load_scaler()
-        if not params or (found_inf is not None and self._overflowed(params, found_inf)):
+        if not params:
+            return
+        if found_inf is not None and self._overflowed(params, group_of, found_inf):
             return
         plan = self._plan
         if plan is None or not plan.fits(self, params, gradients, group_of):
@@ -188,12 +190,16 @@ class FusedOptimizer(Optimizer):
             self._device_scaler = True
         return grad_scale, found_inf
 
-    def _overflowed(self, params: Sequence[Tensor], found_inf: Tensor) -> bool:
+    def _overflowed(
+        self, params: Sequence[Tensor], group_of: Sequence[int], found_inf: Tensor
+    ) -> bool:
         """Whether to skip the step on the host: the flag is there, or state is yet to be made."""
         # A skipped step leaves no trace, so no state may be created by it. Reading the flag then
         # waits for the device, at the first steps only.
-        keeps_state = self.rule.counts_steps or any(map(self.rule.states, self.param_groups))
-        creates_state = keeps_state and not all(p in self.state for p in params)
+        keeps = [self.rule.counts_steps or bool(self.rule.states(g)) for g in self.param_groups]
+        creates_state = any(
+            keeps[index] and p not in self.state for p, index in zip(params, group_of, strict=True)
+        )
         if found_inf.device.type == "cpu" or creates_state:
             return bool(found_inf.item())
         return False

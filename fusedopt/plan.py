@@ -85,7 +85,7 @@ class Plan:
         # Setting a conjugate in the place of a gradient changes neither address nor type.
         self._gradient_kind = _flags if any(p.is_complex() for p in params) else _dtype
         self._gradient_print = fingerprint(local_gradients, self._gradient_kind)
-        self._gradient_kinds = _kinds(local_gradients, self._gradient_print[0])
+        self._routes = _route(local_gradients, self._gradient_print[0])
 
         slots: dict[tuple[torch.device, bool], list[int]] = {}
         rest = {
@@ -170,7 +170,7 @@ class Plan:
             return False
         if new[0] == self._gradient_print[0]:
             return True
-        if _kinds(gradients, new[0]) != self._gradient_kinds:
+        if _route(gradients, new[0]) != self._routes:
             return False
         for lane, inputs in zip(self.lanes, self.inputs(gradients), strict=True):
             lane.part.move_inputs(inputs)
@@ -222,7 +222,7 @@ def _is_setting(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _kinds(gradients: Sequence[Tensor], addresses: Sequence[int]) -> list[bool]:
+def _route(gradients: Sequence[Tensor], addresses: Sequence[int]) -> list[bool]:
     """What of a gradient's address and flags decides by which launch it is read."""
     aligned = [address % ALIGNMENT == 0 for address in addresses]
     return aligned + [is_plain(g) for g in gradients]
