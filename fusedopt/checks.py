@@ -108,6 +108,8 @@ def _state_problem(p: Tensor, name: str, state: Tensor | None) -> str | None:
             f" parameter on {p.device}. Load the optimizer's state after the model's parameters"
             " have their final shape and device"
         )
+    if overlaps_itself(state) or not is_plain(state):
+        return f"several elements of its state {name!r} share memory; replace it by its clone()"
     if real_dtype(state.dtype) not in STORABLE or state.is_complex() != p.is_complex():
         return f"its state {name!r} has type {state.dtype}, the parameter {p.dtype}"
     return None

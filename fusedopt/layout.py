@@ -8,42 +8,67 @@ before the update and, if it was written, copied back after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes: the widest access of a thread
 
-Fingerprint = tuple[list[int], list[Any], list[bool], list[tuple[int, ...]]]
+
+_dtype = operator.attrgetter("dtype")
+_nbytes = operator.attrgetter("nbytes")
 
 
-def fingerprint(tensors: Sequence[Tensor], kind: Callable[[Tensor], Any]) -> Fingerprint:
-    """What a prepared launch depends on, for tensors known to be the same objects or shapes.
-
-    This runs over a thousand tensors at every step, so it reads no more than can have changed.
-    Strides of all of them, for one, would be so many tuples that Python's garbage collector
-    starts; a tensor that is contiguous still has the same ones.
+class Fingerprint:
+    """Where tensors lie in memory, and what of them decides by which launch they are reached.
 
     Args:
-        tensors: any dense tensors of this process.
-        kind: an attribute to read besides, such as the type or the size in bytes.
-
-    Returns:
-        Addresses, kinds, whether contiguous, and the strides of those that are not.
+        tensors: dense tensors of this process.
+        sizes: whether to compare sizes too. A parameter's size in bytes says enough: it is the
+            same object, and only its ``.data`` can have been swapped.
 
     Raises:
-        RuntimeError: for sparse tensors.
+        RuntimeError: for sparse tensors, which have no address.
     """
-    contiguous = list(map(Tensor.is_contiguous, tensors))
-    strided = () if all(contiguous) else zip(tensors, contiguous, strict=True)
-    return (
-        list(map(Tensor.data_ptr, tensors)),
-        list(map(kind, tensors)),
-        contiguous,
-        [t.stride() for t, plain in strided if not plain],
-    )
+
+    def __init__(self, tensors: Sequence[Tensor], sizes: bool) -> None:
+        self.addresses = list(map(Tensor.data_ptr, tensors))
+        self._kind = _dtype if sizes else _nbytes
+        self._kinds = list(map(self._kind, tensors))
+        self._sizes = [t.shape for t in tensors] if sizes else None
+        self._contiguous = list(map(Tensor.is_contiguous, tensors))
+        self._strided = [i for i, plain in enumerate(self._contiguous) if not plain]
+        self._strides = [tensors[i].stride() for i in self._strided]
+        self._any_complex = any(t.is_complex() for t in tensors)
+        self._routes = self._route(tensors, self.addresses)
+
+    def fits(self, tensors: Sequence[Tensor], addresses: list[int]) -> bool:
+        """Whether a launch prepared for the old tensors is right for these, but for addresses.
+
+        This looks at a thousand tensors in every step and so reads no more than it must: strides
+        only of tensors that are not contiguous, and sizes one by one, because a list of so many
+        tuples would make Python's garbage collector start.
+        """
+        if not (
+            list(map(self._kind, tensors)) == self._kinds
+            and list(map(Tensor.is_contiguous, tensors)) == self._contiguous
+            and [tensors[i].stride() for i in self._strided] == self._strides
+        ):
+            return False
+        if self._sizes is not None and not all(
+            map(operator.eq, map(Tensor.size, tensors), self._sizes)
+        ):
+            return False
+        # A conjugate in the place of its original has the same address.
+        unmoved = addresses == self.addresses and not self._any_complex
+        return unmoved or self._route(tensors, addresses) == self._routes
+
+    @staticmethod
+    def _route(tensors: Sequence[Tensor], addresses: Sequence[int]) -> list[bool]:
+        aligned = [address % ALIGNMENT == 0 for address in addresses]
+        return aligned + [is_plain(t) for t in tensors]
 
 
 def real_view(tensor: Tensor) -> Tensor:

@@ -18,25 +18,13 @@ from torch import Tensor
 from . import backends
 from .backends import Inputs, Slot
 from .lane import Lane
-from .layout import ALIGNMENT, fingerprint, is_plain
+from .layout import Fingerprint
 from .steps import State
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
 _PLAIN = {Tensor, torch.nn.Parameter}
-_dtype = operator.attrgetter("dtype")
-_nbytes = operator.attrgetter("nbytes")
-
-
-def _flags(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.is_conj(), tensor.is_neg()
-
-
-def _prints(params: list[Tensor], states: list[Tensor]) -> tuple[Any, ...]:
-    # States are the same objects, so only a swapped .data can have moved them. A parameter's
-    # .data is swapped as a matter of course (model.half()), and may land at an old address.
-    return fingerprint(params, _nbytes), list(map(Tensor.data_ptr, states))
 
 
 def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
@@ -81,11 +69,11 @@ class Plan:
         self._tensors = self._state_tensors()
         local_params, local_gradients = local_tensors(params), local_tensors(gradients)
         local_states = local_tensors(self._tensors)
-        self._prints = _prints(local_params, local_states)
-        # Setting a conjugate in the place of a gradient changes neither address nor type.
-        self._gradient_kind = _flags if any(p.is_complex() for p in params) else _dtype
-        self._gradient_print = fingerprint(local_gradients, self._gradient_kind)
-        self._routes = _route(local_gradients, self._gradient_print[0])
+        self._param_print = Fingerprint(local_params, sizes=False)
+        self._gradient_print = Fingerprint(local_gradients, sizes=True)
+        # States are the same objects at every step: only a swapped .data can have moved them.
+        self._state_addresses = list(map(Tensor.data_ptr, local_states))
+        self._placements = _placements(gradients)
 
         slots: dict[tuple[torch.device, bool], list[int]] = {}
         rest = {
@@ -157,24 +145,29 @@ class Plan:
             return False
         if not unchanged:
             return False
-        prints = _prints(local_tensors(params), local_tensors(tensors))
-        return prints == self._prints and self._take_gradients(gradients)
+        local_params = local_tensors(params)
+        addresses = list(map(Tensor.data_ptr, local_params))
+        return (
+            addresses == self._param_print.addresses
+            and self._param_print.fits(local_params, addresses)
+            and list(map(Tensor.data_ptr, local_tensors(tensors))) == self._state_addresses
+            and self._take_gradients(gradients)
+        )
 
     def _take_gradients(self, gradients: list[Tensor]) -> bool:
+        if _placements(gradients) != self._placements:
+            return False
         gradients = local_tensors(gradients)
         try:
-            new = fingerprint(gradients, self._gradient_kind)
+            addresses = list(map(Tensor.data_ptr, gradients))
+            if not self._gradient_print.fits(gradients, addresses):
+                return False
         except RuntimeError:  # sparse tensors have no address; the checks say so better
             return False
-        if new[1:] != self._gradient_print[1:]:
-            return False
-        if new[0] == self._gradient_print[0]:
-            return True
-        if _route(gradients, new[0]) != self._routes:
-            return False
-        for lane, inputs in zip(self.lanes, self.inputs(gradients), strict=True):
-            lane.part.move_inputs(inputs)
-        self._gradient_print = new
+        if addresses != self._gradient_print.addresses:
+            for lane, inputs in zip(self.lanes, self.inputs(gradients), strict=True):
+                lane.part.move_inputs(inputs)
+            self._gradient_print.addresses = addresses
         return True
 
     def inputs(self, gradients: list[Tensor]) -> list[Inputs]:
@@ -222,7 +215,8 @@ def _is_setting(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _route(gradients: Sequence[Tensor], addresses: Sequence[int]) -> list[bool]:
-    """What of a gradient's address and flags decides by which launch it is read."""
-    aligned = [address % ALIGNMENT == 0 for address in addresses]
-    return aligned + [is_plain(g) for g in gradients]
+def _placements(gradients: list[Tensor]) -> list[Any]:
+    """How DTensors are spread over processes; nothing for other tensors."""
+    if set(map(type, gradients)) <= _PLAIN:
+        return []
+    return [getattr(gradient, "placements", None) for gradient in gradients]

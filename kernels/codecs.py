@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from .lang import INTERPRETED, jit, tl
 
+# The interpreter's own conversions truncate to bfloat16, and flush its subnormal numbers.
 _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
 
 
 @jit
 def decode(pointers, mask, COMPUTE: tl.constexpr):
     """Load a block and widen it to the compute type."""
-    return tl.load(pointers, mask).to(COMPUTE)
+    value = tl.load(pointers, mask)
+    if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True).to(COMPUTE)
+    else:
+        return value.to(COMPUTE)
 
 
 @jit
@@ -28,10 +34,10 @@ def encode(pointers, value, mask):
 
 @jit
 def _round_to_bfloat16(value):
-    """Round float32 to bfloat16 as the hardware does: the interpreter truncates instead."""
+    """Round to nearest, ties to even, as the hardware does."""
     bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     # Adding to the pattern of a nan can carry it into infinity: keep it, and set a mantissa bit.
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    rounded = tl.where(is_nan, (bits | 0x00400000) & 0xFFFF0000, rounded)
-    return rounded.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    rounded = tl.where(is_nan, bits | 0x00400000, rounded)
+    return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

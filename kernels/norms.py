@@ -64,7 +64,7 @@ def _reduce(x, INFINITY_NORM: tl.constexpr):
         return tl.sum(x * x, 0)
 
 
-@jit
+@jit(do_not_specialize=["count"])
 def clip_factor(
     partials,  # float64 [count]
     count,  # int32

@@ -133,15 +133,16 @@ class TritonPart:
             cohort.move_inputs(inputs, self._captured)
 
     def partial_norms(self, inputs: Inputs, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
-        total = sum(cohort.norm_programs for cohort in self.cohorts)
+        # An even number of float64 for each cohort keeps all of them aligned; a spare one is 0.
+        counts = [cohort.norm_programs + cohort.norm_programs % 2 for cohort in self.cohorts]
         if self._partials is None:
-            self._partials = torch.zeros(max(total, 1), dtype=torch.float64, device=self.device)
+            size = max(sum(counts), 1)
+            self._partials = torch.zeros(size, dtype=torch.float64, device=self.device)
         start = 0
-        for cohort in self.cohorts:
-            stop = start + cohort.norm_programs
-            partials = self._partials[start:stop]
+        for cohort, count in zip(self.cohorts, counts, strict=True):
+            partials = self._partials[start : start + count]
             cohort.partial_norms(inputs, inverse_scale, partials, infinity_norm)
-            start = stop
+            start += count
         return self._partials
 
     def clip_factor(
@@ -258,10 +259,13 @@ class Cohort:
         columns = torch.arange(self.width).repeat_interleave(counts)
         first = (counts.cumsum(0) - counts).repeat_interleave(counts)
         index = torch.arange(len(columns)) - first
-        maps = torch.stack((columns, index)).to(torch.int32)
-        on_device = torch.empty_like(maps, device=self.device)
-        upload(on_device, maps)
-        return on_device[0], on_device[1]
+        return self._map(columns), self._map(index)
+
+    def _map(self, values: Tensor) -> Tensor:
+        # Each in memory of its own: Triton compiles anew for an address that is not aligned.
+        on_device = torch.empty(len(values), dtype=torch.int32, device=self.device)
+        upload(on_device, values.to(torch.int32))
+        return on_device
 
 
 def _waves(slots: Sequence[Slot]) -> dict[int, int]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import twin as T
-from ..lang import jit, lerp, maximum, sqrt, tl, where
+from ..lang import jit, lerp, sqrt, tl, where
 from ..rule import Group, Rule, Scalar
 
 
@@ -54,7 +54,8 @@ def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     if OPTIONS[0]:
         grad_avg = lerp(states[1], d, keep)
         new_states = new_states + (grad_avg,)
-        spread = maximum(square_avg - grad_avg * grad_avg, 0.0 * square_avg)
+        spread = square_avg - grad_avg * grad_avg
+        spread = where(spread < 0.0, 0.0, spread)
     # The plain quotient, within two units in the last place: a rounded one spills registers where
     # every state is kept and the gradient has another type.
     ratio = d / (sqrt(spread) + eps)
