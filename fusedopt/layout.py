@@ -18,7 +18,7 @@ ALIGNMENT = 16  # bytes: the widest access of a thread
 
 
 _dtype = operator.attrgetter("dtype")
-_nbytes = operator.attrgetter("nbytes")
+_shape = operator.attrgetter("shape")
 
 
 class Fingerprint:
@@ -26,44 +26,47 @@ class Fingerprint:
 
     Args:
         tensors: dense tensors of this process.
-        sizes: whether to compare sizes too. A parameter's size in bytes says enough: it is the
-            same object, and only its ``.data`` can have been swapped.
 
     Raises:
         RuntimeError: for sparse tensors, which have no address.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], sizes: bool) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.addresses = list(map(Tensor.data_ptr, tensors))
-        self._kind = _dtype if sizes else _nbytes
-        self._kinds = list(map(self._kind, tensors))
-        self._sizes = [t.shape for t in tensors] if sizes else None
+        self._dtypes = list(map(_dtype, tensors))
+        self._shapes = list(map(_shape, tensors))
         self._contiguous = list(map(Tensor.is_contiguous, tensors))
         self._strided = [i for i, plain in enumerate(self._contiguous) if not plain]
         self._strides = [tensors[i].stride() for i in self._strided]
         self._any_complex = any(t.is_complex() for t in tensors)
         self._routes = self._route(tensors, self.addresses)
 
-    def fits(self, tensors: Sequence[Tensor], addresses: list[int]) -> bool:
+    def fits(self, tensors: Sequence[Tensor], addresses: list[int], shapes: bool) -> bool:
         """Whether a launch prepared for the old tensors is right for these, but for addresses.
 
         This looks at a thousand tensors in every step and so reads no more than it must: strides
-        only of tensors that are not contiguous, and sizes one by one, because a list of so many
+        only of tensors that are not contiguous, and shapes one by one, because a list of so many
         tuples would make Python's garbage collector start.
+
+        Args:
+            tensors: as many as before.
+            addresses: where they are now.
+            shapes: whether shapes can have changed at the old addresses. A gradient's cannot: it
+                is refused by torch if it has not the parameter's.
         """
         if not (
-            list(map(self._kind, tensors)) == self._kinds
+            list(map(_dtype, tensors)) == self._dtypes
             and list(map(Tensor.is_contiguous, tensors)) == self._contiguous
             and [tensors[i].stride() for i in self._strided] == self._strides
         ):
             return False
-        if self._sizes is not None and not all(
-            map(operator.eq, map(Tensor.size, tensors), self._sizes)
-        ):
+        moved = addresses != self.addresses
+        if (shapes or moved) and not all(map(operator.eq, map(_shape, tensors), self._shapes)):
             return False
         # A conjugate in the place of its original has the same address.
-        unmoved = addresses == self.addresses and not self._any_complex
-        return unmoved or self._route(tensors, addresses) == self._routes
+        if moved or self._any_complex:
+            return self._route(tensors, addresses) == self._routes
+        return True
 
     @staticmethod
     def _route(tensors: Sequence[Tensor], addresses: Sequence[int]) -> list[bool]:

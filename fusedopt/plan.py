@@ -69,8 +69,8 @@ class Plan:
         self._tensors = self._state_tensors()
         local_params, local_gradients = local_tensors(params), local_tensors(gradients)
         local_states = local_tensors(self._tensors)
-        self._param_print = Fingerprint(local_params, sizes=False)
-        self._gradient_print = Fingerprint(local_gradients, sizes=True)
+        self._param_print = Fingerprint(local_params)
+        self._gradient_print = Fingerprint(local_gradients)
         # States are the same objects at every step: only a swapped .data can have moved them.
         self._state_addresses = list(map(Tensor.data_ptr, local_states))
         self._placements = _placements(gradients)
@@ -149,7 +149,7 @@ class Plan:
         addresses = list(map(Tensor.data_ptr, local_params))
         return (
             addresses == self._param_print.addresses
-            and self._param_print.fits(local_params, addresses)
+            and self._param_print.fits(local_params, addresses, shapes=True)
             and list(map(Tensor.data_ptr, local_tensors(tensors))) == self._state_addresses
             and self._take_gradients(gradients)
         )
@@ -160,7 +160,7 @@ class Plan:
         gradients = local_tensors(gradients)
         try:
             addresses = list(map(Tensor.data_ptr, gradients))
-            if not self._gradient_print.fits(gradients, addresses):
+            if not self._gradient_print.fits(gradients, addresses, shapes=False):
                 return False
         except RuntimeError:  # sparse tensors have no address; the checks say so better
             return False
