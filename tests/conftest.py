@@ -12,6 +12,7 @@ if DEVICE == "cpu":
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
 from fusedopt.examples.lion import LION  # noqa: E402
 from fusedopt.kernels.rules import register  # noqa: E402
 

@@ -42,6 +42,7 @@ SGD, RMSPROP, ADAM, ADAMW = PLAIN
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 # SGD of torch has no capturable.
 COUNTING = [c for c in CASES if "SGD" not in c.name]
+on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="the kernels are interpreted here")
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="stands in for a GPU")
 
 
@@ -436,6 +437,7 @@ def _assert_close(ours: Optimizer, theirs: Optimizer) -> None:
         torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-4, atol=1e-5)
 
 
+@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("clipped", [False, True], ids=["free", "clipped"])
 @pytest.mark.parametrize("case", COUNTING, ids=ids)
@@ -460,6 +462,7 @@ def test_a_captured_graph_replays_with_changed_numbers(case: Case, clipped: bool
     assert counts == {6}
 
 
+@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", PLAIN, ids=ids)
 def test_a_captured_graph_reads_tensors_live(case: Case) -> None:
@@ -480,6 +483,7 @@ def test_a_captured_graph_reads_tensors_live(case: Case) -> None:
         _assert_close(ours, theirs)
 
 
+@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", COUNTING, ids=ids)
 def test_a_captured_graph_obeys_the_loss_scaler(case: Case) -> None:
@@ -501,6 +505,8 @@ def test_a_captured_graph_obeys_the_loss_scaler(case: Case) -> None:
     assert {int(ours.state[p]["step"].item()) for p in groups_of(ours)} == {5}
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@on_gpu
 @pytest.mark.gpu
 def test_a_number_that_changed_during_a_capture_is_a_clear_error() -> None:
     ours, _ = _on_gpu(ADAMW, capturable=True)
@@ -512,6 +518,8 @@ def test_a_number_that_changed_during_a_capture_is_a_clear_error() -> None:
         ours.step()
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@on_gpu
 @pytest.mark.gpu
 def test_a_capture_before_the_first_step_is_a_clear_error() -> None:
     ours, _ = _on_gpu(ADAMW, capturable=True)

@@ -372,7 +372,9 @@ def test_profiler_ranges_are_torchs(case: Case) -> None:
     names = []
     for optimizer in pair.both:
         set_gradients(groups_of(optimizer), 1)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        # Some versions of torch warn where acc_events is left to its default.
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             optimizer.step()
             optimizer.zero_grad()
         names.append({e.key for e in profile.key_averages() if e.key.startswith("Optimizer.")})

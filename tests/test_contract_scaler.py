@@ -95,7 +95,8 @@ def test_an_overflow_changes_nothing(case: Case, backend: str, capturable: bool)
         scalers[0].step(pair.ours)
         scalers[0].update()
         assert_unchanged(pair.ours, before)
-        assert [p._version for p in groups_of(pair.ours)] == versions
+        if DEVICE.type == "cpu":  # elsewhere the host does not know of the overflow
+            assert [p._version for p in groups_of(pair.ours)] == versions
         if taken == 0:
             assert not pair.ours.state
         _scaled_step(pair, _scalers())
@@ -142,7 +143,8 @@ def test_half_precision_gradients_of_large_scale(case: Case) -> None:
     for p, q in zip(groups_of(half), groups_of(pair.theirs), strict=True):
         p.grad = (q.grad * scale).half()
         q.grad = p.grad.double() / scale
-    half.grad_scale, half.found_inf = torch.tensor([scale]), torch.tensor([0.0])
+    half.grad_scale = torch.tensor([scale], device=DEVICE)
+    half.found_inf = torch.zeros(1, device=DEVICE)
     half.step()
     pair.theirs.step()
     for p, q in zip(groups_of(half), groups_of(pair.theirs), strict=True):

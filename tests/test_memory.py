@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import weakref
 
-import fusedopt
 import pytest
 import torch
+
+import fusedopt
 
 
 @pytest.mark.parametrize("clip", [None, fusedopt.GlobalNorm(1.0)], ids=["plain", "clipped"])

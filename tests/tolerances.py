@@ -12,40 +12,14 @@ would have failed it: a tolerance wider than the update lets everything pass.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fusedopt.tolerances import STEP, TRAJECTORY, Tolerance, distance, ulp
 
-@dataclass(frozen=True)
-class Tolerance:
-    """A bound in ulps of the stored type, and what makes it necessary."""
+__all__ = ["STEP", "TRAJECTORY", "Tolerance", "assert_close_ulps", "distance", "ulp"]
 
-    ulps: float
-    reason: str
-
-
-_ORDER = "up to six roundings between memory and memory, which kernel and twin order apart"
-_FLIP = "a last-bit difference of the arithmetic can turn one rounding on storing"
-_GROWTH = "differences of single steps add up: momentum 0.9 remembers ten, a parameter all of them"
-_FLIPS = "a turned rounding shifts what follows, and some elements meet two or three of them"
-
-# One update from equal values.
-STEP: Mapping[torch.dtype, Tolerance] = {
-    torch.float32: Tolerance(4, _ORDER),
-    torch.float64: Tolerance(4, _ORDER),
-    torch.bfloat16: Tolerance(1, _FLIP),
-    torch.float16: Tolerance(1, _FLIP),
-}
-
-# Thirty updates of one run against thirty of another.
-TRAJECTORY: Mapping[torch.dtype, Tolerance] = {
-    torch.float32: Tolerance(24, _GROWTH),
-    torch.float64: Tolerance(24, _GROWTH),
-    torch.bfloat16: Tolerance(4, _FLIPS),
-    torch.float16: Tolerance(4, _FLIPS),
-}
 
 # The device function's formula against the twin's, both in float64: 1e-13 relative. Wider than
 # STEP so that no order of operations matters, and far below any slip in the formula, even below a
@@ -69,24 +43,6 @@ def _real(tensor: Tensor) -> Tensor:
 def _size(tensor: Tensor) -> Tensor:
     """Magnitudes in float64, 0 for what is not finite."""
     return tensor.double().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def ulp(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance between neighbouring values of ``dtype`` at magnitudes of float64 ``size``."""
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(size.clamp(min=info.tiny)).exponent - 1
-    return torch.ldexp(torch.full_like(size, info.eps), exponent)
-
-
-def distance(actual: Tensor, expected: Tensor, scale: Tensor) -> Tensor:
-    """Elementwise distance in ulps of the type of ``expected`` at magnitude ``scale``.
-
-    Equal infinities, and two nans, are 0 apart; a finite and an infinite or nan value, infinity.
-    """
-    a, e = actual.double(), expected.double()
-    alike = (a == e) | (a.isnan() & e.isnan())
-    apart = (a - e).abs() / ulp(scale, expected.dtype)
-    return torch.where(alike, 0.0, apart.nan_to_num(nan=torch.inf, posinf=torch.inf))
 
 
 def assert_close_ulps(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt.kernels.multi_tensor import BLOCK
-from fusedopt.ulps import ulps
+from fusedopt.tolerances import worst_ulps
 
 # In units in the last place of the largest of old value and both new ones. Either backend rounds
 # about a dozen times, by half a unit, and may order the operations differently. A wrong eps of 1e-7
@@ -83,10 +83,10 @@ def compare_backends(start: dict[str, Any]) -> KernelStep:
         after[backend] = _values(optimizer)
     before = _values(_restore(start, "reference"))
     pairs = zip(after["triton"], after["reference"], before, strict=True)
-    worst = max(ulps(ours, theirs, old) for ours, theirs, old in pairs)
+    worst = max(worst_ulps(ours, theirs, old) for ours, theirs, old in pairs)
     count = len(start["parameters"])
     moved = zip(after["triton"][:count], before[:count], strict=True)
-    update = max(ulps(new, old, old) for new, old in moved)
+    update = max(worst_ulps(new, old, old) for new, old in moved)
     sizes = [p.numel() for p in start["parameters"]]
     return KernelStep(
         interpreted=device.type == "cpu",

@@ -16,17 +16,9 @@ from torch import Tensor
 from fusedopt import FusedOptimizer, Rule, backends
 from fusedopt.kernels import lang
 from fusedopt.kernels.rules import REGISTRY
-from fusedopt.ulps import ulps
+from fusedopt.tolerances import TRAJECTORY, worst_ulps
 
 STEPS = 5
-
-# Largest distance between kernel and reference after STEPS steps, in ulps of the stored type.
-# Both round once a step to the stored type. float32 and float64: the compiler may contract a
-# product and a sum into one rounding, and a quotient may be off by two ulps; each is an ulp or
-# two of an intermediate value, and five steps add up. 16-bit types: arithmetic in float32 agrees
-# to far less than a 16-bit ulp, but on the edge between two numbers it tips to either side, and
-# a state that tipped moves the next steps.
-TOLERANCE = {torch.float32: 24.0, torch.float64: 24.0, torch.bfloat16: 3.0, torch.float16: 3.0}
 
 # Whole chunks, ragged ones, scalars, and none at all.
 SHAPES = ((1024,), (2500,), (3, 5, 7), (), (0,), (1,))
@@ -66,7 +58,7 @@ def _compare_all(device: torch.device, quiet: bool) -> Iterator[dict[str, Any]]:
     from rich.console import Console
     from rich.progress import track
 
-    cases = [(rule, dtype) for rule in REGISTRY.values() for dtype in TOLERANCE]
+    cases = [(rule, dtype) for rule in REGISTRY.values() for dtype in TRAJECTORY]
     console = Console(stderr=True)
     for rule, dtype in track(cases, "comparing", console=console, disable=quiet, transient=True):
         worst, still = 0.0, True
@@ -78,8 +70,8 @@ def _compare_all(device: torch.device, quiet: bool) -> Iterator[dict[str, Any]]:
             "dtype": str(dtype).removeprefix("torch."),
             "groups": len(rule.example_groups),
             "worst_ulps": worst,
-            "tolerance_ulps": TOLERANCE[dtype],
-            "passed": worst <= TOLERANCE[dtype] and not still,
+            "tolerance_ulps": TRAJECTORY[dtype].ulps,
+            "passed": worst <= TRAJECTORY[dtype].ulps and not still,
         }
 
 
@@ -119,10 +111,10 @@ def compare(rule: Rule, group: Any, dtype: torch.dtype, device: torch.device) ->
     for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
         if p.numel() == 0:
             continue
-        worst = max(worst, ulps(p, q, scales[i, ""]))
-        moved = moved or ulps(p, start[i], scales[i, ""]) > TOLERANCE[dtype]
+        worst = max(worst, worst_ulps(p, q, scales[i, ""]))
+        moved = moved or worst_ulps(p, start[i], scales[i, ""]) > TRAJECTORY[dtype].ulps
         for name, value in kernels.state[p].items():
-            worst = max(worst, ulps(value, reference.state[q][name], scales[i, name]))
+            worst = max(worst, worst_ulps(value, reference.state[q][name], scales[i, name]))
     return worst, moved
 
 
