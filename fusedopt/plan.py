@@ -149,7 +149,7 @@ class Plan:
         addresses = list(map(Tensor.data_ptr, local_params))
         return (
             addresses == self._param_print.addresses
-            and self._param_print.fits(local_params, addresses, shapes=True)
+            and self._param_print.fits(local_params, addresses)
             and list(map(Tensor.data_ptr, local_tensors(tensors))) == self._state_addresses
             and self._take_gradients(gradients)
         )
@@ -160,7 +160,7 @@ class Plan:
         gradients = local_tensors(gradients)
         try:
             addresses = list(map(Tensor.data_ptr, gradients))
-            if not self._gradient_print.fits(gradients, addresses, shapes=False):
+            if not self._gradient_print.fits(gradients, addresses):
                 return False
         except RuntimeError:  # sparse tensors have no address; the checks say so better
             return False
