@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from . import backends
 from .codecs import STORABLE, real_dtype
-from .coefficients import is_capturing
 from .layout import is_plain, overlaps_itself
 
 
@@ -82,11 +81,11 @@ def _problem(p: Tensor, gradient: Tensor) -> tuple[type[Exception], str] | None:
 
 
 def check_states(optimizer: Any, params: Sequence[Tensor], group_of: Sequence[int]) -> None:
-    """Raise for a state that does not fit its parameter, or that cannot be created now.
+    """Raise for a state that does not fit its parameter.
 
     Raises:
         RuntimeError: a state on another device, of another shape or of a type that is no
-            floating point; a state that is missing while a CUDA graph is captured.
+            floating point.
     """
     names_of = [optimizer.rule.states(group) for group in optimizer.param_groups]
     for p, index in zip(params, group_of, strict=True):
@@ -99,8 +98,6 @@ def check_states(optimizer: Any, params: Sequence[Tensor], group_of: Sequence[in
 
 def _state_problem(p: Tensor, name: str, state: Tensor | None) -> str | None:
     if state is None:
-        if is_capturing(p.device):
-            return "it has no state yet; run one step before capturing a CUDA graph"
         return None
     if state.shape != p.shape or state.device != p.device:
         return (

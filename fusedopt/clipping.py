@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .coefficients import is_capturing
+
 if TYPE_CHECKING:
     from .backends import Inputs
     from .lane import Lane
@@ -19,15 +21,18 @@ class Control:
 
     def __init__(self, device: torch.device) -> None:
         # float64, so that float64 parameters see the factor in full.
-        self.values = torch.tensor([1.0, 0.0], dtype=torch.float64).to(device)
-        self.inverse_scale = torch.ones(1, dtype=torch.float64).to(device)
-        self.max_norm = torch.ones(1, dtype=torch.float64).to(device)
+        self.values = torch.zeros(2, dtype=torch.float64, device=device)
+        self.values[:1].fill_(1.0)
+        self.inverse_scale = torch.ones(1, dtype=torch.float64, device=device)
+        self.max_norm = torch.ones(1, dtype=torch.float64, device=device)
         self._max_norm = 1.0
         self._neutral = True
 
     def load(self, grad_scale: Tensor | None, found_inf: Tensor | None, clipping: bool) -> None:
         """Take the loss scale and the overflow flag of ``torch.amp.GradScaler``, if any."""
-        if grad_scale is None and found_inf is None and self._neutral:
+        # A captured step must set what an eager one may leave behind.
+        unchanged = self._neutral and not is_capturing(self.values.device)
+        if grad_scale is None and found_inf is None and unchanged:
             self._neutral = not clipping
             return
         if grad_scale is None:
@@ -44,6 +49,11 @@ class Control:
     def set_max_norm(self, value: float) -> None:
         """Take a new bound on the norm."""
         if value != self._max_norm:
+            if is_capturing(self.max_norm.device):
+                raise RuntimeError(
+                    f"max_norm changed from {self._max_norm} to {value} since the last step, and a"
+                    " CUDA graph is being captured: call optimizer.push_hyperparameters() before"
+                )
             self.max_norm.fill_(value)
             self._max_norm = value
 

@@ -98,7 +98,7 @@ class HostTable:
             shape = len(self.rows), self.rule.n_coefficients
             self.values = torch.empty(shape, dtype=torch.float64, device=self.device)
         if self.rows:
-            upload(self.values, torch.tensor(self.rows, dtype=torch.float64))
+            upload(self.values, torch.tensor(self.rows, dtype=torch.float64, device="cpu"))
 
 
 class LiveTable:
@@ -199,7 +199,8 @@ class _LiveGroup:
         for name in self.hyper:
             for scalar, value in zip(self.scalars[name], _flat(group[name]), strict=True):
                 if self._is_live(value):
-                    scalar.copy_(value.reshape(()), non_blocking=True)
+                    # Into host memory that is read at once, the copy has to have arrived.
+                    scalar.copy_(value.reshape(()), non_blocking=self.device.type != "cpu")
 
 
 _Entry = tuple[Callable[..., Any], tuple[Tensor, ...], Tensor]

@@ -48,7 +48,7 @@ class Lane:
         self.control = Control(device)
         self.counter: StepCounter | None = None
         if rule.counts_steps:
-            self.counter = StepCounter(states, device if live else torch.device("cpu"))
+            self.counter = StepCounter(states, device if live else torch.device("cpu"), live)
         # Without a counter, 1 stands for the step that creates the state, 2 for any later one.
         self._stages = [1.0 if new else 2.0 for new in fresh]
         self._expected: Tensor | None = None
@@ -56,7 +56,7 @@ class Lane:
         self.table: Table
         if live:
             self.table = LiveTable(rule, device, group_of, groups)
-            self.table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64))
+            self.table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64, device="cpu"))
         else:
             self.table = HostTable(rule, device, group_of)
 

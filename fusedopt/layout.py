@@ -36,6 +36,7 @@ class Fingerprint:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.addresses = list(map(Tensor.data_ptr, tensors))
         self._alignment = _alignment(self.addresses)
+        self._traits = [_traits(t) for t in tensors]
         self._alike = _guard(tensors)
 
     def fits(self, tensors: Sequence[Tensor], addresses: list[int]) -> bool:
@@ -45,8 +46,10 @@ class Fingerprint:
             tensors: as many as before.
             addresses: where they are now.
         """
-        aligned = addresses == self.addresses or _alignment(addresses) == self._alignment
-        return aligned and self._alike(*tensors)
+        if addresses != self.addresses and _alignment(addresses) != self._alignment:
+            return False
+        # The guard also says no where a mode of torch is on that was off before, or off again.
+        return self._alike(*tensors) or [_traits(t) for t in tensors] == self._traits
 
 
 def _alignment(addresses: Sequence[int]) -> list[bool]:
@@ -54,10 +57,9 @@ def _alignment(addresses: Sequence[int]) -> list[bool]:
 
 
 def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Return a function that tells whether tensors have these types, shapes, strides and flags."""
+    """Return a quick test for tensors of the same types, shapes, strides and flags."""
     if TensorGuards is None:
-        expected = [_traits(t) for t in tensors]
-        return lambda *now: [_traits(t) for t in now] == expected
+        return lambda *_: False
     guards = TensorGuards(
         *tensors,
         dynamic_dims_sizes=[list(t.shape) for t in tensors],

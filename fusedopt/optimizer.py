@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from . import backends
 from .checks import check_gradients, check_states
 from .clipping import GlobalNorm
-from .coefficients import lives_on_device
+from .coefficients import is_capturing, lives_on_device
 from .kernels.rule import Rule
 from .plan import Plan
 from .steps import State, new_step
@@ -38,6 +38,7 @@ class FusedOptimizer(Optimizer):
         state_dtype: reserved; only None is accepted.
         rounding: reserved; only None is accepted.
         master: reserved; only None is accepted.
+        capturable: keep step counts and hyper-parameters on the device, for CUDA graphs.
 
     Raises:
         ValueError: for an unknown backend or an option that does not exist yet.
@@ -59,7 +60,10 @@ class FusedOptimizer(Optimizer):
         state_dtype: Any = None,
         rounding: Any = None,
         master: Any = None,
+        capturable: bool | None = None,
     ) -> None:
+        if capturable is not None:
+            defaults = {**defaults, "capturable": capturable}
         backends.check_name(backend)
         if clip is not None and not isinstance(clip, GlobalNorm):
             raise TypeError(f"clip must be a fusedopt.GlobalNorm or None, got {clip!r}")
@@ -75,6 +79,7 @@ class FusedOptimizer(Optimizer):
         self.backend = backend
         self.clip = clip
         self._plan: Plan | None = None
+        self._captured_plans: list[Plan] = []
         # Whether the loss scaler keeps its overflow flag on the device: see _load_scaler.
         self._device_scaler = False
         super().__init__(params, defaults)
@@ -123,11 +128,14 @@ class FusedOptimizer(Optimizer):
 
         With ``capturable=True`` the graph reads lr, weight decay, betas and the like from device
         memory. Tensors in ``param_groups`` are read directly; call this between replays after
-        changing a number, as a scheduler does.
+        changing a number, as a scheduler does, or ``clip.max_norm``.
         """
-        for lane in self._plan.lanes if self._plan is not None else ():
-            if lane.live:
-                lane.prepare(self.param_groups)
+        for plan in [*self._captured_plans, *([] if self._plan is None else [self._plan])]:
+            for lane in plan.lanes:
+                if lane.live:
+                    lane.prepare(self.param_groups)
+            if self.clip is not None:
+                plan.lanes[0].control.set_max_norm(self.clip.max_norm)
 
     @torch._disable_dynamo  # a launch through addresses cannot be traced  # type: ignore
     def _update(self) -> None:
@@ -140,6 +148,11 @@ class FusedOptimizer(Optimizer):
         plan = self._plan
         if plan is None or not plan.fits(self, params, gradients, group_of):
             plan = self._make_plan(params, gradients, group_of)
+        if plan.is_capturing() and not plan.is_live():
+            raise RuntimeError(
+                "a CUDA graph would repeat this step with frozen numbers: pass capturable=True, so"
+                " that step counts and hyper-parameters are read from the device"
+            )
         inputs = plan.inputs(gradients)
         try:
             for lane in plan.lanes:
@@ -149,7 +162,7 @@ class FusedOptimizer(Optimizer):
                 self.clip.apply(plan.lanes, inputs)
         except Exception:
             plan.forget_created(self.state)
-            self._plan = None
+            self._drop_plan()
             raise
         for lane, own in zip(plan.lanes, inputs, strict=True):
             lane.step(own, self.param_groups, found_inf)
@@ -208,12 +221,23 @@ class FusedOptimizer(Optimizer):
         self, params: list[Tensor], gradients: list[Tensor], group_of: list[int]
     ) -> Plan:
         """Check everything, create missing states, and prepare the launches."""
+        if any(map(is_capturing, {p.device for p in params})):
+            raise RuntimeError(
+                "a CUDA graph is being captured, and this step is not prepared: run one step with"
+                " the same parameters, hyper-parameters and layouts of gradients before the capture"
+            )
         check_gradients(self, params, gradients)
         check_states(self, params, group_of)
         created = self._create_states(params, group_of)
-        self._plan = None
+        self._drop_plan()
         self._plan = Plan(self, params, gradients, group_of, created)
         return self._plan
+
+    def _drop_plan(self) -> None:
+        if self._plan is not None and self._plan.captured:
+            # A graph goes on reading this plan's tables for as long as it is replayed.
+            self._captured_plans.append(self._plan)
+        self._plan = None
 
     def _create_states(self, params: Sequence[Tensor], group_of: Sequence[int]) -> list[list[str]]:
         """Create the states that are missing, at zero; return their names for each parameter."""
@@ -273,7 +297,10 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
+        if "_plan" in self.__dict__:
+            self._drop_plan()
+        else:
+            self._plan, self._captured_plans = None, []
         self._device_scaler = False
         # Keys that an older or a torch checkpoint does not have.
         for group in self.param_groups:

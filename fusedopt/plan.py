@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import Inputs, Slot
+from .coefficients import is_capturing
 from .lane import Lane
 from .layout import Fingerprint
 from .steps import State
@@ -31,7 +32,9 @@ def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
     """Replace DTensors by the tensors of this process."""
     if set(map(type, tensors)) <= _PLAIN:
         return tensors
-    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    # What a collective is still working on has no memory to point at.
+    return [t.wait() if hasattr(t, "wait") else t for t in local]
 
 
 class Plan:
@@ -84,6 +87,8 @@ class Plan:
         for position, (p, index) in enumerate(zip(local_params, group_of, strict=True)):
             slots.setdefault((p.device, optimizer.is_live(groups[index])), []).append(position)
 
+        # Whether a CUDA graph holds on to this plan's memory.
+        self.captured = False
         self.lanes: list[Lane] = []
         self._positions: list[list[int]] = list(slots.values())
         for (device, live), positions in slots.items():
@@ -164,11 +169,22 @@ class Plan:
                 return False
         except RuntimeError:  # sparse tensors have no address; the checks say so better
             return False
-        if addresses != self._gradient_print.addresses:
+        # A replay writes the addresses that were captured, behind the host's back: from then on
+        # neither side may rely on what the other has left in the table.
+        self.captured = self.captured or (self.is_capturing() and self.is_live())
+        if addresses != self._gradient_print.addresses or self.captured:
             for lane, inputs in zip(self.lanes, self.inputs(gradients), strict=True):
                 lane.part.move_inputs(inputs)
             self._gradient_print.addresses = addresses
         return True
+
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured."""
+        return any(is_capturing(lane.device) for lane in self.lanes)
+
+    def is_live(self) -> bool:
+        """Whether a captured step would read its numbers from the device."""
+        return all(lane.live for lane in self.lanes)
 
     def inputs(self, gradients: list[Tensor]) -> list[Inputs]:
         """Deal the gradients out to the lanes."""

@@ -1,9 +1,10 @@
-"""Step counts: ``state["step"]`` of many parameters, kept in one buffer.
+"""Step counts: ``state["step"]`` of many parameters, advanced together.
 
 torch keeps a scalar tensor for each parameter, and adding one to a thousand of them costs more
-than the whole rest of a fused step. Here each ``state["step"]`` is a view of one element of a
-shared buffer: still a tensor of its own for checkpoints, copies and edits, but one addition
-advances them all.
+than the whole rest of a fused step. Here each ``state["step"]`` on the host is a view of one
+element of a shared buffer: still a tensor of its own for checkpoints, copies and edits, but one
+addition advances them all. On the device, where a CUDA graph may hold on to them, they stay what
+they are.
 """
 
 from __future__ import annotations
@@ -21,31 +22,48 @@ State = dict[str, Any]
 def new_step() -> Tensor:
     """Return a step count of zero, in the type that torch.optim uses."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.zeros((), dtype=dtype)
+    return torch.zeros((), dtype=dtype, device="cpu")
+
+
+def _scalar(step: Any) -> Tensor:
+    if not isinstance(step, Tensor):
+        return torch.tensor(float(step), device="cpu")
+    return step if step.dim() == 0 else step.reshape(())
 
 
 class StepCounter:
-    """The step counts of the parameters that advance together."""
+    """The step counts of the parameters that advance together.
 
-    def __init__(self, states: Sequence[State], device: torch.device) -> None:
+    Attributes:
+        buffer: all counts, a vector on the counts' device, current after ``advance``.
+    """
+
+    def __init__(self, states: Sequence[State], device: torch.device, live: bool) -> None:
         dtype = new_step().dtype
-        counts = [torch.as_tensor(s["step"]).reshape(()).to(device, dtype) for s in states]
+        counts = [_scalar(s["step"]).to(device, dtype) for s in states]
         self.buffer = torch.stack(counts)
+        self._live = live
         self._states = list(states)
-        self._views = list(self.buffer.unbind())
-        self._increment = torch.ones(1, dtype=dtype, device=device)
-        for state, view in zip(states, self._views, strict=True):
-            state["step"] = view
+        self._steps = counts if live else list(self.buffer.unbind())
+        self._increment = torch.ones((), dtype=dtype, device=device)
+        for state, step in zip(states, self._steps, strict=True):
+            state["step"] = step
 
     def owned(self) -> bool:
-        """Whether the parameters' step counts are still the views handed out."""
+        """Whether the parameters' step counts are still the tensors handed out."""
         steps = map(operator.itemgetter("step"), self._states)
-        return all(map(operator.is_, steps, self._views))
+        return all(map(operator.is_, steps, self._steps))
 
     def advance(self, found_inf: Tensor | None = None) -> None:
-        """Count one step more, or none where ``found_inf`` is 1."""
-        if found_inf is None:
+        """Count one step more, or none where ``found_inf`` is not 0."""
+        if not self._live:
             self.buffer.add_(1)
             return
-        self._increment.copy_(found_inf.reshape(1)).neg_().add_(1)
-        self.buffer.add_(self._increment)
+        if found_inf is None:
+            self._increment.fill_(1.0)
+        else:
+            # The flag is a sum over devices or processes, not only 0 or 1.
+            torch.eq(found_inf.reshape(()), 0, out=self._increment)
+        # A list of increments: a single one would be read by the host on some devices.
+        torch._foreach_add_(self._steps, [self._increment] * len(self._steps))
+        torch.stack(self._steps, out=self.buffer)

@@ -186,8 +186,8 @@ class Cohort:
         addresses = [
             [t.data_ptr() for t in row] for row in zip(*(m.tensors for m in members), strict=True)
         ]
-        host_table = torch.tensor([self._numels, self._row_of, *addresses], dtype=torch.int64)
-        self.table = torch.empty_like(host_table, device=device)
+        host_table = _host([self._numels, self._row_of, *addresses])
+        self.table = torch.empty(host_table.shape, dtype=torch.int64, device=device)
         upload(self.table, host_table)
         self.chunk_tensor, self.chunk_index = self._chunks(multi_tensor.block_size(key.aligned))
         self._norm_chunks: tuple[Tensor, Tensor] | None = None
@@ -214,7 +214,7 @@ class Cohort:
             row = [tensors[position].data_ptr() for position in self.positions]
             for column, buffer in buffers.items():
                 row[column] = buffer.data_ptr()
-            upload(self.table[first_row + k], torch.tensor(row, dtype=torch.int64), captured)
+            upload(self.table[first_row + k], _host(row), captured)
 
     def _fill_buffers(self, inputs: Inputs) -> None:
         for tensors, buffers in zip(inputs, self._staged_inputs, strict=True):
@@ -241,7 +241,7 @@ class Cohort:
         row_of = [table.row_of[p] for p in self.positions]
         if row_of != self._row_of:
             self._row_of = row_of
-            upload(self.table[1], torch.tensor(row_of, dtype=torch.int64), captured)
+            upload(self.table[1], _host(row_of), captured)
         self._fill_buffers(inputs)
         for tensor, buffer in self._staged_memory:
             buffer.copy_(tensor)
@@ -255,10 +255,10 @@ class Cohort:
 
     def _chunks(self, block: int) -> tuple[Tensor, Tensor]:
         """Map programs to chunks: the tensor's column, and the chunk's number within it."""
-        counts = torch.tensor([-(-n // block) for n in self._numels])
-        columns = torch.arange(self.width).repeat_interleave(counts)
+        counts = _host([-(-n // block) for n in self._numels])
+        columns = torch.arange(self.width, device="cpu").repeat_interleave(counts)
         first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        index = torch.arange(len(columns)) - first
+        index = torch.arange(len(columns), device="cpu") - first
         return self._map(columns), self._map(index)
 
     def _map(self, values: Tensor) -> Tensor:
@@ -266,6 +266,11 @@ class Cohort:
         on_device = torch.empty(len(values), dtype=torch.int32, device=self.device)
         upload(on_device, values.to(torch.int32))
         return on_device
+
+
+def _host(values: list[Any]) -> Tensor:
+    # Whatever torch.set_default_device says.
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _waves(slots: Sequence[Slot]) -> dict[int, int]:

@@ -56,8 +56,8 @@ def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     else:
         largest = exp_avg_sq
         new_states = (exp_avg, exp_avg_sq)
-    # Not divide(): it would cost a dozen registers more, and with them programs in flight. The
-    # plain quotient is within two units in the last place.
+    # The first quotient is not divide(): a second one would cost a dozen registers, and with them
+    # programs in flight. It is within two units in the last place.
     denominator = sqrt(largest) / root_bias + eps
     return p * shrink - step_size * divide(exp_avg, denominator), new_states
 

@@ -1,0 +1,163 @@
+"""What a capture demands of the host, with a flag in the place of a CUDA graph.
+
+No graph is captured here: these tests hold the host's side to what was found necessary by reading.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fusedopt
+from fusedopt import clipping, coefficients, optimizer, plan
+from fusedopt.examples.lion import Lion
+
+
+class Capture:
+    """Stands for torch.cuda.is_current_stream_capturing."""
+
+    active = False
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
+    flag = Capture()
+    for module in (clipping, coefficients, optimizer, plan):
+        monkeypatch.setattr(module, "is_capturing", lambda device: flag.active)
+    return flag
+
+
+def make(cls=fusedopt.AdamW, count=2, **options):
+    params = [torch.nn.Parameter(torch.randn(6)) for _ in range(count)]
+    for p in params:
+        p.grad = torch.randn(6)
+    return params, cls(params, lr=0.1, backend="triton", **options)
+
+
+def test_frozen_numbers_are_refused_and_eager_steps_go_on(capture):
+    params, ours = make()
+    ours.step()
+    before = copy.deepcopy((params, ours.state_dict()["state"]))
+    capture.active = True
+    with pytest.raises(RuntimeError, match="capturable=True"):
+        ours.step()
+    torch.testing.assert_close((params, ours.state_dict()["state"]), before, rtol=0, atol=0)
+    capture.active = False
+    ours.step()
+    assert ours.state[params[0]]["step"] == 2
+
+
+@pytest.mark.parametrize("cls", [fusedopt.AdamW, fusedopt.SGD, Lion])
+def test_an_unprepared_capture_says_what_to_do(capture, cls):
+    params, ours = make(cls, capturable=True)
+    capture.active = True
+    with pytest.raises(RuntimeError, match="run one step"):
+        ours.step()
+    assert not ours.state
+    capture.active = False
+    ours.step()
+    capture.active = True
+    ours.step()
+
+
+def test_replays_and_eager_steps_do_not_rely_on_each_others_addresses(capture):
+    params, ours = make(capturable=True)
+    eager = [torch.randn(6) for _ in params]
+    captured = [torch.randn(6) for _ in params]
+
+    def step(gradients):
+        for p, gradient in zip(params, gradients, strict=True):
+            p.grad = gradient
+        ours.step()
+
+    step(eager)
+    capture.active = True
+    step(captured)
+    capture.active = False
+    table = ours._plan.lanes[0].part.cohorts[0].table
+    in_graph = table.clone()
+    step(eager)
+    table.copy_(in_graph)  # what a replay leaves behind
+    before = copy.deepcopy((params, ours))
+    step(eager)
+    (expected, other) = before
+    for p, gradient in zip(other.param_groups[0]["params"], eager, strict=True):
+        p.grad = gradient
+    other.step()
+    for p, q in zip(params, other.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_graph_keeps_its_plan_and_its_step_counts(capture):
+    params, ours = make(capturable=True)
+    ours.step()
+    capture.active = True
+    ours.step()
+    capture.active = False
+    held = ours._plan
+    steps = [ours.state[p]["step"] for p in params]
+    params[1].grad = None
+    ours.step()
+    assert ours._plan is not held and ours._captured_plans == [held]
+    assert [ours.state[p]["step"] for p in params] == steps
+    assert all(ours.state[p]["step"] is s for p, s in zip(params, steps, strict=True))
+    assert [float(s) for s in steps] == [3.0, 2.0]
+
+
+def test_pushed_numbers_reach_every_captured_plan(capture):
+    params, ours = make(capturable=True, clip=fusedopt.GlobalNorm(1.0))
+    ours.step()
+    capture.active = True
+    ours.step()
+    capture.active = False
+    params[1].grad = None
+    ours.step()
+    ours.param_groups[0]["lr"] = 0.25
+    ours.clip.max_norm = 0.5
+    ours.push_hyperparameters()
+    for lane in (ours._captured_plans[0].lanes[0], ours._plan.lanes[0]):
+        assert lane.table._inputs[0].scalars["lr"][0] == 0.25
+        assert lane.control.max_norm == 0.5
+
+
+@pytest.mark.parametrize("change", ["lr", "max_norm"])
+def test_a_number_changed_just_before_the_capture_is_refused(capture, change):
+    _, ours = make(capturable=True, clip=fusedopt.GlobalNorm(1.0))
+    ours.step()
+    if change == "lr":
+        ours.param_groups[0]["lr"] = 0.5
+    else:
+        ours.clip.max_norm = 0.5
+    capture.active = True
+    with pytest.raises(RuntimeError, match=f"{change} changed .*push_hyperparameters"):
+        ours.step()
+
+
+def test_an_overflow_flag_is_a_sum(device):
+    """Two devices, or eight processes, add up to a flag of more than 1."""
+    params, ours = make(capturable=True)
+    ours.step()
+    ours.found_inf = torch.tensor(8.0)
+    # As a flag on a GPU is taken: by the device, not by the host.
+    ours._overflowed = lambda *_: False
+    before = copy.deepcopy(params)
+    ours.step()
+    assert ours.state[params[0]]["step"] == 1
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("cls", [fusedopt.SGD, fusedopt.AdamW])
+def test_the_default_device_does_not_matter(cls, device):
+    """Tables that are made on the host must be there, whatever new tensors default to."""
+    with torch.device("cpu"):
+        params, ours = make(cls, clip=fusedopt.GlobalNorm(1.0))
+        same, theirs = copy.deepcopy(params), None
+        for p, q in zip(params, same, strict=True):
+            q.grad = p.grad.clone()
+        theirs = cls(same, lr=0.1, backend="triton", clip=fusedopt.GlobalNorm(1.0))
+        theirs.step()
+    with torch.device("meta"):
+        ours.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, same, strict=True))
