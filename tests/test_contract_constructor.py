@@ -31,7 +31,8 @@ from torch import Tensor
 
 import fusedopt
 
-COMMON = ("backend", "clip", "state_dtype", "rounding", "master")
+# capturable is torch's own, accepted where torch does not have it as well.
+COMMON = ("backend", "clip", "state_dtype", "rounding", "master", "capturable")
 # Names of the public interface that are there from the start, and those that may follow.
 CORE = {"SGD", "RMSprop", "Adam", "AdamW", "GlobalNorm", "Rule", "FusedOptimizer"}
 LATER = {

@@ -217,11 +217,11 @@ def test_strides_change_at_one_address(what: str, backend: str, device: torch.de
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_negated_gradient(backend: str, device: torch.device) -> None:
-    # The imaginary part of a conjugate: memory holds the values with the other sign.
-    z = torch.randn(40, dtype=torch.complex64, device=device)
-    start = torch.randn(40, device=device)
+    # Memory holds the values with the other sign, and a flag on the tensor says so, as for the
+    # imaginary part of a conjugate; this one is dense, so that nothing but the flag gives it away.
+    start, opposite = torch.randn(40, device=device), torch.randn(40, device=device)
     p = Parameter(start.clone())
-    p.grad = z.conj().imag
+    p.grad = torch._neg_view(opposite)
     assert p.grad.is_neg()
     fusedopt.SGD([p], lr=0.5, backend=backend).step()
-    assert_close_ulps(p, start + 0.5 * z.imag, start, STEP[torch.float32], "parameter")
+    assert_close_ulps(p, start + 0.5 * opposite, start, STEP[torch.float32], "parameter")
