@@ -110,6 +110,9 @@ def _print_tables(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> Non
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        # A log file has no edge: numbers must not be cut off at 80 columns.
+        console = Console(width=120)
     for target in targets:
         table = Table(title=f"{target}: what each variant uses")
         table.add_column("variant", no_wrap=True)
