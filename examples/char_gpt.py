@@ -56,8 +56,9 @@ class CharGPT(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Map `codes` (batch, n <= context) to logits (batch, n, vocabulary)."""
-        places = self.positions.weight[: codes.shape[1]]
-        return self.head(self.body(self.characters(codes) + places))
+        # Looked up through the module, once a sample: what is read past it has no sample.
+        places = torch.arange(codes.shape[1], device=codes.device).expand(codes.shape)
+        return self.head(self.body(self.characters(codes) + self.positions(places)))
 
     def loss(self, codes: Tensor) -> Tensor:
         """Mean cross-entropy, in nats per character, of `codes` (batch, context + 1)."""

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from . import scaling
+from .batch_decoupled import BatchDecoupledAdam, BatchDecoupledRMSprop
 from .clipping import GlobalNorm
 from .kernels.rule import Rule
 from .optimizer import FusedOptimizer
 from .optimizers import SGD, Adam, AdamW, RMSprop
+from .statistics import BackpackSquares, GradSampleSquares, MicroBatchSquares, PerSampleSquares
 
 __version__ = "0.1.0"
 
-__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "GlobalNorm", "RMSprop", "Rule"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "BackpackSquares",
+    "BatchDecoupledAdam",
+    "BatchDecoupledRMSprop",
+    "FusedOptimizer",
+    "GlobalNorm",
+    "GradSampleSquares",
+    "MicroBatchSquares",
+    "PerSampleSquares",
+    "RMSprop",
+    "Rule",
+    "scaling",
+]

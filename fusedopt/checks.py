@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 
 from . import backends
 from .codecs import STORABLE, real_dtype
+from .kernels.rule import Rule
 from .layout import is_plain, overlaps_itself
+from .statistics.base import MissingSquares, Statistics
 
 
 def describe(optimizer: Optimizer, param: Tensor) -> str:
@@ -26,50 +28,95 @@ def describe(optimizer: Optimizer, param: Tensor) -> str:
     return f"parameter of shape {tuple(param.shape)}"
 
 
-def check_gradients(optimizer: Any, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Raise for a parameter or gradient that cannot be used.
+def check_statistics(name: str, rule: Rule, statistics: Any, virtual_batch_size: Any) -> None:
+    """Raise where a rule and its source of squares do not fit.
+
+    Raises:
+        TypeError: no statistics for a rule that takes squares, statistics for one that does not,
+            or something else in their place.
+    """
+    wanted = len(rule.degrees) > 1
+    if wanted and not isinstance(statistics, Statistics):
+        raise TypeError(
+            f"{name} needs per-sample squares: pass statistics=fusedopt.PerSampleSquares(model),"
+            " MicroBatchSquares(), GradSampleSquares() or BackpackSquares(), got"
+            f" {statistics!r}"
+        )
+    if not wanted and (statistics is not None or virtual_batch_size is not None):
+        raise TypeError(
+            f"{name} does not use per-sample squares: statistics= and virtual_batch_size= belong"
+            " to BatchDecoupledAdam and BatchDecoupledRMSprop"
+        )
+    check_virtual_batch_size(virtual_batch_size)
+
+
+def check_virtual_batch_size(value: Any) -> None:
+    """Raise ValueError for anything but a number of at least 1, or None."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and value >= 1):
+        raise ValueError(f"virtual_batch_size must be a number of at least 1, got {value!r}")
+
+
+def check_samples(optimizer: Any, params: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where the samples of a step cannot be used, naming the parameter."""
+    try:
+        optimizer.statistics.check(params)
+    except MissingSquares as error:
+        raise RuntimeError(f"{describe(optimizer, error.parameter)}: {error}") from None
+
+
+def check_gradients(
+    optimizer: Any, params: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]]
+) -> None:
+    """Raise for a parameter, gradient or sum of squares that cannot be used.
 
     Raises:
         RuntimeError: sparse gradients, gradients on another device or of another shape, an
             expanded parameter, a backend that cannot run.
         TypeError: element types that are not floating point.
     """
-    for p, gradient in zip(params, gradients, strict=True):
-        problem = _problem(p, gradient)
-        if problem is not None:
-            error, text = problem
-            raise error(f"{describe(optimizer, p)}: {text}")
-        sharding = _sharding_problem(p, gradient, optimizer.clip is not None)
-        if sharding is not None:
-            raise RuntimeError(f"{describe(optimizer, p)}: {sharding}")
+    materialised = optimizer.statistics is not None and optimizer.statistics.materialised
+    names = ["gradient", "sum of squares"][: len(inputs)]
+    if materialised:
+        names = ["per-sample gradient"] * len(inputs)
+    for name, tensors in zip(names, inputs, strict=True):
+        for p, tensor in zip(params, tensors, strict=True):
+            # Of samples, one stands for all: they share strides.
+            problem = _problem(p, tensor[0] if materialised else tensor, name)
+            if problem is not None:
+                error, text = problem
+                raise error(f"{describe(optimizer, p)}: {text}")
+            sharding = _sharding_problem(p, tensor, optimizer.clip is not None)
+            if sharding is not None:
+                raise RuntimeError(f"{describe(optimizer, p)}: {sharding}")
     for device in dict.fromkeys(p.device for p in params):
         backends.choose(device, optimizer.backend)
 
 
-def _problem(p: Tensor, gradient: Tensor) -> tuple[type[Exception], str] | None:
+def _problem(p: Tensor, gradient: Tensor, what: str) -> tuple[type[Exception], str] | None:
     if gradient.layout != torch.strided:
         return RuntimeError, (
-            f"its gradient is sparse ({gradient.layout}). Use a dense one (for an embedding"
+            f"its {what} is sparse ({gradient.layout}). Use a dense one (for an embedding"
             " sparse=False), or gradient.to_dense(), or torch.optim.SparseAdam for it"
         )
     if p.layout != torch.strided:
         return RuntimeError, f"its layout is {p.layout}; only dense parameters are supported"
     if gradient.device != p.device:
         return RuntimeError, (
-            f"it is on {p.device}, its gradient on {gradient.device}. Move one to the other"
+            f"it is on {p.device}, its {what} on {gradient.device}. Move one to the other"
         )
     if p.device.type == "meta":
         return RuntimeError, "it is on the meta device and has no values to update"
     if gradient.shape != p.shape:
         return RuntimeError, (
-            f"its gradient has shape {tuple(gradient.shape)}; set p.grad = None and run"
+            f"its {what} has shape {tuple(gradient.shape)}; set p.grad = None and run"
             " backward again after changing a parameter's shape"
         )
-    for name, tensor in (("its", p), ("its gradient's", gradient)):
+    for name, tensor in (("its", p), (f"its {what}'s", gradient)):
         if real_dtype(tensor.dtype) not in STORABLE:
             return TypeError, f"{name} type is {tensor.dtype}; it must be floating point"
     if p.is_complex() != gradient.is_complex():
-        return TypeError, "parameter and gradient must both be complex or both be real"
+        return TypeError, f"parameter and {what} must both be complex or both be real"
     if not is_plain(p):
         return RuntimeError, "it is lazily conjugated or negated; optimize its clone() instead"
     if overlaps_itself(p):

@@ -28,23 +28,37 @@ class Control:
         self._max_norm = 1.0
         self._neutral = True
 
-    def load(self, grad_scale: Tensor | None, found_inf: Tensor | None, clipping: bool) -> None:
-        """Take the loss scale and the overflow flag of ``torch.amp.GradScaler``, if any."""
+    def load(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        clipping: bool,
+        factor: float = 1.0,
+    ) -> None:
+        """Take the loss scale and the overflow flag of ``torch.amp.GradScaler``, if any.
+
+        Args:
+            grad_scale: what the gradients are to be divided by.
+            found_inf: whether to skip the step.
+            clipping: whether the factor on the gradient is to be changed by a norm.
+            factor: what the gradients are to be multiplied by besides.
+        """
         # A captured step must set what an eager one may leave behind.
         unchanged = self._neutral and not is_capturing(self.values.device)
-        if grad_scale is None and found_inf is None and unchanged:
+        plain = grad_scale is None and found_inf is None and factor == 1.0
+        if plain and unchanged:
             self._neutral = not clipping
             return
         if grad_scale is None:
-            self.inverse_scale.fill_(1.0)
+            self.inverse_scale.fill_(factor)
         else:
-            self.inverse_scale.copy_(grad_scale.reshape(1)).reciprocal_()
+            self.inverse_scale.copy_(grad_scale.reshape(1)).reciprocal_().mul_(factor)
         self.values[:1].copy_(self.inverse_scale)
         if found_inf is None:
             self.values[1:].zero_()
         else:
             self.values[1:].copy_(found_inf.reshape(1))
-        self._neutral = grad_scale is None and found_inf is None and not clipping
+        self._neutral = plain and not clipping
 
     def set_max_norm(self, value: float) -> None:
         """Take a new bound on the norm."""

@@ -124,7 +124,7 @@ class LiveTable:
             # Tensors are ordered by group, so those of a group are consecutive.
             start = group_of.index(index)
             rows = slice(start, start + group_of.count(index))
-            live = _LiveGroup(groups[index], rule.hyper, device)
+            live = _LiveGroup(groups[index], (*rule.hyper, *rule.factors), device)
             self._inputs.append(live)
             self._record(live, index, groups, rows)
         self._groups = list(dict.fromkeys(group_of))

@@ -107,6 +107,25 @@ def same_order(a: Tensor, b: Tensor) -> bool:
     )
 
 
+def stacked_order(parameter: Tensor, samples: Tensor) -> bool:
+    """Whether samples ``[batch, *shape]`` follow each other in memory, each in this order."""
+    if len(samples) == 0:
+        return True
+    follow = samples.stride(0) == parameter.numel() or len(samples) == 1
+    return follow and is_dense(samples[0]) and same_order(parameter, samples[0])
+
+
+def stacked_buffer(parameter: Tensor, samples: Tensor) -> Tensor:
+    """Allocate a buffer for samples in the parameter's order, one behind the other."""
+    shape = (len(samples), *parameter.shape)
+    strides = parameter.stride()
+    if not is_dense(parameter):
+        strides = torch.empty(parameter.shape, device="meta").stride()
+    return torch.empty_strided(
+        shape, (parameter.numel(), *strides), dtype=samples.dtype, device=samples.device
+    )
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether memory holds the values themselves, not their conjugates or negatives."""
     return not (tensor.is_conj() or tensor.is_neg())

@@ -10,11 +10,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
-from .checks import check_gradients, check_states
+from .checks import (
+    check_gradients,
+    check_samples,
+    check_states,
+    check_statistics,
+    check_virtual_batch_size,
+)
 from .clipping import GlobalNorm
 from .coefficients import is_capturing, lives_on_device
 from .kernels.rule import Rule
 from .plan import Plan
+from .statistics.base import Statistics
 from .steps import State, new_step
 
 
@@ -35,6 +42,8 @@ class FusedOptimizer(Optimizer):
         backend: ``"auto"`` (Triton for tensors on a GPU, else the reference), ``"triton"`` or
             ``"reference"``.
         clip: ``fusedopt.GlobalNorm(max_norm)``, or None.
+        statistics: where per-sample squares come from, for rules that take them.
+        virtual_batch_size: for such rules, the batch whose second moment is to be averaged.
         state_dtype: reserved; only None is accepted.
         rounding: reserved; only None is accepted.
         master: reserved; only None is accepted.
@@ -57,6 +66,8 @@ class FusedOptimizer(Optimizer):
         *,
         backend: str = "auto",
         clip: GlobalNorm | None = None,
+        statistics: Statistics | None = None,
+        virtual_batch_size: float | None = None,
         state_dtype: Any = None,
         rounding: Any = None,
         master: Any = None,
@@ -76,13 +87,20 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(f"{name}={value!r} is not supported yet: only None is")
         if defaults.get("differentiable"):
             raise ValueError("differentiable=True is not supported: a fused step has no derivative")
+        check_statistics(type(self).__name__, self.rule, statistics, virtual_batch_size)
+        if virtual_batch_size is not None:
+            defaults = {**defaults, "virtual_batch_size": virtual_batch_size}
         self.backend = backend
         self.clip = clip
+        self.statistics = statistics
         self._plan: Plan | None = None
         self._captured_plans: list[Plan] = []
         # Whether the loss scaler keeps its overflow flag on the device: see _load_scaler.
         self._device_scaler = False
+        self._factors: list[dict[str, float]] = []
         super().__init__(params, defaults)
+        if statistics is not None:
+            statistics.attach(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; the next step takes it in.
@@ -95,6 +113,7 @@ class FusedOptimizer(Optimizer):
         """
         if param_group.get("differentiable"):
             raise ValueError("differentiable=True is not supported: a fused step has no derivative")
+        check_virtual_batch_size(param_group.get("virtual_batch_size"))
         super().add_param_group(param_group)
         try:
             for parameter in self.param_groups[-1]["params"]:
@@ -133,7 +152,7 @@ class FusedOptimizer(Optimizer):
         for plan in [*self._captured_plans, *([] if self._plan is None else [self._plan])]:
             for lane in plan.lanes:
                 if lane.live:
-                    lane.prepare(self.param_groups)
+                    lane.prepare(self.coefficient_groups())
             if self.clip is not None:
                 plan.lanes[0].control.set_max_norm(self.clip.max_norm)
 
@@ -143,30 +162,53 @@ class FusedOptimizer(Optimizer):
         grad_scale, found_inf = self._load_scaler()
         if not params:
             return
+        inputs, factor = [gradients], 1.0
+        if self.statistics is not None:
+            if found_inf is not None and grad_scale is None:
+                raise RuntimeError(
+                    "scaler.unscale_(optimizer) has divided the gradients by the loss scale, but"
+                    " not the samples' squares: leave it out, step() divides both. To clip, pass"
+                    " clip=fusedopt.GlobalNorm(max_norm), which bounds the unscaled norm"
+                )
+            check_samples(self, params)
+            factor = self.statistics.gradient_factor
+            # Clipping and overflow are decided before the update, from what it is to read.
+            plain = self.clip is None and found_inf is None
+            inputs = self.statistics.inputs(params, gradients, plain)
+            if found_inf is not None:
+                found_inf = _or_not_finite(found_inf, inputs[1])
+        elif len(self.rule.degrees) > 1:
+            raise RuntimeError(
+                "this optimizer has no statistics (copies and pickles come without): set"
+                " optimizer.statistics to where the squares come from"
+            )
         if found_inf is not None and self._overflowed(params, group_of, found_inf):
             return
         plan = self._plan
-        if plan is None or not plan.fits(self, params, gradients, group_of):
-            plan = self._make_plan(params, gradients, group_of)
+        if plan is None or not plan.fits(self, params, inputs, group_of):
+            plan = self._make_plan(params, inputs, group_of)
         if plan.is_capturing() and not plan.is_live():
             raise RuntimeError(
                 "a CUDA graph would repeat this step with frozen numbers: pass capturable=True, so"
                 " that step counts and hyper-parameters are read from the device"
             )
-        inputs = plan.inputs(gradients)
+        groups = self.coefficient_groups()
+        dealt = plan.inputs(inputs)
         try:
             for lane in plan.lanes:
-                lane.control.load(grad_scale, found_inf, self.clip is not None)
-                lane.prepare(self.param_groups)
+                lane.control.load(grad_scale, found_inf, self.clip is not None, factor)
+                lane.prepare(groups)
             if self.clip is not None:
-                self.clip.apply(plan.lanes, inputs)
+                self.clip.apply(plan.lanes, dealt)
         except Exception:
             plan.forget_created(self.state)
             self._drop_plan()
             raise
-        for lane, own in zip(plan.lanes, inputs, strict=True):
-            lane.step(own, self.param_groups, found_inf)
+        for lane, own in zip(plan.lanes, dealt, strict=True):
+            lane.step(own, groups, found_inf)
         plan.created.clear()
+        if self.statistics is not None:
+            self.statistics.used()
         # Autograd then notices a parameter that changed between forward and backward.
         torch.autograd.graph.increment_version(params)
 
@@ -176,7 +218,10 @@ class FusedOptimizer(Optimizer):
         gradients: list[Tensor] = []
         group_of: list[int] = []
         for index, group in enumerate(self.param_groups):
-            found = [p.grad for p in group["params"]]
+            if self.statistics is None:
+                found = [p.grad for p in group["params"]]
+            else:
+                found = [self.statistics.find(p) for p in group["params"]]
             absent = [gradient is None for gradient in found]
             if True in absent:
                 used = [i for i, missing in enumerate(absent) if not missing]
@@ -203,6 +248,18 @@ class FusedOptimizer(Optimizer):
             self._device_scaler = True
         return grad_scale, found_inf
 
+    def coefficient_groups(self) -> Sequence[dict[str, Any]]:
+        """Return the parameter groups, with what the samples of this step say where a rule asks."""
+        if self.statistics is None:
+            return self.param_groups
+        if self.statistics.samples > 0:
+            sizes = [group.get("virtual_batch_size", 1) for group in self.param_groups]
+            self._factors = [self.statistics.factors(size) for size in sizes]
+        return [
+            {**group, **factors}
+            for group, factors in zip(self.param_groups, self._factors, strict=True)
+        ]
+
     def _overflowed(
         self, params: Sequence[Tensor], group_of: Sequence[int], found_inf: Tensor
     ) -> bool:
@@ -217,8 +274,18 @@ class FusedOptimizer(Optimizer):
             return bool(found_inf.item())
         return False
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and what statistics have gathered beside them.
+
+        Args:
+            set_to_none: set gradients to None instead of zero.
+        """
+        super().zero_grad(set_to_none)
+        if self.statistics is not None:
+            self.statistics.reset()
+
     def _make_plan(
-        self, params: list[Tensor], gradients: list[Tensor], group_of: list[int]
+        self, params: list[Tensor], inputs: list[list[Tensor]], group_of: list[int]
     ) -> Plan:
         """Check everything, create missing states, and prepare the launches."""
         if any(map(is_capturing, {p.device for p in params})):
@@ -226,11 +293,11 @@ class FusedOptimizer(Optimizer):
                 "a CUDA graph is being captured, and this step is not prepared: run one step with"
                 " the same parameters, hyper-parameters and layouts of gradients before the capture"
             )
-        check_gradients(self, params, gradients)
+        check_gradients(self, params, inputs)
         check_states(self, params, group_of)
         created = self._create_states(params, group_of)
         self._drop_plan()
-        self._plan = Plan(self, params, gradients, group_of, created)
+        self._plan = Plan(self, params, inputs, group_of, created)
         return self._plan
 
     def _drop_plan(self) -> None:
@@ -302,6 +369,7 @@ class FusedOptimizer(Optimizer):
         else:
             self._plan, self._captured_plans = None, []
         self._device_scaler = False
+        self.__dict__.setdefault("statistics", None)
         # Keys that an older or a torch checkpoint does not have.
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -309,3 +377,9 @@ class FusedOptimizer(Optimizer):
         for values in self.state.values():
             if "step" in values and not isinstance(values["step"], Tensor):
                 values["step"] = new_step() + float(values["step"])
+
+
+def _or_not_finite(found_inf: Tensor, squares: Sequence[Tensor]) -> Tensor:
+    """Set the overflow flag where a sum of squares has overflowed, though no gradient has."""
+    largest = torch.nn.utils.get_total_norm(squares, float("inf"))
+    return torch.maximum(found_inf, (~largest.isfinite()).to(found_inf))

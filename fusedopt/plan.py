@@ -43,7 +43,7 @@ class Plan:
     Args:
         optimizer: whose step this is.
         params: parameters with a gradient, ordered by group.
-        gradients: their gradients.
+        inputs: for each input of the rule, the tensors of all parameters: the gradients first.
         group_of: for each parameter, the index of its group.
         created: for each parameter, the names of the states created just now.
     """
@@ -52,7 +52,7 @@ class Plan:
         self,
         optimizer: FusedOptimizer,
         params: list[Tensor],
-        gradients: list[Tensor],
+        inputs: list[list[Tensor]],
         group_of: list[int],
         created: Sequence[Sequence[str]],
     ) -> None:
@@ -70,14 +70,16 @@ class Plan:
         self._all_states = list(optimizer.state.values())
         self._columns = _columns(self._names, self._states)
         self._tensors = self._state_tensors()
-        local_params, local_gradients = local_tensors(params), local_tensors(gradients)
+        local_params = local_tensors(params)
+        local_inputs = [local_tensors(tensors) for tensors in inputs]
         local_states = local_tensors(self._tensors)
         self._param_print = Fingerprint(local_params)
-        self._gradient_print = Fingerprint(local_gradients)
+        self._input_print = Fingerprint(_chained(local_inputs))
         # States are the same objects at every step: only a swapped .data can have moved them.
         self._state_addresses = list(map(Tensor.data_ptr, local_states))
-        self._placements = _placements(gradients)
+        self._placements = _placements(_chained(inputs))
 
+        materialised = _is_materialised(optimizer)
         slots: dict[tuple[torch.device, bool], list[int]] = {}
         rest = {
             name: iter(local_tensors([state[name] for state in states]))
@@ -102,15 +104,16 @@ class Plan:
                         Slot(
                             position=i,
                             param=local_params[k].detach(),
-                            inputs=(local_gradients[k],),
+                            inputs=tuple(tensors[k] for tensors in local_inputs),
                             states=states_of[k],
                             options=options_of[group_of[k]],
+                            materialised=materialised,
                         )
                         for i, k in enumerate(positions)
                     ],
                     [self._states[k] for k in positions],
                     [group_of[k] for k in positions],
-                    groups,
+                    optimizer.coefficient_groups(),
                     [bool(created[k]) for k in positions],
                 )
             )
@@ -126,10 +129,10 @@ class Plan:
         self,
         optimizer: FusedOptimizer,
         params: list[Tensor],
-        gradients: list[Tensor],
+        inputs: list[list[Tensor]],
         group_of: list[int],
     ) -> bool:
-        """Whether this plan can run a step on these tensors; moved gradients are taken in."""
+        """Whether this plan can run a step on these tensors; moved inputs are taken in."""
         if not (
             _identical(params, self._params)
             and group_of == self._group_of
@@ -156,26 +159,27 @@ class Plan:
             addresses == self._param_print.addresses
             and self._param_print.fits(local_params, addresses)
             and list(map(Tensor.data_ptr, local_tensors(tensors))) == self._state_addresses
-            and self._take_gradients(gradients)
+            and self._take_inputs(inputs)
         )
 
-    def _take_gradients(self, gradients: list[Tensor]) -> bool:
-        if _placements(gradients) != self._placements:
+    def _take_inputs(self, inputs: list[list[Tensor]]) -> bool:
+        tensors = _chained(inputs)
+        if _placements(tensors) != self._placements:
             return False
-        gradients = local_tensors(gradients)
+        tensors = local_tensors(tensors)
         try:
-            addresses = list(map(Tensor.data_ptr, gradients))
-            if not self._gradient_print.fits(gradients, addresses):
+            addresses = list(map(Tensor.data_ptr, tensors))
+            if not self._input_print.fits(tensors, addresses):
                 return False
         except RuntimeError:  # sparse tensors have no address; the checks say so better
             return False
         # A replay writes the addresses that were captured, behind the host's back: from then on
         # neither side may rely on what the other has left in the table.
         self.captured = self.captured or (self.is_capturing() and self.is_live())
-        if addresses != self._gradient_print.addresses or self.captured:
-            for lane, inputs in zip(self.lanes, self.inputs(gradients), strict=True):
-                lane.part.move_inputs(inputs)
-            self._gradient_print.addresses = addresses
+        if addresses != self._input_print.addresses or self.captured:
+            for lane, own in zip(self.lanes, self.inputs(inputs), strict=True):
+                lane.part.move_inputs(own)
+            self._input_print.addresses = addresses
         return True
 
     def is_capturing(self) -> bool:
@@ -186,12 +190,14 @@ class Plan:
         """Whether a captured step would read its numbers from the device."""
         return all(lane.live for lane in self.lanes)
 
-    def inputs(self, gradients: list[Tensor]) -> list[Inputs]:
-        """Deal the gradients out to the lanes."""
-        gradients = local_tensors(gradients)
+    def inputs(self, inputs: list[list[Tensor]]) -> list[Inputs]:
+        """Deal the inputs out to the lanes."""
+        local = [local_tensors(tensors) for tensors in inputs]
         if len(self.lanes) == 1:
-            return [(gradients,)]
-        return [([gradients[k] for k in positions],) for positions in self._positions]
+            return [local]
+        return [
+            [[tensors[k] for k in positions] for tensors in local] for positions in self._positions
+        ]
 
     def forget_created(self, state: dict[Tensor, Any]) -> None:
         """Remove the states that were created for this plan."""
@@ -211,14 +217,23 @@ def _columns(names_of: Sequence[Sequence[str]], states: Sequence[State]) -> dict
     return columns
 
 
+def _chained(inputs: list[list[Tensor]]) -> list[Tensor]:
+    return inputs[0] if len(inputs) == 1 else [tensor for kind in inputs for tensor in kind]
+
+
+def _is_materialised(optimizer: FusedOptimizer) -> bool:
+    return optimizer.statistics is not None and optimizer.statistics.materialised
+
+
 def _identical(now: Collection[Any], then: Collection[Any]) -> bool:
     return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
 def _config(optimizer: FusedOptimizer) -> list[Any]:
     """Collect what the plan takes from the groups besides numbers."""
-    skip = {"params", "param_names", *optimizer.rule.hyper}
+    skip = {"params", "param_names", "virtual_batch_size", *optimizer.rule.hyper}
     config: list[Any] = [optimizer.backend, optimizer.clip is not None]
+    config.append(_is_materialised(optimizer))
     for group in optimizer.param_groups:
         config.append(optimizer.rule.states(group))
         config.append(optimizer.rule.options(group))

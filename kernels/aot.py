@@ -1,7 +1,9 @@
 """Ahead-of-time compilation: every kernel variant, for any target, on a machine without a GPU.
 
 A variant is what the launcher would compile at run time; a report is what can be read off the
-machine code: registers, stack, and how wide and how many the accesses to global memory are.
+machine code: registers, stack, matrix instructions, and how wide and how many the accesses to
+global memory are; a budget is the limits that this project sets itself. Families of kernels list
+their variants in modules of their own, named in ``variants``.
 """
 
 from __future__ import annotations
@@ -10,84 +12,79 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import multi_tensor, norms
 from .lang import COMPILE_OPTIONS, tl, triton
-from .rules import REGISTRY
+from .per_sample.shapes import matrix_instruction
 
+# Bytes of an element, by Triton's name of its type.
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
-
-# Element types of parameter, gradient and states, and whether addresses are aligned.
-LAYOUTS = (
-    *((dtype, dtype, dtype, True) for dtype in DTYPES),
-    ("fp32", "bf16", "fp32", True),
-    ("bf16", "fp32", "bf16", True),
-    ("fp32", "fp32", "fp32", False),
-    ("bf16", "bf16", "bf16", False),
-)
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Limits of a variant; no variant may use stack.
+
+    Attributes:
+        bytes_per_element: bytes an element that whole chunks move by 128-bit accesses, no more
+            and no fewer; None where that is not counted.
+        registers: registers a thread at most, or None.
+        matrix: whether products must be the target's matrix instructions.
+    """
+
+    bytes_per_element: float | None = None
+    registers: int | None = None
+    matrix: bool = False
+
+    def broken(self, variant: Variant, result: Report, target: Any) -> list[str]:
+        """Say which limits a variant breaks."""
+        broken = []
+        if result.stack > 0:
+            broken.append(f"{result.stack} bytes of stack")
+        moved = result.bytes_moved(variant)
+        if self.bytes_per_element is not None and moved != self.bytes_per_element:
+            broken.append(
+                f"128-bit accesses move {moved:g} bytes an element, not {self.bytes_per_element:g}"
+            )
+        if self.registers is not None and result.registers > self.registers:
+            broken.append(f"{result.registers} registers, more than {self.registers}")
+        if self.matrix:
+            wanted = matrix_instruction(capability(target))
+            if not any(name.startswith(wanted) for name in result.matrix):
+                broken.append(f"no {wanted} instruction")
+        return broken
+
+
+@dataclass(frozen=True, eq=False)
 class Variant:
     """One kernel as the compiler sees it.
 
     Attributes:
-        kernel: name of the kernel function.
-        rule: name of a rule in the registry, or "" for the norm kernels.
-        options: compile-time options of the rule.
-        dtypes: element types of the operands.
-        aligned: whether addresses are multiples of 16 bytes.
-        infinity_norm: for the norm kernels.
+        name: a short name for tables, unique among the variants of a target.
+        kernel: the ``@jit`` function.
+        arguments: type of each run-time argument, in Triton's spelling (``*fp32``, ``i32``). The
+            argument is named in ``constants`` instead where the launcher makes it one (None, 1).
+        constants: value of each compile-time argument.
+        threads: threads of a program.
+        stages: depth of the software pipeline, or None for the compiler's default.
+        block: elements that a program owns, where bytes an element are counted; otherwise 0.
+        divisible: integer arguments that are multiples of 16. Addresses always are: torch
+            allocates on 16 bytes and more, and the launcher says so to the compiler.
+        budget: what the variant may use.
     """
 
-    kernel: str
-    rule: str = ""
-    options: tuple[bool, ...] = ()
-    n_states: int = 0
-    dtypes: tuple[str, ...] = ()
-    aligned: bool = True
-    infinity_norm: bool = False
-
-    @property
-    def name(self) -> str:
-        """A short name for tables."""
-        types = "/".join(dict.fromkeys(self.dtypes))
-        if self.rule:
-            label = REGISTRY[self.rule].label(self.options)
-            types = types if len(set(self.dtypes)) == 1 else f"{types} gradient"
-        else:
-            label = f"{self.kernel} ({'inf' if self.infinity_norm else '2'})"
-        return f"{label} {types}{'' if self.aligned else ' unaligned'}".strip()
-
-    @property
-    def block(self) -> int:
-        """Elements a program owns."""
-        if self.kernel == "update_tensors":
-            return multi_tensor.block_size(self.aligned)
-        return norms.NORM_BLOCK if self.kernel == "partial_norms" else norms.REDUCE_BLOCK
-
-    @property
-    def threads(self) -> int:
-        """Threads a program has."""
-        sizes = {
-            "partial_norms": norms.NORM_THREADS,
-            "clip_factor": norms.REDUCE_THREADS,
-            "update_tensors": multi_tensor.THREADS,
-        }
-        return sizes[self.kernel]
-
-    @property
-    def bytes_needed(self) -> int:
-        """Bytes an element that the update must read and write, by the operands' types."""
-        sizes = [DTYPES[d] for d in self.dtypes]
-        if self.kernel == "partial_norms":
-            return sizes[0]
-        # Everything is read, and everything but the gradient is written.
-        return 2 * sum(sizes) - sizes[1]
+    name: str
+    kernel: Any
+    arguments: Mapping[str, str]
+    constants: Mapping[str, Any]
+    threads: int
+    stages: int | None = None
+    block: int = 0
+    divisible: tuple[str, ...] = ()
+    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass(frozen=True)
@@ -113,26 +110,16 @@ class Report:
     def bytes_moved(self, variant: Variant) -> float:
         """Bytes an element moved by 128-bit accesses, those of whole chunks."""
         accesses = self.loads.get(128, 0) + self.stores.get(128, 0)
-        return 16 * accesses * variant.threads / variant.block
+        return 16 * accesses * variant.threads / variant.block if variant.block else 0.0
 
 
-def variants() -> Iterator[Variant]:
-    """Every variant that the registry's rules and the norm kernels can need."""
-    for rule in REGISTRY.values():
-        seen = set()
-        for group in rule.example_groups:
-            key = rule.options(group), len(rule.states(group))
-            if key in seen:
-                continue
-            seen.add(key)
-            for param, gradient, state, aligned in LAYOUTS:
-                dtypes = (param, *([gradient] * len(rule.degrees)), *([state] * key[1]))
-                yield Variant("update_tensors", rule.name, *key, dtypes, aligned)
-    for infinity_norm in (False, True):
-        for dtype in DTYPES:
-            yield Variant("partial_norms", dtypes=(dtype,), infinity_norm=infinity_norm)
-        yield Variant("partial_norms", dtypes=("fp32",), aligned=False, infinity_norm=infinity_norm)
-        yield Variant("clip_factor", infinity_norm=infinity_norm)
+def variants(target: Any) -> Iterator[Variant]:
+    """Every variant that can be needed on a target: the registry's rules and the other kernels."""
+    from . import aot_variants
+    from .per_sample import aot_variants as per_sample
+
+    yield from aot_variants.variants()
+    yield from per_sample.variants(target)
 
 
 def parse_target(text: str) -> Any:
@@ -152,84 +139,36 @@ def parse_target(text: str) -> Any:
     raise ValueError(f"a target is cuda:<capability> or hip:gfx<number>, got {text!r}")
 
 
+def capability(target: Any) -> int:
+    """Compute capability times 10 (sm_90 is 90), or 0 for a target that is not NVIDIA's."""
+    return int(target.arch) if target.backend == "cuda" else 0
+
+
+def element_type(name: str) -> Any:
+    """Triton's type of a name in DTYPES."""
+    return {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}[name]
+
+
 def compile_variant(variant: Variant, target: Any) -> Any:
     """Compile a variant for a target; Triton's compiled kernel is returned."""
     from triton.compiler import ASTSource
 
-    kernel, signature, constants = _source(variant)
-    names = list(signature)
+    names = variant.kernel.arg_names
+    signature = {name: variant.arguments.get(name, "constexpr") for name in names}
     source = ASTSource(
-        fn=kernel,
+        fn=variant.kernel,
         signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        # torch allocates on 16 bytes and more, and the launcher says so to the compiler.
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
         attrs={
             (i,): [["tt.divisibility", 16]]
-            for i, kind in enumerate(signature.values())
-            if kind.startswith("*")
+            for i, (name, kind) in enumerate(signature.items())
+            if kind.startswith("*") or name in variant.divisible
         },
     )
-    warps = variant.threads // target.warp_size
-    return triton.compile(source, target=target, options={"num_warps": warps, **COMPILE_OPTIONS})
-
-
-def _source(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any]]:
-    types = tuple(_element_type(d) for d in variant.dtypes)
-    compute = tl.float64 if tl.float64 in types else tl.float32
-    if variant.kernel == "update_tensors":
-        rule = REGISTRY[variant.rule]
-        kernel: Any = multi_tensor.update_tensors
-        arguments = {
-            "table": "*i64",
-            "width": "i32",
-            "chunk_tensor": "*i32",
-            "chunk_index": "*i32",
-            "coefficients": "*fp64",
-            "control": "*fp64",
-        }
-        constants: dict[str, Any] = {
-            "RULE": rule.update,
-            "OPTIONS": variant.options,
-            "DTYPES": types,
-            "DEGREES": rule.degrees,
-            "N_COEFFICIENTS": rule.n_coefficients,
-            "COMPUTE": compute,
-            "ALIGNED": variant.aligned,
-            "BLOCK": variant.block,
-        }
-    elif variant.kernel == "partial_norms":
-        kernel = norms.partial_norms
-        arguments = {
-            "table": "*i64",
-            "width": "i32",
-            "chunk_tensor": "*i32",
-            "chunk_index": "*i32",
-            "inverse_scale": "*fp64",
-            "partials": "*fp64",
-        }
-        constants = {
-            "DTYPE": types[0],
-            "COMPUTE": compute,
-            "ALIGNED": variant.aligned,
-            "INFINITY_NORM": variant.infinity_norm,
-            "BLOCK": variant.block,
-        }
-    else:
-        kernel = norms.clip_factor
-        arguments = {
-            "partials": "*fp64",
-            "count": "i32",
-            "inverse_scale": "*fp64",
-            "max_norm": "*fp64",
-            "control": "*fp64",
-            "norm": "*fp32",
-        }
-        constants = {"INFINITY_NORM": variant.infinity_norm, "BLOCK": variant.block}
-    return kernel, {**arguments, **dict.fromkeys(constants, "constexpr")}, constants
-
-
-def _element_type(name: str) -> Any:
-    return {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}[name]
+    options = {"num_warps": variant.threads // target.warp_size, **COMPILE_OPTIONS}
+    if variant.stages is not None:
+        options["num_stages"] = variant.stages
+    return triton.compile(source, target=target, options=options)
 
 
 def report(compiled: Any, target: Any) -> Report:
@@ -288,22 +227,3 @@ def _report_amd(assembly: str, shared: int) -> Report:
         stores=dict(counts["store"]),
         matrix=matrix,
     )
-
-
-def broken_budgets(variant: Variant, result: Report, target: Any) -> list[str]:
-    """Say which of the limits that this project sets itself a variant breaks.
-
-    No stack; whole chunks of aligned tensors in 128-bit accesses, as many as the operands need
-    and no more; AdamW in float32 in at most 64 registers, half the threads an SM can hold.
-    """
-    broken = []
-    if result.stack > 0:
-        broken.append(f"{result.stack} bytes of stack")
-    if variant.kernel != "clip_factor" and variant.aligned:
-        moved, needed = result.bytes_moved(variant), variant.bytes_needed
-        if moved != needed:
-            broken.append(f"128-bit accesses move {moved:g} bytes an element, not {needed}")
-    is_adamw = variant.rule == "Adam" and not any(variant.options)
-    if is_adamw and set(variant.dtypes) == {"fp32"} and result.registers > 64:
-        broken.append(f"{result.registers} registers, more than 64")
-    return broken

@@ -84,36 +84,49 @@ def _update_chunk(
 ):  # fmt: skip
     """Load one chunk of every operand, apply the rule, and store parameter and states."""
     n_inputs: tl.constexpr = len(DEGREES)
-    n_operands: tl.constexpr = len(DTYPES)
-    parameter = _address(column, width, 0, DTYPES, ALIGNED) + offsets
-    p = decode(parameter, mask, COMPUTE)
     inputs = ()
     for i in tl.static_range(n_inputs):
-        x = decode(_address(column, width, 1 + i, DTYPES, ALIGNED) + offsets, mask, COMPUTE)
+        x = decode(address(column, width, 1 + i, DTYPES, ALIGNED) + offsets, mask, COMPUTE)
         x = x * scale
         if DEGREES[i] == 2:
             x = x * scale
         inputs = inputs + (x,)
+    apply_rule(
+        column, width, offsets, mask, inputs, scalars,
+        RULE, OPTIONS, DTYPES, n_inputs, COMPUTE, ALIGNED,
+    )  # fmt: skip
+
+
+@jit
+def apply_rule(
+    column, width, offsets, mask, inputs, scalars,
+    RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, N_INPUTS: tl.constexpr,
+    COMPUTE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Update one chunk of parameter and states, whose addresses follow those of the inputs."""
+    n_operands: tl.constexpr = len(DTYPES)
+    parameter = address(column, width, 0, DTYPES, ALIGNED) + offsets
+    p = decode(parameter, mask, COMPUTE)
     # Addresses of states are kept from load to store: a store might alias the table, so that
     # reading an address again would wait for it.
     pointers = ()
     states = ()
-    for i in tl.static_range(1 + n_inputs, n_operands):
-        pointer = _address(column, width, i, DTYPES, ALIGNED) + offsets
+    for i in tl.static_range(1 + N_INPUTS, n_operands):
+        pointer = address(column, width, i, DTYPES, ALIGNED) + offsets
         pointers = pointers + (pointer,)
         states = states + (decode(pointer, mask, COMPUTE),)
     p, states = RULE(p, inputs, states, scalars, OPTIONS)
     encode(parameter, p, mask)
-    for i in tl.static_range(n_operands - 1 - n_inputs):
+    for i in tl.static_range(n_operands - 1 - N_INPUTS):
         encode(pointers[i], states[i], mask)
 
 
 @jit
-def _address(column, width, OPERAND: tl.constexpr, DTYPES: tl.constexpr, ALIGNED: tl.constexpr):
+def address(column, width, OPERAND: tl.constexpr, DTYPES: tl.constexpr, ALIGNED: tl.constexpr):
     """Read an operand's address and give it its type and, where it holds, its alignment."""
     # 2 is HEADER_ROWS, in int64 because a table can have many columns.
-    address = tl.load(column + (2 + OPERAND) * width.to(tl.int64))
-    pointer = address.to(tl.pointer_type(DTYPES[OPERAND]))
+    value = tl.load(column + (2 + OPERAND) * width.to(tl.int64))
+    pointer = value.to(tl.pointer_type(DTYPES[OPERAND]))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer

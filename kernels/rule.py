@@ -37,6 +37,8 @@ class Rule:
             them for what changes the shape of the update; a number belongs in ``coefficients``.
         option_names: what tables call the options, in the same order.
         hyper: names of the group entries that ``coefficients`` reads as numbers.
+        factors: names of the group entries that the optimizer works out anew for each step from the
+            samples of the batch: see ``fusedopt.statistics``.
         degrees: for each input, its degree in the gradient: 1 for the gradient, 2 for squares.
             Clipping and loss unscaling multiply an input by ``scale ** degree``.
         counts_steps: whether ``state["step"]`` is kept. Without it, ``coefficients`` sees 1 at
@@ -54,6 +56,7 @@ class Rule:
     n_coefficients: int
     options: Callable[[Group], tuple[bool, ...]] = _no_options
     option_names: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
     degrees: tuple[int, ...] = (1,)
     counts_steps: bool = True
     example_groups: tuple[Group, ...] = field(default=(), hash=False, compare=False)

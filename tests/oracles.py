@@ -64,14 +64,27 @@ def _vocabulary() -> dict[str, Callable[..., Any]]:
     return {name: _execute(function, namespace) for name, function in device_functions.items()}
 
 
+def _shared(update: Any) -> dict[str, Callable[..., Any]]:
+    """The parts that rules have in common: device functions of theirs that the text names."""
+    named = set(update.fn.__code__.co_names)
+    return {
+        name: source_of(value)
+        for name, value in vars(inspect.getmodule(update.fn)).items()
+        if name in named
+        and isinstance(value, type(lang.lerp))
+        and value.fn.__module__.startswith("fusedopt.kernels.rules.")
+    }
+
+
 def source_of(update: Any) -> Callable[..., Any]:
     """Return the device function as a function of torch tensors.
 
     Raises:
-        ForeignName: if its text, executed or not, names anything but its arguments and the
-            vocabulary of ``kernels/lang.py``, or reaches into a value by an attribute.
+        ForeignName: if its text, executed or not, names anything but its arguments, the vocabulary
+            of ``kernels/lang.py`` and other device functions of rules, for which the same holds; or
+            if it reaches into a value by an attribute.
     """
-    words = _vocabulary()
+    words = {**_vocabulary(), **_shared(update)}
     function = _execute(update, {"__builtins__": {}, **words})
     for instruction in dis.get_instructions(function.__code__):  # type: ignore[attr-defined]
         kind = instruction.opname

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from fusedopt.kernels import aot
-from fusedopt.kernels.aot import Report, Variant
+from fusedopt.kernels import aot, aot_variants
+from fusedopt.kernels.aot import Budget, Report
+from fusedopt.kernels.rules import REGISTRY
 
 # Compiled in one subprocess without the interpreter, which this process has turned on.
 SCRIPT = """
@@ -22,11 +23,12 @@ register(LION)
 target = aot.parse_target("cuda:90")
 wanted = json.loads(sys.argv[1])
 rows = {}
-for variant in aot.variants():
+for variant in aot.variants(target):
     if variant.name in wanted:
         result = aot.report(aot.compile_variant(variant, target), target)
         moved = result.bytes_moved(variant)
-        rows[variant.name] = [moved, result.registers, aot.broken_budgets(variant, result, target)]
+        broken = variant.budget.broken(variant, result, target)
+        rows[variant.name] = [moved, result.registers, broken]
 print(json.dumps(rows))
 """
 
@@ -43,6 +45,30 @@ BYTES = {
     "partial_norms (2) fp32": 4,
     "partial_norms (inf) bf16": 2,
 }
+
+
+# The same for the per-sample kernels: for each variant, the broken budgets, whether shared memory
+# holds the operands of all stages but one, and whether a product runs on into the next turn.
+PER_SAMPLE_SCRIPT = """
+import json, sys
+from fusedopt.kernels import aot
+from fusedopt.kernels.per_sample import aot_variants
+rows = {}
+target = aot.parse_target(sys.argv[1])
+for variant in aot_variants.variants(target):
+    if not variant.name.startswith(tuple(json.loads(sys.argv[2]))):
+        continue
+    compiled = aot.compile_variant(variant, target)
+    result = aot.report(compiled, target)
+    rows[variant.name] = {
+        "broken": variant.budget.broken(variant, result, target),
+        "shared": result.shared,
+        "stages": variant.stages,
+        "blocks": [variant.constants.get("BLOCK_" + x, 0) for x in ("O", "I", "ROWS")],
+        "runs_on": "wgmma.wait_group.sync.aligned 1" in compiled.asm.get("ptx", ""),
+    }
+print(json.dumps(rows))
+"""
 
 
 def _without_interpreter(*command: str) -> subprocess.CompletedProcess[str]:
@@ -72,7 +98,7 @@ def test_budgets_hold(compiled):
     assert compiled["Adam fp32"][1] <= 64
 
 
-ADAM = Variant("update_tensors", "Adam", (False,), 2, ("fp32",) * 4)
+ADAM = aot_variants.update_tensors(REGISTRY["Adam"], (False,), ("fp32",) * 4)
 GOOD = Report(registers=60, stack=0, shared=0, loads={128: 8}, stores={128: 6}, matrix=())
 
 
@@ -88,12 +114,31 @@ GOOD = Report(registers=60, stack=0, shared=0, loads={128: 8}, stores={128: 6}, 
 )
 def test_a_broken_budget_is_named(change, complaint):
     report = Report(**{**vars(GOOD), **change})
-    broken = aot.broken_budgets(ADAM, report, aot.parse_target("cuda:90"))
+    broken = ADAM.budget.broken(ADAM, report, aot.parse_target("cuda:90"))
     assert [complaint in text for text in broken] == ([True] if complaint else [])
 
 
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [
+        ("cuda:80", "mma.sync"),
+        ("cuda:89", "mma.sync"),
+        ("cuda:90", "wgmma.mma_async"),
+        ("cuda:100", "tcgen05.mma"),
+        ("cuda:120", "mma.sync"),
+        ("hip:gfx942", "v_mfma_f32_32x32x8_bf16_1k"),
+    ],
+)
+def test_a_product_without_matrix_instructions_is_named(target, instruction):
+    target = aot.parse_target(target)
+    for found, fine in (((), False), ((instruction,), True), (("fma",), False)):
+        report = Report(**{**vars(GOOD), "matrix": found})
+        assert (Budget(matrix=True).broken(ADAM, report, target) == []) is fine
+        assert Budget().broken(ADAM, report, target) == []
+
+
 def test_every_rule_type_and_alignment_is_listed():
-    names = [variant.name for variant in aot.variants()]
+    names = [variant.name for variant in aot.variants(aot.parse_target("cuda:90"))]
     assert len(names) == len(set(names))
     for rule in ("SGD", "RMSprop", "Adam", "Lion"):
         for types in ("fp32", "bf16", "fp16", "fp64", "bf16/fp32 gradient", "fp32 unaligned"):
@@ -117,3 +162,39 @@ def test_a_broken_budget_makes_the_command_fail(monkeypatch, capsys):
 def test_an_unknown_target_is_named(target):
     result = _without_interpreter("-m", "fusedopt", "codegen", "--target", target)
     assert result.returncode == 2 and target in result.stderr
+
+
+def _per_sample(target, *names):
+    result = _without_interpreter("-c", PER_SAMPLE_SCRIPT, target, json.dumps(names))
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_per_sample_products_are_pipelined_matrix_instructions():
+    """The loads of the next sample are under way while the last block of this one is multiplied."""
+    rows = _per_sample("cuda:90", "linear_", "convolution_samples fp16", "reduce_partials bf16")
+    assert {name: row["broken"] for name, row in rows.items() if row["broken"]} == {}
+    kinds = [" ".join(name.split()[:-1]) for name in rows]
+    for operands in ("bf16", "fp16", "fp32 tf32", "fp32 ieee"):
+        for kernel in ("linear_samples dense", "linear_samples segmented", "linear_rows"):
+            assert f"{kernel} {operands}" in kinds
+    for name, row in rows.items():
+        o, i, k = row["blocks"]
+        size = 2 if "16" in name.split(f" {o}x")[0] else 4
+        if name.startswith("linear_samples"):
+            assert row["shared"] >= (row["stages"] - 1) * (o + i) * k * size, name
+            assert row["runs_on"] is ("ieee" not in name), name
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:100", "hip:gfx942"])
+def test_per_sample_budgets_hold_elsewhere(target):
+    names = ("linear_samples dense bf16", "linear_rows bf16", "linear_samples segmented fp32 tf32")
+    rows = _per_sample(target, *names)
+    assert len(rows) >= 4
+    assert {name: row["broken"] for name, row in rows.items() if row["broken"]} == {}
+
+
+def test_names_of_variants_are_unique():
+    for target in ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942"):
+        names = [variant.name for variant in aot.variants(aot.parse_target(target))]
+        assert len(names) == len(set(names)), target

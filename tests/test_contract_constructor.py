@@ -33,6 +33,7 @@ import fusedopt
 
 # capturable is torch's own, accepted where torch does not have it as well.
 COMMON = ("backend", "clip", "state_dtype", "rounding", "master", "capturable")
+WITH_SQUARES = ("statistics", "virtual_batch_size")
 # Names of the public interface that are there from the start, and those that may follow.
 CORE = {"SGD", "RMSprop", "Adam", "AdamW", "GlobalNorm", "Rule", "FusedOptimizer"}
 LATER = {
@@ -81,7 +82,11 @@ def test_common_arguments_are_the_documented_ones(case: Case) -> None:
         for p in _arguments(fusedopt.FusedOptimizer)
         if p.kind is inspect.Parameter.KEYWORD_ONLY
     ]
-    assert set(base) == set(COMMON)
+    assert set(base) == {*COMMON, *WITH_SQUARES}
+    # For rules that take squares; others say so.
+    for name in WITH_SQUARES:
+        with pytest.raises(TypeError, match="per-sample squares"):
+            case.ours([torch.nn.Parameter(torch.zeros(1))], **{name: 1})
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=ids)

@@ -179,7 +179,7 @@ def test_kernel_is_its_source_to_the_bit(
         zero = torch.zeros_like(start[i], dtype=compute)
         p, states = source(
             start[i].to(compute),
-            (gradients[i].to(compute),),
+            tuple(gradients[i].to(compute) ** degree for degree in rule.degrees),
             tuple(zero for _ in names),
             as_scalars(rule.coefficients(group, 1.0), compute, device),
             rule.options(group),

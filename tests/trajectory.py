@@ -14,6 +14,7 @@ from tolerances import Tolerance, assert_close_ulps, assert_equal
 from torch import Tensor
 
 from fusedopt import FusedOptimizer
+from fusedopt.cli.verify import statistics_for
 from fusedopt.kernels.rule import Rule
 
 # The torch class that takes a rule's example groups as keyword arguments.
@@ -207,7 +208,7 @@ def optimizer_of(rule: Rule) -> type[FusedOptimizer]:
     """Return an optimizer class for a rule, taking groups and a backend."""
 
     def init(self: FusedOptimizer, params: Any, **common: Any) -> None:
-        FusedOptimizer.__init__(self, params, {}, **common)
+        FusedOptimizer.__init__(self, params, {}, statistics=statistics_for(rule), **common)
 
     return type(f"Fused{rule.name}", (FusedOptimizer,), {"rule": rule, "__init__": init})
 

@@ -33,6 +33,9 @@ class Slot:
     inputs: tuple[Tensor, ...]
     states: tuple[Tensor, ...]
     options: tuple[bool, ...]
+    # Whether the inputs are gradients of samples, ``[batch, *param.shape]`` each, that are still to
+    # be reduced to what the rule takes.
+    materialised: bool = False
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
@@ -82,6 +85,41 @@ def prepare(backend: str, rule: Rule, device: torch.device, slots: Sequence[Slot
     from .reference import ReferencePart
 
     return ReferencePart(rule, device, slots)
+
+
+def reduce_samples(
+    parameters: Sequence[Tensor], columns: Sequence[Sequence[Tensor]], requested: str = "auto"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Reduce materialised per-sample gradients, in one launch for each mix of types.
+
+    Args:
+        parameters: whose shapes, orders of elements and devices the results have.
+        columns: for each parameter its samples, ``[batch, *param.shape]``, in one tensor or more.
+        requested: name of a backend.
+
+    Returns:
+        Sums over samples, and sums over samples of squares, in float32; in float64 where the
+        samples or the parameter are.
+    """
+    from . import reference
+
+    sums: list[Tensor] = [torch.empty(0)] * len(parameters)
+    squares = list(sums)
+    rest: dict[torch.device, list[int]] = {}
+    for i, p in enumerate(parameters):
+        if choose(p.device, requested)[0] == "triton" and p.numel() and not p.is_complex():
+            rest.setdefault(p.device, []).append(i)
+        else:
+            sums[i], squares[i] = reference.reduce_samples(p, columns[i])
+    for device, chosen in rest.items():
+        from .triton_samples import reduce_samples as reduce_by_kernel
+
+        own = reduce_by_kernel(
+            device, [parameters[i] for i in chosen], [columns[i] for i in chosen]
+        )
+        for i, total, square in zip(chosen, *own, strict=True):
+            sums[i], squares[i] = total, square
+    return sums, squares
 
 
 def check_name(requested: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs import decode, encode
+from ..codecs import compute_dtype, decode, encode, real_dtype
 from ..coefficients import Table
 from ..kernels.rule import Rule
 from ..layout import is_dense, real_view, same_order
@@ -28,6 +28,7 @@ class _Memory:
     def __init__(self, slot: Slot) -> None:
         self.position = slot.position
         self.options = slot.options
+        self.materialised = slot.materialised
         self.compute = slot.compute
         self.tensors = [real_view(t) for t in (slot.param, *slot.states)]
         param = self.tensors[0]
@@ -101,6 +102,8 @@ class ReferencePart:
         for memory in self.memories:
             coefficients = table.rows[table.row_of[memory.position]]
             own = [real_view(kind[memory.position]) for kind in inputs]
+            if memory.materialised:
+                own = list(reduce_samples(memory.tensors[0], own))
             for tensors, values in memory.pieces(own):
                 self._update(memory, tensors, values, coefficients, scale, skip)
 
@@ -125,6 +128,27 @@ class ReferencePart:
             encode(target, new)
         for target, before in zip(tensors, old, strict=False):
             torch.where(skip, before, target, out=target)
+
+
+def reduce_samples(parameter: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum samples ``[batch, *param.shape]`` and their squares, never all of them at once."""
+    compute = compute_dtype([real_dtype(t.dtype) for t in (parameter, *parts)])
+    total = torch.zeros_like(parameter, dtype=parts[0].dtype if parts[0].is_complex() else compute)
+    squares = torch.zeros_like(total)
+    size = max(1, PIECE_OF_THREAD // max(1, parameter.numel()))
+    for part in parts:
+        for some in part.split(size):
+            some = some.to(total.dtype)
+            total.add_(some.sum(0))
+            squares.add_(_squared(some).sum(0))
+    return total, squares
+
+
+def _squared(x: Tensor) -> Tensor:
+    # Complex numbers are pairs of reals, each with a square of its own.
+    if x.is_complex():
+        return torch.complex(x.real.square(), x.imag.square())
+    return x.square()
 
 
 def _scaled(x: Tensor, scale: Any, degree: int) -> Tensor:

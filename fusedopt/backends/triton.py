@@ -21,6 +21,7 @@ from ..codecs import compute_dtype, real_dtype
 from ..coefficients import Table, upload
 from ..kernels import multi_tensor, norms
 from ..kernels.lang import COMPILE_OPTIONS, tl
+from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
 from ..layout import (
     ALIGNMENT,
@@ -29,6 +30,8 @@ from ..layout import (
     is_plain,
     real_view,
     same_order,
+    stacked_buffer,
+    stacked_order,
     staging_buffer,
 )
 from . import Inputs, Slot
@@ -73,6 +76,7 @@ class CohortKey:
     options: tuple[bool, ...]
     aligned: bool
     wave: int  # parameters that share memory are updated one after the other
+    counts: tuple[int, ...] | None = None  # samples in each input, where inputs are samples
 
 
 class Operands:
@@ -85,9 +89,12 @@ class Operands:
         self.originals: dict[int, Tensor] = {}
         dense = is_dense(slot.param)
         for i, tensor in enumerate(slot.operands):
-            if not (dense and same_order(slot.param, tensor) and is_plain(tensor)):
+            samples = slot.materialised and 1 <= i <= self.n_inputs
+            fits = stacked_order if samples else same_order
+            if not (dense and fits(slot.param, tensor) and is_plain(tensor)):
                 self.originals[i] = tensor
-                self.tensors[i] = staging_buffer(slot.param, tensor)
+                buffer = stacked_buffer if samples else staging_buffer
+                self.tensors[i] = buffer(slot.param, tensor)
 
     def staged_inputs(self) -> Iterator[tuple[int, Tensor]]:
         """Which inputs go through a buffer, and the buffer."""
@@ -106,8 +113,10 @@ class Operands:
         return CohortKey(
             dtypes=tuple(real_dtype(t.dtype) for t in self.tensors),
             options=slot.options,
-            aligned=all(t.data_ptr() % ALIGNMENT == 0 for t in self.tensors),
+            aligned=all(t.data_ptr() % ALIGNMENT == 0 for t in self.tensors)
+            and not (slot.materialised and real_view(slot.param).numel() % ALIGNMENT),
             wave=wave,
+            counts=tuple(len(x) for x in slot.inputs) if slot.materialised else None,
         )
 
 
@@ -176,7 +185,8 @@ class Cohort:
         self.positions = [m.position for m in members]
         self.width = len(members)
         # For each input, the columns whose tensors go through a buffer.
-        self._staged_inputs: list[dict[int, Tensor]] = [{} for _ in rule.degrees]
+        n_inputs = len(key.counts or rule.degrees)
+        self._staged_inputs: list[dict[int, Tensor]] = [{} for _ in range(n_inputs)]
         for column, member in enumerate(members):
             for k, buffer in member.staged_inputs():
                 self._staged_inputs[k][column] = buffer
@@ -189,7 +199,8 @@ class Cohort:
         host_table = _host([self._numels, self._row_of, *addresses])
         self.table = torch.empty(host_table.shape, dtype=torch.int64, device=device)
         upload(self.table, host_table)
-        self.chunk_tensor, self.chunk_index = self._chunks(multi_tensor.block_size(key.aligned))
+        block = multi_tensor.block_size(key.aligned)
+        self.chunk_tensor, self.chunk_index = chunk_map(self._numels, block, device)
         self._norm_chunks: tuple[Tensor, Tensor] | None = None
         self._meta: dict[str, Any] = {
             "RULE": rule.update,
@@ -201,6 +212,13 @@ class Cohort:
             "ALIGNED": key.aligned,
             "BLOCK": multi_tensor.block_size(key.aligned),
         }
+        self._kernel: Any = multi_tensor.update_tensors
+        self._extra: tuple[Tensor, ...] = ()
+        if key.counts is not None:
+            # The reduction over samples comes first, in the same kernel.
+            self._kernel = materialised.update_from_samples
+            self._meta["PARTS"] = len(key.counts)
+            self._extra = (device_vector(key.counts, device),)
 
     @property
     def norm_programs(self) -> int:
@@ -226,7 +244,7 @@ class Cohort:
     ) -> None:
         """Write the partial norms of the gradients, one a program."""
         if self._norm_chunks is None:
-            self._norm_chunks = self._chunks(norms.NORM_BLOCK)
+            self._norm_chunks = chunk_map(self._numels, norms.NORM_BLOCK, self.device)
         self._fill_buffers(inputs)
         launch(
             norms.partial_norms, self.norm_programs, norms.NORM_THREADS, self.device,
@@ -246,26 +264,30 @@ class Cohort:
         for tensor, buffer in self._staged_memory:
             buffer.copy_(tensor)
         launch(
-            multi_tensor.update_tensors, len(self.chunk_tensor), multi_tensor.THREADS, self.device,
+            self._kernel, len(self.chunk_tensor), multi_tensor.THREADS, self.device,
             self.table, self.width, self.chunk_tensor, self.chunk_index, table.values, control,
-            **self._meta,
+            *self._extra, **self._meta,
         )  # fmt: skip
         for tensor, buffer in self._staged_memory:
             tensor.copy_(buffer)
 
-    def _chunks(self, block: int) -> tuple[Tensor, Tensor]:
-        """Map programs to chunks: the tensor's column, and the chunk's number within it."""
-        counts = _host([-(-n // block) for n in self._numels])
-        columns = torch.arange(self.width, device="cpu").repeat_interleave(counts)
-        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        index = torch.arange(len(columns), device="cpu") - first
-        return self._map(columns), self._map(index)
 
-    def _map(self, values: Tensor) -> Tensor:
-        # Each in memory of its own: Triton compiles anew for an address that is not aligned.
-        on_device = torch.empty(len(values), dtype=torch.int32, device=self.device)
-        upload(on_device, values.to(torch.int32))
-        return on_device
+def chunk_map(numels: Sequence[int], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Map programs to chunks: the tensor's column, and the chunk's number within it."""
+    counts = _host([-(-n // block) for n in numels])
+    columns = torch.arange(len(numels), device="cpu").repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    index = torch.arange(len(columns), device="cpu") - first
+    return device_vector(columns, device), device_vector(index, device)
+
+
+def device_vector(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """Copy integers to the device as int32."""
+    values = values if isinstance(values, Tensor) else _host(list(values))
+    # In memory of its own: Triton compiles anew for an address that is not aligned.
+    on_device = torch.empty(len(values), dtype=torch.int32, device=device)
+    upload(on_device, values.to(torch.int32))
+    return on_device
 
 
 def _host(values: list[Any]) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import cpu_count, get_context
 from typing import Any
 
@@ -64,7 +65,11 @@ def _compile_all(targets: Sequence[str], jobs: int, quiet: bool) -> Iterator[dic
 
     from fusedopt.kernels import aot
 
-    work = [(target, variant) for target in targets for variant in aot.variants()]
+    work = [
+        (target, variant.name)
+        for target in targets
+        for variant in aot.variants(aot.parse_target(target))
+    ]
     columns = (
         TextColumn("compiling"),
         BarColumn(),
@@ -81,13 +86,28 @@ def _compile_all(targets: Sequence[str], jobs: int, quiet: bool) -> Iterator[dic
             yield row
 
 
-def compile_row(work: tuple[str, Any]) -> dict[str, Any]:
-    """Compile one variant for one target and say what it uses and which budgets it breaks."""
+@cache
+def _variants(target: str) -> dict[str, Any]:
     from fusedopt.kernels import aot
 
-    name, variant = work
-    target = aot.parse_target(name)
-    row: dict[str, Any] = {"target": name, "variant": variant.name, "kernel": variant.kernel}
+    return {variant.name: variant for variant in aot.variants(aot.parse_target(target))}
+
+
+def compile_row(work: tuple[str, str]) -> dict[str, Any]:
+    """Compile one variant for one target and say what it uses and which budgets it breaks.
+
+    Variants travel between processes by name: a kernel cannot be pickled.
+    """
+    from fusedopt.kernels import aot
+
+    target_name, name = work
+    target = aot.parse_target(target_name)
+    variant = _variants(target_name)[name]
+    row: dict[str, Any] = {
+        "target": target_name,
+        "variant": name,
+        "kernel": variant.kernel.__name__,
+    }
     try:
         result = aot.report(aot.compile_variant(variant, target), target)
     except Exception as error:  # noqa: BLE001 - whatever the compiler raises is a finding
@@ -101,7 +121,7 @@ def compile_row(work: tuple[str, Any]) -> dict[str, Any]:
         "stores": {str(bits): n for bits, n in sorted(result.stores.items())},
         "bytes_per_element": result.bytes_moved(variant),
         "matrix": list(result.matrix),
-        "broken": aot.broken_budgets(variant, result, target),
+        "broken": variant.budget.broken(variant, result, target),
     }
 
 
@@ -118,6 +138,7 @@ def _print_tables(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> Non
         table.add_column("variant", no_wrap=True)
         for column in ("registers", "stack", "shared", "B/element", "128-bit ld/st"):
             table.add_column(column, justify="right")
+        table.add_column("matrix")
         table.add_column("broken budgets")
         for row in (r for r in rows if r["target"] == target):
             table.add_row(row["variant"], *_cells(row), "; ".join(row["broken"]) or "-")
@@ -131,7 +152,7 @@ def _print_tables(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> Non
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if "registers" not in row:
-        return ["-"] * 5
+        return ["-"] * 6
     wide = f"{row['loads'].get('128', 0)}/{row['stores'].get('128', 0)}"
     moved = row["bytes_per_element"]
     return [
@@ -140,4 +161,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
         str(row["shared"]),
         f"{moved:g}" if moved else "-",
         wide,
+        ", ".join(row["matrix"]) or "-",
     ]

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from fusedopt import FusedOptimizer, Rule, backends
+from fusedopt.cli import verify_samples
+from fusedopt.codecs import compute_dtype
 from fusedopt.kernels import lang
 from fusedopt.kernels.rules import REGISTRY
+from fusedopt.statistics import Statistics
 from fusedopt.tolerances import TRAJECTORY, worst_ulps
 
 STEPS = 5
@@ -45,12 +48,16 @@ def run(options: argparse.Namespace) -> int:
         arguments = ["--device", options.device, *(["--json"] if options.json else [])]
         command = [sys.executable, "-m", "fusedopt", "verify", *arguments]
         return subprocess.run(command, env=environment, check=False).returncode
-    rows = list(_compare_all(torch.device(options.device), quiet=options.json))
-    failed = [row for row in rows if not row["passed"]]
+    device = torch.device(options.device)
+    rows = list(_compare_all(device, quiet=options.json))
+    operations = list(_compare_operations(device, quiet=options.json))
+    failed = [row for row in (*rows, *operations) if not row["passed"]]
     if options.json:
-        print(json.dumps({"device": options.device, "rows": rows, "failed": len(failed)}, indent=2))
+        found = {"rows": rows, "operations": operations, "failed": len(failed)}
+        print(json.dumps({"device": options.device, **found}, indent=2))
     else:
         _print_table(rows, options.device)
+        _print_operations(operations)
     return 1 if failed else 0
 
 
@@ -75,6 +82,39 @@ def _compare_all(device: torch.device, quiet: bool) -> Iterator[dict[str, Any]]:
         }
 
 
+def _compare_operations(device: torch.device, quiet: bool) -> Iterator[dict[str, Any]]:
+    from rich.console import Console
+    from rich.progress import track
+
+    total = len(verify_samples.OPERATIONS) * len(verify_samples.DTYPES)
+    yield from track(
+        verify_samples.compare_all(device), "per-sample kernels", total=total,
+        console=Console(stderr=True), disable=quiet, transient=True,
+    )  # fmt: skip
+
+
+class SquaredGradients(Statistics):
+    """What a rule with squares needs to run: those of the gradient, and the group's own factors."""
+
+    samples = 1
+
+    def sum_of_squares(self, parameter: Tensor) -> Tensor | None:
+        """Return the squared gradient."""
+        gradient = parameter.grad
+        if gradient is None:
+            return None
+        return gradient.to(compute_dtype([parameter.dtype, gradient.dtype])).square()
+
+    def factors(self, virtual_batch_size: float) -> dict[str, float]:
+        """Leave the factors that the parameter group states."""
+        return {}
+
+
+def statistics_for(rule: Rule) -> Statistics | None:
+    """Return statistics for a rule that takes squares, and None for others."""
+    return SquaredGradients() if len(rule.degrees) > 1 else None
+
+
 def compare(rule: Rule, group: Any, dtype: torch.dtype, device: torch.device) -> tuple[float, bool]:
     """Run both backends side by side from the same start.
 
@@ -94,7 +134,8 @@ def compare(rule: Rule, group: Any, dtype: torch.dtype, device: torch.device) ->
     runs = []
     for backend in ("triton", "reference"):
         params = [torch.nn.Parameter(x.clone()) for x in start]
-        runs.append((params, kind(params, dict(group), backend=backend)))
+        statistics = statistics_for(rule)
+        runs.append((params, kind(params, dict(group), backend=backend, statistics=statistics)))
     scales: dict[tuple[int, str], Tensor] = {}
     for params, optimizer in runs:
         _widen(scales, params, optimizer)
@@ -152,3 +193,20 @@ def _print_table(rows: list[dict[str, Any]], device: str) -> None:
     console = Console()
     console.print(table)
     console.print(f"backend: {backends.choose(device)[1]}")
+
+
+def _print_operations(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="per-sample kernels against float64, as a share of the terms summed")
+    table.add_column("operation")
+    table.add_column("type")
+    for column in ("worst", "tolerance"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for row in rows:
+        passed = "ok" if row["passed"] else "FAILED"
+        shares = f"{row['worst']:.2g}", f"{row['tolerance']:.2g}"
+        table.add_row(row["operation"], row["dtype"], *shares, passed)
+    Console().print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..rule import Rule
 from .adam import ADAM
+from .batch_decoupled import BATCH_DECOUPLED_ADAM, BATCH_DECOUPLED_RMSPROP
 from .rmsprop import RMSPROP
 from .sgd import SGD
 
@@ -18,7 +19,15 @@ def register(rule: Rule) -> Rule:
     return rule
 
 
-for _rule in (SGD, RMSPROP, ADAM):
+for _rule in (SGD, RMSPROP, ADAM, BATCH_DECOUPLED_ADAM, BATCH_DECOUPLED_RMSPROP):
     register(_rule)
 
-__all__ = ["ADAM", "REGISTRY", "RMSPROP", "SGD", "register"]
+__all__ = [
+    "ADAM",
+    "BATCH_DECOUPLED_ADAM",
+    "BATCH_DECOUPLED_RMSPROP",
+    "REGISTRY",
+    "RMSPROP",
+    "SGD",
+    "register",
+]

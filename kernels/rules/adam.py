@@ -50,6 +50,13 @@ def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     d = where(l2 != 0.0, d + l2 * p, d)
     exp_avg = lerp(states[0], d, keep1)
     exp_avg_sq = beta2 * states[1] + keep2 * d * d
+    return descend(p, exp_avg, exp_avg_sq, states, (shrink, root_bias, eps, step_size), OPTIONS)
+
+
+@jit
+def descend(p, exp_avg, exp_avg_sq, states, scalars, OPTIONS: tl.constexpr):
+    """Move the parameter by the new moments."""
+    shrink, root_bias, eps, step_size = scalars
     if OPTIONS[0]:
         largest = maximum(states[2], exp_avg_sq)
         new_states = (exp_avg, exp_avg_sq, largest)
@@ -74,6 +81,17 @@ def twin(
     d = T.add_if(T.scale(inputs[0], sign), p, l2)
     exp_avg = T.lerp_(states[0], d, keep1)
     exp_avg_sq = T.addcmul_(T.scale_(states[1], beta2), d, d, keep2)
+    return descend_twin(
+        p, (exp_avg, exp_avg_sq, *states[2:]), (shrink, root_bias, eps, step_size), options
+    )
+
+
+def descend_twin(
+    p: Tensor, states: tuple[Tensor, ...], scalars: tuple[Any, ...], options: tuple[bool, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Move the parameter by the new moments."""
+    shrink, root_bias, eps, step_size = scalars
+    exp_avg, exp_avg_sq = states[:2]
     if options[0]:
         torch.maximum(states[2], exp_avg_sq, out=states[2])
     denominator = T.shift_(T.divide_(states[-1].sqrt(), root_bias), eps)

@@ -49,6 +49,13 @@ def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     d = inputs[0] * sign
     d = where(l2 != 0.0, d + l2 * p, d)
     square_avg = alpha * states[0] + keep * d * d
+    return descend(p, d, square_avg, states, (keep, eps, momentum, lr), OPTIONS)
+
+
+@jit
+def descend(p, d, square_avg, states, scalars, OPTIONS: tl.constexpr):
+    """Move the parameter by the new second moment."""
+    keep, eps, momentum, lr = scalars
     new_states = (square_avg,)
     spread = square_avg
     if OPTIONS[0]:
@@ -74,9 +81,22 @@ def twin(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
     sign, l2, alpha, keep, eps, momentum, lr = coefficients
-    centered, has_momentum = options
     d = T.add_if(T.scale(inputs[0], sign), p, l2)
-    spread = T.addcmul_(T.scale_(states[0], alpha), d, d, keep)
+    square_avg = T.addcmul_(T.scale_(states[0], alpha), d, d, keep)
+    return descend_twin(p, d, (square_avg, *states[1:]), (keep, eps, momentum, lr), options)
+
+
+def descend_twin(
+    p: Tensor,
+    d: Tensor,
+    states: tuple[Tensor, ...],
+    scalars: tuple[Any, ...],
+    options: tuple[bool, ...],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Move the parameter by the new second moment."""
+    keep, eps, momentum, lr = scalars
+    centered, has_momentum = options
+    spread = states[0]
     if centered:
         grad_avg = T.lerp_(states[1], d, keep)
         spread = torch.addcmul(spread, grad_avg, grad_avg, value=-1).clamp_(min=0)

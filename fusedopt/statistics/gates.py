@@ -1,0 +1,142 @@
+"""How squares ride on autograd: gates in front of parameters, observers behind layers.
+
+    parameter --> gate --+--> layer --> observer -->      one use of the parameter
+                         +--> layer --> observer -->      another one, if it is shared
+
+In backward an observer notes the layer's input and the gradient of its output. Autograd runs a
+gate once, after everything behind it: at that moment all uses of the parameter have arrived, and
+contributions of one sample can be summed over uses before they are squared. Nothing is kept that
+autograd would not keep (saved tensors are saved by autograd, so that activation checkpointing and
+offloading see them), and no hook has to guess when a parameter is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .uses import Target, Use, reduce_uses
+
+if TYPE_CHECKING:
+    from .passes import Pass
+    from .records import Record
+
+Arrive = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+
+
+class Mode(Enum):
+    """How a parameter's gradient is made.
+
+    ``FUSED``: by the kernel that makes the squares. The layer computes with a detached parameter,
+    so that autograd neither makes the gradient nor keeps the layer's input for it.
+    ``AUTOGRAD``: by autograd, through the gate.
+    ``BESIDE``: by autograd, past the gate: the module reads its parameter itself.
+    """
+
+    FUSED = auto()
+    AUTOGRAD = auto()
+    BESIDE = auto()
+
+
+class Gate:
+    """One parameter in one call of the model.
+
+    Args:
+        record: where the parameter's squares are gathered.
+        call: the call of the model.
+        mode: see ``Mode``.
+    """
+
+    def __init__(self, record: Record, call: Pass, mode: Mode) -> None:
+        self.record = record
+        self.call = call
+        self.mode = mode
+        self.uses: list[Use] = []
+        record.watch()
+        alias, self.ticket = _Enter.apply(record.parameter, self)  # type: ignore[no-untyped-call]
+        self.tensor: Tensor = record.parameter.detach() if mode is Mode.FUSED else alias
+
+    def close(self) -> None:
+        """Let go of the graph: no further use follows in this call of the model."""
+        del self.ticket, self.tensor
+
+    def add(self, use: Use) -> None:
+        """Note a use whose gradient has arrived."""
+        self.uses.append(use)
+
+    def finish(self, gradient: Tensor | None) -> Tensor | None:
+        """Reduce all uses: add to the squares, and return the parameter's gradient."""
+        uses, self.uses = self.uses, []
+        if not uses:
+            return gradient
+        self.call.finish(self.record)
+        fused = self.mode is Mode.FUSED
+        dtype = self.record.parameter.dtype if fused else None
+        target = Target(self.record.parameter, self.call.samples, dtype, self.record.squares)
+        made, self.record.squares = reduce_uses(uses, target)
+        gradient = made if fused else gradient
+        self.record.expect(gradient, known=self.mode is not Mode.BESIDE)
+        return gradient
+
+
+class _Enter(torch.autograd.Function):
+    """Hand out an alias of the parameter, and a ticket that orders the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+        ctx.gate = gate
+        ctx.set_materialize_grads(False)
+        return parameter.view_as(parameter), parameter.new_zeros(())
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> Any:
+        return ctx.gate.finish(gradient), None
+
+
+def observe(
+    outputs: Sequence[Tensor], arrive: Arrive, gates: Sequence[Gate], saved: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Return the outputs; in backward call ``arrive(their gradients, saved)`` before any gate.
+
+    Args:
+        outputs: of a layer, of floating type.
+        arrive: notes the use at the gates.
+        gates: of the layer's parameters; without any there is nothing to observe.
+        saved: tensors that ``arrive`` needs, kept as autograd keeps them.
+    """
+    if not gates:
+        return tuple(outputs)
+    tickets = [gate.ticket for gate in gates]
+    counts = len(outputs), len(tickets)
+    observed: tuple[Tensor, ...] = _Observe.apply(  # type: ignore[no-untyped-call]
+        arrive, counts, *outputs, *tickets, *saved
+    )
+    return observed
+
+
+class _Observe(torch.autograd.Function):
+    """The identity, which notes the gradients that pass."""
+
+    @staticmethod
+    def forward(ctx: Any, arrive: Arrive, counts: tuple[int, int], *rest: Tensor) -> Any:
+        n_outputs, n_tickets = counts
+        tickets = n_outputs + n_tickets
+        ctx.arrive = arrive
+        ctx.zeros = [ticket.detach() for ticket in rest[n_outputs:tickets]]
+        ctx.n_saved = len(rest) - tickets
+        ctx.save_for_backward(*rest[tickets:])
+        # Not the tensors themselves, of which autograd would make views that no later layer may
+        # write to.
+        return tuple(y.detach() for y in rest[:n_outputs])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.arrive(gradients, ctx.saved_tensors)
+        return (None, None, *gradients, *ctx.zeros, *([None] * ctx.n_saved))

@@ -1,0 +1,130 @@
+"""Making modules observable, and ordinary again.
+
+A module is observed by a change of its class: a subclass made on the spot, which differs in what it
+runs when it is called. Nothing is registered and no attribute of the module is replaced, so that
+copies and pickles, which are made of the original class, are ordinary modules.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+_KEY = "_fusedopt_observer"
+
+
+class Observer:
+    """What is run in the place of a module.
+
+    Args:
+        forward: called as ``forward(module, plain, arguments, keywords)`` in the place of
+            ``module.forward``, which is ``plain``; or None.
+        call: called as ``call(plain, arguments, keywords)`` in the place of ``module(...)``, hooks
+            included; or None.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any] | None = None,
+        call: Callable[..., Any] | None = None,
+    ) -> None:
+        self.forward = forward
+        self.call = call
+        self.original: type[nn.Module] = nn.Module
+
+
+class Observed:
+    """Mixed into the class of every observed module."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Describe the module as one of its original class, for copy and pickle."""
+        observed = type(self)
+        observer: Observer = self.__dict__.pop(_KEY)
+        self.__class__ = observer.original  # type: ignore[assignment]
+        try:
+            described = self.__reduce_ex__(protocol)
+            return _detached(described)
+        finally:
+            self.__class__ = observed  # type: ignore[assignment]
+            self.__dict__[_KEY] = observer
+
+
+def _detached(described: Any) -> Any:
+    """Make a description hold for the original class, whatever the module now is."""
+    if not isinstance(described, tuple) or len(described) < 3:
+        return described
+    make, arguments, state, *rest = described
+    # pickle compares the class that __newobj__ is given with the object's own.
+    make = _new if make is copyreg.__newobj__ else make  # type: ignore[attr-defined]
+    # A copy: the observer is about to return into the dictionary that this may be.
+    return (make, arguments, dict(state) if isinstance(state, dict) else state, *rest)
+
+
+def _new(kind: type, *arguments: Any) -> Any:
+    return kind.__new__(kind, *arguments)
+
+
+class _ForwardObserved:
+    """Mixed into the class of a module whose forward is replaced."""
+
+    @torch._disable_dynamo  # gates are Python objects of one backward pass  # type: ignore
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """Run the observer's forward."""
+        observer: Observer = self.__dict__[_KEY]
+        assert observer.forward is not None
+        plain = observer.original.forward.__get__(self)
+        return observer.forward(self, plain, arguments, keywords)
+
+
+class _CallObserved:
+    """Mixed into the class of a module whose calls are batches of samples."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        observer: Observer = self.__dict__[_KEY]
+        assert observer.call is not None
+        return observer.call(super().__call__, arguments, keywords)  # type: ignore[misc]
+
+
+def observe_module(module: nn.Module, observer: Observer) -> None:
+    """Let an observer see the calls of a module.
+
+    Raises:
+        RuntimeError: for a module compiled by TorchScript.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise RuntimeError("a TorchScript module cannot be observed: pass the Python module")
+    original = type(module)
+    bases: list[type] = [Observed]
+    if observer.call is not None:
+        bases.append(_CallObserved)
+    if observer.forward is not None:
+        bases.append(_ForwardObserved)
+    observer.original = original
+    # Under its own name: nobody who prints a model need know.
+    body = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    module.__dict__[_KEY] = observer
+    module.__class__ = type(original.__name__, (*bases, original), body)
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether an observer sees the calls of the module."""
+    return isinstance(module, Observed)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module has when nobody observes it."""
+    if not isinstance(module, Observed):
+        return type(module)
+    observer: Observer = module.__dict__[_KEY]
+    return observer.original
+
+
+def restore_module(module: nn.Module) -> None:
+    """Give a module its class back."""
+    if isinstance(module, Observed):
+        module.__class__ = original_class(module)  # type: ignore[assignment]
+        del module.__dict__[_KEY]

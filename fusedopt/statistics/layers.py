@@ -1,0 +1,308 @@
+"""The layers whose squares are known, each with what it notes in backward.
+
+A layer computes its output as it always does. Where the kernels make the weight gradient, too, it
+computes with a detached weight, so that autograd does not make it a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from . import ops
+from .gates import Gate, Mode, observe
+from .uses import ConvolutionUse, EmbeddingUse, GainUse, LinearUse, VectorUse
+
+if TYPE_CHECKING:
+    from .passes import Pass
+    from .per_sample import PerSampleSquares
+
+
+class Site:
+    """One call of one module: what a layer needs besides its arguments.
+
+    Args:
+        statistics: who observes.
+        call: the call of the model.
+        name: the module's name, for messages.
+        batch_first: whether the batch is the first dimension of sequences; the model's by default.
+    """
+
+    def __init__(
+        self,
+        statistics: PerSampleSquares,
+        call: Pass,
+        name: str,
+        batch_first: bool | None = None,
+    ) -> None:
+        self.statistics = statistics
+        self.call = call
+        self.name = name
+        self.batch_first = statistics.batch_first if batch_first is None else batch_first
+
+    def ops(self, *tensors: Tensor) -> ModuleType:
+        """Choose where the squares are made."""
+        return ops.choose(self.statistics.backend_of(tensors[0]), {t.dtype for t in tensors})
+
+    def gate(self, parameter: Tensor | None, chosen: ModuleType) -> Gate | None:
+        """Return the parameter's gate; None for one that is absent or frozen."""
+        if parameter is None or not parameter.requires_grad:
+            return None
+        mode = Mode.AUTOGRAD if chosen is ops.reference else Mode.FUSED
+        return self.call.gate(self.statistics.record_of(parameter), mode)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Bring ``[..., width]`` into canonical form."""
+        return self.call.rows(x, self.name, self.batch_first)
+
+    def images(self, x: Tensor) -> Tensor:
+        """Check ``[batch, channels, ...]``."""
+        return self.call.images(x, self.name)
+
+
+def _tensor(parameter: Tensor | None, gate: Gate | None) -> Tensor | None:
+    return parameter if gate is None else gate.tensor
+
+
+def _gates(*gates: Gate | None) -> list[Gate]:
+    return [gate for gate in gates if gate is not None]
+
+
+def linear(
+    site: Site,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: slice | None = None,
+    bias_rows: slice | None = None,
+) -> Tensor:
+    """``F.linear`` with all rows of weight and bias, or some: packed projections come in parts."""
+    chosen = site.ops(x, weight)
+    w, b = site.gate(weight, chosen), site.gate(bias, chosen)
+    used_weight, used_bias = _tensor(weight, w), _tensor(bias, b)
+    assert used_weight is not None
+    if rows is not None:
+        used_weight = used_weight[rows]
+    if bias_rows is not None and used_bias is not None:
+        used_bias = used_bias[bias_rows]
+    y = F.linear(x, used_weight, used_bias)
+    site.rows(x)
+
+    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+        e = site.rows(errors[0])
+        if w is not None:
+            w.add(LinearUse(chosen, site.rows(saved[0]), e, rows))
+        if b is not None:
+            b.add(VectorUse(chosen, e, bias_rows))
+
+    # Under autocast the product was one of narrow types, and so is the gradient's.
+    saved = [] if w is None else [x.detach().to(y.dtype)]
+    return observe([y], arrive, _gates(w, b), saved)[0]
+
+
+def _linear(site: Site, module: nn.Linear, x: Tensor) -> Tensor:
+    return linear(site, x, module.weight, module.bias)
+
+
+def repeated(site: Site, parameter: Tensor) -> Tensor:
+    """A parameter ``[1, 1, width]`` once for each sample: ``[batch, 1, width]``."""
+    chosen = site.ops(parameter)
+    p = site.gate(parameter, chosen)
+    used = _tensor(parameter, p)
+    assert used is not None
+
+    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+        assert p is not None
+        p.add(VectorUse(chosen, site.rows(errors[0])))
+
+    y = used.expand(site.call.samples.count, -1, -1)
+    return observe([y], arrive, _gates(p), [])[0]
+
+
+def _embedding(site: Site, module: nn.Embedding, ids: Tensor) -> Tensor:
+    chosen = site.ops(module.weight)
+    w = site.gate(module.weight, chosen)
+    ids = site.call.expand_ids(ids, site.name)
+    site.rows(ids.unsqueeze(-1))
+    used = _tensor(module.weight, w)
+    assert used is not None
+    y = F.embedding(ids, used, module.padding_idx)
+
+    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+        assert w is not None
+        own = site.rows(saved[0].unsqueeze(-1)).squeeze(-1)
+        w.add(EmbeddingUse(chosen, own, site.rows(errors[0]), module.padding_idx))
+
+    return observe([y], arrive, _gates(w), [ids])[0]
+
+
+def _layer_norm(site: Site, module: nn.LayerNorm, x: Tensor) -> Tensor:
+    def statistics(rows: Tensor) -> tuple[Tensor | None, Tensor]:
+        if rows.numel() == 0:
+            # torch warns of the variance of nothing.
+            return rows.new_zeros(rows.shape[:-1]), rows.new_zeros(rows.shape[:-1])
+        variance, mean = torch.var_mean(rows, -1, correction=0)
+        return mean, (variance + module.eps).rsqrt()
+
+    def forward(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+
+    return _norm(site, module, x, forward, statistics)
+
+
+def _rms_norm(site: Site, module: nn.RMSNorm, x: Tensor) -> Tensor:
+    def statistics(rows: Tensor) -> tuple[Tensor | None, Tensor]:
+        # torch's own default: the precision of the type that the input is widened to.
+        eps = torch.finfo(rows.dtype).eps if module.eps is None else module.eps
+        return None, (rows.square().mean(-1) + eps).rsqrt()
+
+    def forward(weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.rms_norm(x, module.normalized_shape, weight, module.eps)
+
+    return _norm(site, module, x, forward, statistics)
+
+
+def _norm(
+    site: Site,
+    module: Any,
+    x: Tensor,
+    forward: Callable[[Tensor | None, Tensor | None], Tensor],
+    statistics: Callable[[Tensor], tuple[Tensor | None, Tensor]],
+) -> Tensor:
+    """A normalisation over the last dimensions, whose gain and bias have their shape."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    chosen = site.ops(x, weight)
+    w, b = site.gate(weight, chosen), site.gate(bias, chosen)
+    depth = len(module.normalized_shape)
+    y = forward(_tensor(weight, w), _tensor(bias, b))
+
+    def rows(t: Tensor) -> Tensor:
+        return site.rows(t.flatten(-depth))
+
+    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+        e = rows(errors[0])
+        if w is not None:
+            own = rows(saved[0])
+            # Not kept from forward: it is one read of the input, and at any precision asked for.
+            wide = own.to(torch.float64 if own.dtype == torch.float64 else torch.float32)
+            w.add(GainUse(chosen, e, own, *statistics(wide)))
+        if b is not None:
+            b.add(VectorUse(chosen, e))
+
+    rows(x)
+    return observe([y], arrive, _gates(w, b), [] if w is None else [x.detach()])[0]
+
+
+def _group_norm(site: Site, module: nn.GroupNorm, x: Tensor) -> Tensor:
+    def forward(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
+        return F.group_norm(x, module.num_groups, weight, bias, module.eps)
+
+    return _channel_norm(site, module, x, forward)
+
+
+def _batch_norm(site: Site, module: Any, x: Tensor) -> Tensor:
+    if module.training or module.running_mean is None:
+        raise RuntimeError(coupled_message(site.name, module))
+
+    def forward(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
+        mean, variance = module.running_mean, module.running_var
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, module.eps)
+
+    return _channel_norm(site, module, x, forward)
+
+
+def coupled_message(name: str, module: nn.Module) -> str:
+    """Say why a layer that mixes samples has no per-sample gradients, and what to do."""
+    return (
+        f"{name} ({type(module).__name__}) normalises over the batch, so that no sample has a"
+        " gradient of its own. Put it into evaluation mode (eval() on that module), replace it by"
+        " GroupNorm or LayerNorm, or use MicroBatchSquares, for which the batch that is normalised"
+        " over is the sample"
+    )
+
+
+def _channel_norm(site: Site, module: Any, x: Tensor, forward: Callable[..., Tensor]) -> Tensor:
+    """A normalisation whose gain and bias belong to dimension 1."""
+    weight, bias = module.weight, module.bias
+    chosen = site.ops(x, x if weight is None else weight)
+    w, b = site.gate(weight, chosen), site.gate(bias, chosen)
+    site.images(x)
+    y = forward(_tensor(weight, w), _tensor(bias, b), x)
+
+    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+        (e,) = errors
+        if w is not None:
+            wide = torch.float64 if saved[0].dtype == torch.float64 else torch.float32
+            with torch.autocast(e.device.type, enabled=False):
+                product = forward(None, None, saved[0].to(wide)) * e
+            w.add(VectorUse(chosen, _channels_last(product)))
+        if b is not None:
+            b.add(VectorUse(chosen, _channels_last(e)))
+
+    return observe([y], arrive, _gates(w, b), [] if w is None else [x.detach()])[0]
+
+
+def _channels_last(e: Tensor) -> Tensor:
+    """Bring ``[batch, channels, ...]`` into the form ``[batch, positions, channels]``."""
+    e = e.movedim(1, -1)
+    return e.unsqueeze(1) if e.dim() == 2 else e.flatten(1, -2)
+
+
+def _convolution(site: Site, module: Any, x: Tensor) -> Tensor:
+    """A convolution in one or two dimensions."""
+    weight, bias = module.weight, module.bias
+    chosen = site.ops(x, weight)
+    w, b = site.gate(weight, chosen), site.gate(bias, chosen)
+    site.images(x)
+    dims = weight.dim() - 2
+    if x.dim() != dims + 2:
+        raise RuntimeError(f"{site.name} was called with one sample that has no batch dimension")
+    padding = module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode), (0,) * dims
+    used = _tensor(weight, w)
+    assert used is not None
+    convolve = F.conv1d if dims == 1 else F.conv2d
+    y = convolve(
+        x, used, _tensor(bias, b),
+        module.stride, padding, module.dilation, module.groups,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+        (e,) = errors
+        if w is not None:
+            own, error = (t.unsqueeze(2) if dims == 1 else t for t in (saved[0], e))
+            kernel, stride = _pair(weight.shape[2:], 1), _pair(module.stride, 1)
+            geometry = kernel, stride, _pair(padding, 0), _pair(module.dilation, 1)
+            w.add(ConvolutionUse(chosen, own, error, *geometry, module.groups))
+        if b is not None:
+            b.add(VectorUse(chosen, _channels_last(e)))
+
+    saved = [] if w is None else [x.detach().to(y.dtype)]
+    return observe([y], arrive, _gates(w, b), saved)[0]
+
+
+def _pair(sizes: Sequence[int], height: int) -> tuple[int, int]:
+    """Give a one-dimensional convolution a height."""
+    return (height, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+Forward = Callable[..., Any]
+
+# By the function that a class runs: a subclass with a forward of its own is another layer.
+KNOWN: dict[Any, Forward] = {
+    nn.Linear.forward: _linear,
+    nn.Embedding.forward: _embedding,
+    nn.LayerNorm.forward: _layer_norm,
+    nn.RMSNorm.forward: _rms_norm,
+    nn.GroupNorm.forward: _group_norm,
+    nn.BatchNorm1d.forward: _batch_norm,
+    nn.Conv1d.forward: _convolution,
+    nn.Conv2d.forward: _convolution,
+}

@@ -1,0 +1,165 @@
+"""One call of the model: how many samples it has, and where a layer's tensors keep them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .gates import Gate, Mode
+from .samples import Samples
+
+if TYPE_CHECKING:
+    from .per_sample import PerSampleSquares
+    from .records import Record
+
+
+class Pass:
+    """One call of the model.
+
+    Args:
+        statistics: who observes.
+        arguments: what the model was called with.
+        offsets: bounds of packed samples, or None.
+    """
+
+    def __init__(self, statistics: PerSampleSquares, arguments: Any, offsets: Tensor | None):
+        self.statistics = statistics
+        self.offsets = offsets
+        self._tokens: int | None = None
+        self._count = None if offsets is None else len(offsets) - 1
+        self._length: int | None = None
+        self._inputs: set[int] = set()
+        if offsets is None and statistics.sample == "sequence":
+            self._count, self._length = _batch_size(arguments, statistics.batch_first)
+            self._inputs = {id(leaf) for leaf in tree_leaves(arguments)}
+        self._gates: dict[int, Gate] = {}
+        # For each module of unknown kind, what gathers its calls.
+        self.fallbacks: dict[int, Any] = {}
+        self._finished: set[int] = set()
+        self.counted = False
+
+    @property
+    def samples(self) -> Samples:
+        """Which rows belong to which sample."""
+        assert self._count is not None, "no layer has been called yet"
+        return Samples(self._count, self.offsets)
+
+    def gate(self, record: Record, mode: Mode) -> Gate:
+        """Return the gate of a parameter, one for all its uses in this call."""
+        gate = self._gates.get(id(record))
+        if gate is None:
+            gate = self._gates[id(record)] = Gate(record, self, mode)
+        elif gate.mode is not mode:
+            raise RuntimeError(
+                f"parameter {record.name!r} is shared by modules whose squares are made in"
+                " different ways (by a kernel, in PyTorch, through torch.func): they cannot be"
+                " combined. Pass backend='reference', or do not share it"
+            )
+        return gate
+
+    def release(self) -> None:
+        """Let go of the graph, which holds what it needs of this; a cycle would outlive it."""
+        for gate in self._gates.values():
+            gate.close()
+        self._gates = {}
+        self.fallbacks = {}
+
+    def finish(self, record: Record) -> None:
+        """Note that a parameter's squares are being made, which happens once in a call."""
+        if id(record) in self._finished:
+            raise RuntimeError(
+                f"the gradient of {record.name!r} arrives in several pieces from one call of the"
+                " model, so that the pieces of a sample cannot be added before they are squared."
+                " Either there are two backward passes through the same graph: add the losses and"
+                " call backward once. Or a module is used by several activation checkpoints: pass"
+                " use_reentrant=False to them"
+            )
+        self._finished.add(id(record))
+        if not self.counted:
+            self.counted = True
+            self.statistics.count(self.samples.count)
+
+    def expand_ids(self, ids: Tensor, name: str) -> Tensor:
+        """Repeat ids that are the same for every sample (positions) over the batch.
+
+        Raises:
+            RuntimeError: for a vector of ids that could be one a sample or one a position.
+        """
+        if self.statistics.sample == "token" or self.offsets is not None or ids.dim() == 0:
+            return ids
+        if ids.dim() == 1:
+            if len(ids) == self._count == self._length and id(ids) not in self._inputs:
+                raise RuntimeError(
+                    f"{name} was called with {len(ids)} ids, which is both the batch size and the"
+                    " length of the sequence: give positions a batch dimension, [1, length], and"
+                    " ids of samples a length, [batch, 1]"
+                )
+            return ids
+        dim = 0 if self.statistics.batch_first else 1
+        if ids.shape[dim] != 1 or self._count in (None, 1):
+            return ids
+        shape = list(ids.shape)
+        shape[dim] = self._count  # type: ignore[call-overload]
+        return ids.expand(shape)
+
+    def rows(self, x: Tensor, name: str, batch_first: bool) -> Tensor:
+        """Bring ``[..., width]`` into canonical form.
+
+        Returns:
+            ``[batch, length, width]``, or ``[tokens, width]`` where samples are packed. A view
+            wherever there is one.
+        """
+        if self.offsets is not None or self.statistics.sample == "token":
+            flat = x.reshape(-1, x.shape[-1])
+            self._check_tokens(len(flat), name)
+            return flat if self.offsets is not None else flat.unsqueeze(1)
+        if x.dim() < 2:
+            raise RuntimeError(f"{name} was called with one sample that has no batch dimension")
+        x = x if batch_first or x.dim() == 2 else x.transpose(0, 1)
+        self._check_count(len(x), x.shape, name)
+        return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+    def images(self, x: Tensor, name: str) -> Tensor:
+        """Check ``[batch, channels, ...]``, the form that convolutions take."""
+        if self.offsets is not None or self.statistics.sample == "token":
+            raise RuntimeError(f"{name} works on images, which are not made of tokens")
+        self._check_count(len(x), x.shape, name)
+        return x
+
+    def _check_tokens(self, tokens: int, name: str) -> None:
+        if self._tokens is None:
+            self._tokens = tokens
+            if self.offsets is None:
+                self._count = tokens
+        if tokens != self._tokens:
+            raise RuntimeError(
+                f"{name} was called with {tokens} tokens, the layers before it with {self._tokens}."
+                " Per-token and packed samples need the same tokens in every layer"
+            )
+
+    def _check_count(self, count: int, shape: torch.Size, name: str) -> None:
+        if self._count is None:
+            self._count = count
+        if count != self._count:
+            raise RuntimeError(
+                f"{name} was called with an input of shape {tuple(shape)}, in which {count} is not"
+                f" the model's batch size {self._count}. Keep the batch dimension first in every"
+                " layer (PerSampleSquares(batch_first=False) for second), give positions and other"
+                " inputs that samples share a batch dimension of their own, pack sequences by"
+                " PerSampleSquares.segments(cu_seqlens), or use MicroBatchSquares, which knows"
+                " nothing of layers"
+            )
+
+
+def _batch_size(arguments: Any, batch_first: bool) -> tuple[int | None, int | None]:
+    """Batch size and length of the first tensor that the model was called with."""
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, Tensor) and leaf.dim() == 1:
+            return leaf.shape[0], None
+        if isinstance(leaf, Tensor) and leaf.dim() > 1:
+            first, second = leaf.shape[:2]
+            return (first, second) if batch_first else (second, first)
+    return None, None

@@ -1,0 +1,460 @@
+"""PerSampleSquares: the per-sample squared gradients of a model, made in its backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from warnings import warn
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from .attention import attention
+from .base import MissingSquares, Statistics
+from .fallback import functional, own_parameters, warning
+from .instrument import (
+    Observer,
+    is_observed,
+    observe_module,
+    original_class,
+    restore_module,
+)
+from .layers import KNOWN, Forward, Site, coupled_message
+from .passes import Pass
+from .records import Record
+
+SAMPLES = ("sequence", "token")
+
+
+class PerSampleSquares(Statistics):
+    """The mean over samples of squared gradients, for every parameter of a model.
+
+    From construction on, backward also makes, for each parameter, the sum over samples of the
+    square of the sample's gradient: inside the weight-gradient kernel where there is a GPU, with
+    one more accumulator, and with no tensor of batch x parameter elements anywhere::
+
+        statistics = fusedopt.PerSampleSquares(model)
+        optimizer = fusedopt.BatchDecoupledAdam(
+            model.parameters(), lr=3e-4, statistics=statistics, virtual_batch_size=32
+        )
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    A sample is one element of the batch dimension of the first tensor that the model is called
+    with; every layer's input must keep that dimension. Sample i's gradient is N times its part of
+    ``p.grad`` where the loss is a mean, so that padding, ignored tokens and any weights within the
+    loss are as they are in ``p.grad``. Several backward passes before a step add up, as gradients
+    do.
+
+    Linear, Embedding, Conv1d, Conv2d, LayerNorm, RMSNorm, GroupNorm, BatchNorm in evaluation mode
+    and MultiheadAttention are known; shared weights, tied embeddings and modules used several times
+    are exact. The parameters of any other module go through ``torch.func``, with a warning.
+
+    Args:
+        model: the module that is called in training.
+        loss_reduction: ``"mean"`` where the loss is a mean over samples (or over their tokens),
+            ``"sum"`` where it is a sum.
+        sample: ``"sequence"``, or ``"token"`` to take every position for a sample of its own,
+            which is cheaper for short sequences and another statistic.
+        batch_first: whether the batch is the first dimension of sequences, or the second.
+        backend: as for the optimizers.
+
+    Raises:
+        RuntimeError: for a module whose samples are coupled (BatchNorm in training mode), a model
+            that is observed already, or sharded parameters.
+        ValueError: for an unknown option.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_reduction: str = "mean",
+        sample: str = "sequence",
+        *,
+        batch_first: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(loss_reduction)
+        if sample not in SAMPLES:
+            raise ValueError(f"sample must be one of {', '.join(SAMPLES)}, got {sample!r}")
+        backends.check_name(backend)
+        self.model = model
+        self.sample = sample
+        self.batch_first = batch_first
+        self.backend = backend
+        self._samples = 0
+        self._active: Pass | None = None
+        self._last: Pass | None = None
+        self._offsets: Tensor | None = None
+        self._paused = 0
+        self._backward_id = -1
+        self._reduced_ranks = 1
+        self._backends: dict[torch.device, str] = {}
+        self._modules = list(_observable(model))
+        self._check_model()
+        self._records = _records(model)
+        self._observe()
+
+    def _check_model(self) -> None:
+        for name, module in self.model.named_modules():
+            if is_observed(module):
+                raise RuntimeError(
+                    f"{name or 'the model'} is observed by another PerSampleSquares: call its"
+                    " remove() first"
+                )
+            if _is_coupled(module) and module.training:
+                raise RuntimeError(coupled_message(name, module))
+            problem = _unsupported(module)
+            if problem:
+                raise RuntimeError(f"{name} ({type(module).__name__}): {problem}")
+        for name, p in self.model.named_parameters():
+            if p.is_complex():
+                raise RuntimeError(
+                    f"parameter {name!r} is complex: its per-sample squares are not known. Use"
+                    " MicroBatchSquares or GradSampleSquares, which take it for pairs of reals"
+                )
+            if hasattr(p, "placements"):
+                raise RuntimeError(
+                    f"parameter {name!r} is sharded (a DTensor), and its gradient is never whole"
+                    " where squares could be made: use MicroBatchSquares, which squares the"
+                    " gradients of micro-batches as they are"
+                )
+
+    def _observe(self) -> None:
+        for name, module in self._modules:
+            own = own_parameters(module).values()
+            if _forward_of(module) is functional and any(p.requires_grad for p in own):
+                warn(warning(name or "the model", module), UserWarning, stacklevel=4)
+            call = self._call if module is self.model else None
+            observe_module(module, Observer(_Forward(self, name, module), call))
+        if not is_observed(self.model):
+            observe_module(self.model, Observer(call=self._call))
+
+    def remove(self) -> None:
+        """Stop observing: the model is as it was."""
+        for module in (self.model, *(module for _, module in self._modules)):
+            restore_module(module)
+        for record in self._records.values():
+            record.remove()
+        self._release()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Copies of a model, an optimizer or a module of theirs come without statistics."""
+
+    # The model's calls.
+
+    def _call(self, plain: Any, arguments: Any, keywords: Any) -> Any:
+        """Run the model; this is one batch of samples."""
+        if self._active is not None or self._paused or not torch.is_grad_enabled():
+            return plain(*arguments, **keywords)
+        self._release()
+        self._active = Pass(self, (arguments, keywords), self._offsets)
+        try:
+            return plain(*arguments, **keywords)
+        finally:
+            self._last, self._active = self._active, None
+            self._last.release()
+
+    def _release(self) -> None:
+        if self._last is not None:
+            # Activation checkpoints may have called layers again since.
+            self._last.release()
+            self._last = None
+
+    @contextmanager
+    def segments(self, cu_seqlens: Tensor) -> Iterator[None]:
+        """Take the model's inputs within this context for packed samples.
+
+        Args:
+            cu_seqlens: integers ``[samples + 1]`` on the model's device, rising from 0 to the
+                number of tokens: sample i is tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` of
+                inputs ``[tokens, ...]`` or ``[1, tokens, ...]``.
+
+        Raises:
+            ValueError: for a tensor of another kind.
+        """
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                "cu_seqlens must be a vector of at least two integers, got"
+                f" {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
+            )
+        if self.sample == "token":
+            raise ValueError("with sample='token' every token is a sample: there are no segments")
+        before, self._offsets = self._offsets, cu_seqlens
+        try:
+            yield
+        finally:
+            self._offsets = before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Call modules without observing them."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def current(self, name: str) -> Pass:
+        """Return the call of the model that a layer's call belongs to."""
+        if self._active is not None:
+            return self._active
+        if torch._C._current_graph_task_id() != -1 and self._last is not None:
+            # An activation checkpoint runs its part of the model again.
+            return self._last
+        raise RuntimeError(
+            f"{name} was called outside of the model that PerSampleSquares observes, so that its"
+            " samples are not known: call the model itself, construct PerSampleSquares with the"
+            " module that you call, or call it under torch.no_grad()"
+        )
+
+    def is_watching(self) -> bool:
+        """Whether calls now are to be seen."""
+        return not self._paused and torch.is_grad_enabled()
+
+    def backend_of(self, tensor: Tensor) -> str:
+        """Choose where squares of layers on a device are made."""
+        device = tensor.device
+        if device not in self._backends:
+            self._backends[device] = backends.choose(device, self.backend)[0]
+        return self._backends[device]
+
+    def record_of(self, parameter: Tensor) -> Record:
+        """Return where a parameter's squares are gathered."""
+        record = self._records.get(id(parameter))
+        if record is None:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(parameter.shape)} was not part of the model when"
+                " PerSampleSquares was made: call remove() and make it anew"
+            )
+        return record
+
+    def count(self, samples: int) -> None:
+        """Note that the squares of a call of the model begin to arrive."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward_id and any(r.is_cleared() for r in self._records.values()):
+            # Their gradients were set to None or zero, by the model's zero_grad or by hand.
+            self.reset()
+        self._backward_id = backward
+        if self._reduced_ranks > 1:
+            raise RuntimeError("backward after all_reduce(): call optimizer.step() in between")
+        self._samples += samples
+
+    # What an optimizer asks for.
+
+    @property
+    def samples(self) -> int:
+        """Number of samples gathered since the last ``zero_grad``."""
+        return self._samples
+
+    @property
+    def weight(self) -> float:
+        """The weight s that makes rows gradients of samples."""
+        return super().weight if self.loss_reduction == "mean" else float(self._reduced_ranks)
+
+    def name_of(self, parameter: Tensor) -> str:
+        """Name a parameter in messages."""
+        record = self._records.get(id(parameter))
+        return super().name_of(parameter) if record is None else f"parameter {record.name!r}"
+
+    def sum_of_squares(self, parameter: Tensor) -> Tensor | None:
+        """Return S of a parameter, or None where nothing was gathered for it."""
+        record = self._records.get(id(parameter))
+        return None if record is None else record.squares
+
+    def parameters(self) -> Sequence[Tensor]:
+        """List the parameters that something was gathered for."""
+        return [r.parameter for r in self._records.values() if r.squares is not None]
+
+    def check(self, parameters: Sequence[Tensor]) -> None:
+        """Raise where the samples of these parameters cannot be used."""
+        self._check_ranks()
+        for p in parameters:
+            problem = self._problem(self._records.get(id(p)))
+            if problem is not None:
+                raise MissingSquares(p, problem)
+
+    def _problem(self, record: Record | None) -> str | None:
+        if record is None:
+            return (
+                "it is not part of the model that PerSampleSquares observes: give it an optimizer"
+                " of its own"
+            )
+        if record.squares is None:
+            return (
+                f"{record.name!r} has a gradient but no per-sample squares. Either a function used"
+                " it instead of its module: call the module, or move it into a module of its own."
+                " Or the backward pass came before PerSampleSquares was made"
+            )
+        if record.foreign:
+            return (
+                f"{record.name!r} is used outside of its module as well (by a function, or a"
+                " penalty in the loss), or a hook on it changes its gradient, for which there are"
+                " no per-sample squares. Call the module for every use, put penalties into the"
+                " optimizer (weight_decay), and mask the layer's output"
+            )
+        if record.is_changed():
+            return (
+                f"the gradient of {record.name!r} was changed between backward and step(), its"
+                " per-sample squares were not. To clip, pass clip=fusedopt.GlobalNorm(max_norm) to"
+                " the optimizer; if all gradients were multiplied by a factor, tell it by"
+                " statistics.rescale(factor)"
+            )
+        return None
+
+    def _check_ranks(self) -> None:
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        if distributed.get_world_size() > 1 and self._reduced_ranks == 1:
+            raise RuntimeError(
+                "there are several processes, and each has seen its own samples alone: call"
+                " statistics.all_reduce() between backward and step()"
+            )
+
+    def used(self) -> None:
+        """Note that a step has used what was gathered."""
+        for record in self._records.values():
+            record.stepped()
+
+    @torch.no_grad()
+    def rescale(self, factor: float | Tensor) -> None:
+        """Follow a change of all gradients, made by hand between backward and ``step()``.
+
+        Args:
+            factor: what every gradient was multiplied by; 1 for a change that squares are not to
+                follow.
+        """
+        for record in self._records.values():
+            record.accept()
+            if record.squares is not None:
+                record.squares.mul_(factor**2)
+
+    def reset(self) -> None:
+        """Forget what was gathered; ``optimizer.zero_grad()`` calls this."""
+        self._samples = 0
+        self._reduced_ranks = 1
+        for record in self._records.values():
+            record.reset()
+
+    @torch.no_grad()
+    def all_reduce(self, group: Any = None) -> None:
+        """Add up the samples of all processes, between backward and ``step()``.
+
+        For gradients that are averaged over processes, as ``DistributedDataParallel`` does: a
+        sample's contribution then is its local one over the number of processes. Costs one
+        all-reduce of 4 bytes a parameter.
+
+        Args:
+            group: the process group; the default one.
+        """
+        distributed = torch.distributed
+        ranks = distributed.get_world_size(group)
+        if ranks == 1:
+            return
+        for record in self._records.values():
+            # The same parameters in the same order everywhere, whichever of them were used here.
+            if record.parameter.requires_grad:
+                if record.squares is None:
+                    record.squares = torch.zeros_like(
+                        record.parameter, dtype=_square_dtype(record.parameter)
+                    )
+                distributed.all_reduce(record.squares, group=group)
+                record.squares.div_(ranks**2)
+                # The processes' gradients have been averaged in place.
+                record.accept()
+        device = next(iter(self._records.values())).parameter.device
+        samples = torch.tensor(self._samples, dtype=torch.int64, device=device)
+        distributed.all_reduce(samples, group=group)
+        self._samples = int(samples.item())
+        self._reduced_ranks = ranks
+
+
+class _Forward:
+    """What an observed module runs: its layer's own way if it is to be seen, or plain."""
+
+    def __init__(self, statistics: PerSampleSquares, name: str, module: nn.Module) -> None:
+        self.statistics = statistics
+        self.name = name or "the model"
+        self.forward = _forward_of(module)
+        self.own = list(own_parameters(module).values())
+        # Whether or not it has parameters to train: attention those of its output, a coupled layer
+        # to say that it is one.
+        self.always = _is_coupled(module) or self.forward is attention
+
+    def __call__(self, module: nn.Module, plain: Any, arguments: Any, keywords: Any) -> Any:
+        statistics = self.statistics
+        trained = self.always or any(p.requires_grad for p in self.own)
+        if not (trained and statistics.is_watching()):
+            return plain(*arguments, **keywords)
+        site = Site(statistics, statistics.current(self.name), self.name)
+        if self.forward is functional:
+            return functional(site, module, plain, arguments, keywords)
+        if self.forward is attention:
+            return attention(site, module, *arguments, **keywords)  # type: ignore[arg-type]
+        # The input is the one argument, whatever the layer calls it.
+        return self.forward(site, module, *arguments, *keywords.values())
+
+
+def _square_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _is_coupled(module: nn.Module) -> bool:
+    """Whether a module may mix the samples of a batch."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    """Whether what the module computes with is itself computed from parameters."""
+    if nn.utils.parametrize.is_parametrized(module):
+        return True
+    # The older way: a hook that sets the attribute anew at every call.
+    return "weight" in module.__dict__ or "weight" in module._buffers
+
+
+def _forward_of(module: nn.Module) -> Forward:
+    """Return what is run for a module: the known layer with its forward, or the fallback."""
+    own: Any = original_class(module).forward
+    if _is_parametrized(module):
+        return functional
+    if own is nn.MultiheadAttention.forward:
+        return attention
+    return KNOWN.get(own, functional)
+
+
+def _observable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that has parameters of its own or mixes samples, with its name."""
+    inner: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inner:
+            continue
+        if nn.utils.parametrize.is_parametrized(module):
+            inner |= {id(child) for child in module.parametrizations.modules()}  # type: ignore[union-attr]
+        if (
+            own_parameters(module)
+            or _is_coupled(module)
+            or isinstance(module, nn.MultiheadAttention)
+        ):
+            yield name, module
+
+
+def _unsupported(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Embedding):
+        for option in ("sparse", "scale_grad_by_freq"):
+            if getattr(module, option):
+                return f"{option}=True is not supported: set it to False, or use MicroBatchSquares"
+        if module.max_norm is not None:
+            return "max_norm is not supported: it rewrites the weight in the forward pass"
+    return None
+
+
+def _records(model: nn.Module) -> dict[int, Record]:
+    records: dict[int, Record] = {}
+    for name, p in model.named_parameters():
+        records[id(p)] = Record(p, name)
+    return records

@@ -1,0 +1,299 @@
+"""Uses of a parameter in one call of the model, and how several become one.
+
+The square comes after the sum over uses, so uses are combined first: what several linear layers
+(or calls of one) contribute to a sample is one product over their concatenated rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from .samples import Samples
+from .tied import add_cross_terms
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LinearUse:
+    """``y = x W^T``: canonical input and error, and the rows of W that were used."""
+
+    ops: ModuleType
+    a: Tensor
+    e: Tensor
+    rows: slice | None = None
+
+
+@dataclass(frozen=True)
+class VectorUse:
+    """``y = x + b``: the error, and the elements of b that were used."""
+
+    ops: ModuleType
+    e: Tensor
+    rows: slice | None = None
+
+
+@dataclass(frozen=True)
+class GainUse:
+    """``y = (x - mean) rstd * w``: input, its statistics and the error."""
+
+    ops: ModuleType
+    e: Tensor
+    x: Tensor
+    mean: Tensor | None
+    rstd: Tensor
+
+
+@dataclass(frozen=True)
+class EmbeddingUse:
+    """``y = W[ids]``."""
+
+    ops: ModuleType
+    ids: Tensor
+    e: Tensor
+    padding_idx: int | None
+
+
+@dataclass(frozen=True)
+class ConvolutionUse:
+    """A convolution in two dimensions."""
+
+    ops: ModuleType
+    x: Tensor
+    e: Tensor
+    kernel_size: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+
+class Fallback(Protocol):
+    """Squares that are formed for a whole module at once: the way of last resort."""
+
+    def squares_of(self, parameter: Tensor) -> Tensor:
+        """Return the squares of one of the module's parameters."""
+
+
+@dataclass(frozen=True)
+class FallbackUse:
+    """Anything else: all uses by one module, which knows how to combine them."""
+
+    source: Fallback
+
+
+Use = LinearUse | VectorUse | GainUse | EmbeddingUse | ConvolutionUse | FallbackUse
+Reduced = tuple[Tensor | None, Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a reduction is to produce.
+
+    Attributes:
+        parameter: whose shape and device results have.
+        samples: which rows belong to which sample.
+        dtype: type of the gradient, or None to leave it out.
+        squares: what earlier calls gathered, accumulated into; or None.
+    """
+
+    parameter: Tensor
+    samples: Samples
+    dtype: torch.dtype | None
+    squares: Tensor | None
+
+
+def reduce_uses(uses: Sequence[Use], target: Target) -> Reduced:
+    """Reduce all uses of a parameter in one call of the model.
+
+    Returns:
+        The gradient, or None, and the squares, both of the parameter's shape.
+    """
+    kinds = {type(use) for use in uses}
+    if len(uses) > 1 or getattr(uses[0], "rows", None) is not None:
+        if kinds <= {VectorUse, GainUse}:
+            return _reduce_vectors([_as_vector(use) for use in uses], target)  # type: ignore[arg-type]
+        if kinds <= {LinearUse, EmbeddingUse}:
+            return _reduce_matrices(uses, target)
+        if kinds == {FallbackUse}:
+            return _reduce_fallback(uses, target)
+        if kinds != {ConvolutionUse}:
+            names = ", ".join(sorted(kind.__name__.removesuffix("Use") for kind in kinds))
+            raise RuntimeError(f"uses of one parameter by layers of kinds {names}: not supported")
+        return _shaped(_reduce_convolutions(uses, target), target)  # type: ignore[arg-type]
+    return _shaped(_reduce_single(uses[0], target), target)
+
+
+def _shaped(reduced: Reduced, target: Target) -> Reduced:
+    gradient, squares = reduced
+    shape = target.parameter.shape
+    return (None if gradient is None else gradient.view(shape)), squares.view(shape)
+
+
+def _reduce_single(use: Use, target: Target) -> Reduced:
+    """Reduce the common case: one use of the whole parameter, by one kernel."""
+    samples, dtype, squares = target.samples, target.dtype, target.squares
+    if isinstance(use, LinearUse):
+        return use.ops.linear(use.a, use.e, samples, dtype, squares)
+    if isinstance(use, EmbeddingUse):
+        rows = len(target.parameter)
+        return use.ops.embedding(use.ids, use.e, samples, rows, use.padding_idx, dtype, squares)
+    if isinstance(use, ConvolutionUse):
+        flat = squares if squares is None else squares.view(*squares.shape[:2], *use.kernel_size)
+        return use.ops.convolution(
+            use.x, use.e, use.kernel_size, use.stride, use.padding, use.dilation, use.groups,
+            dtype, flat,
+        )  # fmt: skip
+    if isinstance(use, FallbackUse):
+        return _reduce_fallback([use], target)
+    flat = squares if squares is None else squares.view(-1)
+    if isinstance(use, GainUse):
+        return use.ops.affine(use.e, use.x, use.mean, use.rstd, samples, dtype, flat)
+    return use.ops.vector(use.e, samples, dtype, flat)
+
+
+def _reduce_fallback(uses: Sequence[Use], target: Target) -> Reduced:
+    sources = {id(use.source): use.source for use in uses if isinstance(use, FallbackUse)}
+    if len(sources) > 1:
+        raise RuntimeError(
+            "a parameter is shared by modules that per-sample squares know only through torch.func"
+        )
+    made = next(iter(sources.values())).squares_of(target.parameter)
+    return None, made if target.squares is None else target.squares.add_(made)
+
+
+def _start(target: Target, like: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return memory for gradient and squares, to be filled part by part."""
+    parameter, squares = target.parameter, target.squares
+    if squares is None:
+        compute = torch.float64 if like.dtype == torch.float64 else torch.float32
+        squares = torch.zeros(parameter.shape, dtype=compute, device=parameter.device)
+    gradient = None
+    if target.dtype is not None:
+        gradient = torch.zeros(parameter.shape, dtype=target.dtype, device=parameter.device)
+    return gradient, squares
+
+
+def _parts(uses: Sequence[Any], rows: int) -> Iterator[tuple[slice, list[Any]]]:
+    """Cut the parameter so that every use covers a part wholly or not at all.
+
+    Args:
+        uses: of some of its rows, or all.
+        rows: how many there are.
+
+    Yields:
+        Each part that is used, and the uses of it alone.
+    """
+    spans = [(0, rows) if use.rows is None else (use.rows.start, use.rows.stop) for use in uses]
+    cuts = sorted({cut for span in spans for cut in span})
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        own = [
+            # Rows of the weight are columns of the error.
+            replace(use, e=use.e[..., start - first : stop - first], rows=slice(start, stop))
+            for use, (first, last) in zip(uses, spans, strict=True)
+            if first <= start and stop <= last
+        ]
+        if own:
+            yield slice(start, stop), own
+
+
+def _reduce_vectors(uses: Sequence[VectorUse], target: Target) -> Reduced:
+    gradient, squares = _start(target, uses[0].e)
+    for place, own in _parts(uses, target.parameter.numel()):
+        (e,), samples = _join([(use.e,) for use in own], target.samples)
+        made, _ = own[0].ops.vector(e, samples, target.dtype, squares.view(-1)[place])
+        if gradient is not None:
+            gradient.view(-1)[place] = made
+    return gradient, squares
+
+
+def _as_vector(use: VectorUse | GainUse) -> VectorUse:
+    """Multiply a gain's error by the normalised input: what is left is a sum over rows."""
+    if isinstance(use, VectorUse):
+        return use
+    normal = use.x.to(use.rstd.dtype)
+    if use.mean is not None:
+        normal = normal - use.mean.unsqueeze(-1)
+    return VectorUse(use.ops, normal * use.rstd.unsqueeze(-1) * use.e)
+
+
+def _reduce_matrices(uses: Sequence[Use], target: Target) -> Reduced:
+    """Linear layers, embeddings, and both at once: a tied embedding and output head.
+
+    With g = h + k, the contributions of a sample by head and embedding, g^2 = h^2 + k^2 + 2 h k.
+    """
+    linear = [use for use in uses if isinstance(use, LinearUse)]
+    lookups = [use for use in uses if isinstance(use, EmbeddingUse)]
+    gradient, squares = _start(target, (linear or lookups)[0].e)
+    for place, own in _parts(linear, len(target.parameter)):
+        (a, e), samples = _join([(use.a, use.e) for use in own], target.samples)
+        made, _ = own[0].ops.linear(a, e, samples, target.dtype, squares[place])
+        if gradient is not None:
+            gradient[place] = made
+        if lookups:
+            if place.stop - place.start < len(target.parameter):
+                raise RuntimeError("an embedding tied to a part of a weight is not supported")
+            (ids, looked), joined = _join([_unpadded(use) for use in lookups], target.samples)
+            add_cross_terms(squares, (a, e, samples), (ids, looked, joined))
+    if lookups:
+        (ids, e), samples = _join([_unpadded(use) for use in lookups], target.samples)
+        rows = len(target.parameter)
+        made, _ = lookups[0].ops.embedding(ids, e, samples, rows, None, target.dtype, squares)
+        if gradient is not None:
+            gradient += made
+    return gradient, squares
+
+
+def _unpadded(use: EmbeddingUse) -> tuple[Tensor, Tensor]:
+    """Clear the errors of padding, which may be another id for each use."""
+    if use.padding_idx is None:
+        return use.ids, use.e
+    return use.ids, torch.where((use.ids == use.padding_idx).unsqueeze(-1), 0.0, use.e)
+
+
+def _reduce_convolutions(uses: Sequence[ConvolutionUse], target: Target) -> Reduced:
+    """Unfold the inputs: then the positions of all uses are rows of one linear layer."""
+    groups = uses[0].groups
+    gradient, squares = _start(target, uses[0].e)
+    patches = [_unfold(use) for use in uses]
+    errors = [use.e.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3) for use in uses]
+    width = len(target.parameter) // groups
+    for g in range(groups):
+        place = slice(g * width, (g + 1) * width)
+        own = [(a[:, g], e[:, g]) for a, e in zip(patches, errors, strict=True)]
+        (a, e), samples = _join(own, target.samples)
+        # A view: the operation adds to it in place.
+        flat = squares[place].view(width, -1)
+        made, _ = uses[0].ops.linear(a, e, samples, target.dtype, flat)
+        if gradient is not None:
+            gradient[place] = made.view(gradient[place].shape)
+    return gradient, squares
+
+
+def _unfold(use: ConvolutionUse) -> Tensor:
+    """Return the pixels under the kernel, ``[batch, groups, positions, channels * kernel]``."""
+    patches = F.unfold(use.x, use.kernel_size, use.dilation, use.padding, use.stride)
+    return patches.unflatten(1, (use.groups, -1)).transpose(2, 3)
+
+
+def _join(
+    parts: Sequence[tuple[Tensor, ...]], samples: Samples
+) -> tuple[Sequence[Tensor], Samples]:
+    """Concatenate the rows that each sample has in several sets of canonical tensors."""
+    if len(parts) == 1:
+        return parts[0], samples
+    columns = list(zip(*parts, strict=True))
+    if samples.offsets is None:
+        return [torch.cat(column, 1) for column in columns], samples
+    # Packed rows: those of one sample have to lie next to each other again.
+    of_rows = samples.of_rows(len(columns[0][0])).repeat(len(parts))
+    order = torch.argsort(of_rows, stable=True)
+    joined = Samples(samples.count, samples.offsets * len(parts))
+    return [torch.cat(column)[order] for column in columns], joined

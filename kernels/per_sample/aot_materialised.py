@@ -1,0 +1,82 @@
+"""The variants of the materialised kernels, for ahead-of-time compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .. import multi_tensor
+from ..aot import DTYPES, Budget, Variant, element_type
+from ..lang import tl
+from ..rules import REGISTRY
+from . import materialised
+
+TABLES = {
+    "table": "*i64",
+    "width": "i32",
+    "chunk_tensor": "*i32",
+    "chunk_index": "*i32",
+}
+
+# Loads that the loop over samples has in its text: four at a time, and the rest one by one.
+LOADS = 5
+
+
+def variants() -> Iterator[Variant]:
+    """Every variant: samples in one tensor or two, reduced or reduced and used."""
+    for samples in ("fp32", "bf16", "fp16"):
+        yield reduce_samples(samples)
+        for rule in ("BatchDecoupledAdam", "BatchDecoupledRMSprop"):
+            yield update_from_samples(rule, samples, parts=1)
+    yield update_from_samples("BatchDecoupledAdam", "fp32", parts=2)
+    yield update_from_samples("BatchDecoupledAdam", "fp32", parts=1, aligned=False)
+
+
+def reduce_samples(samples: str) -> Variant:
+    """Sum and sum of squares; the samples are read once, by 128-bit loads."""
+    block = multi_tensor.block_size(True)
+    dtypes = ("fp32", "fp32", samples)
+    return Variant(
+        name=f"reduce_samples {samples}",
+        kernel=materialised.reduce_samples,
+        arguments={**TABLES, "counts": "*i32"},
+        constants={
+            "DTYPES": tuple(element_type(d) for d in dtypes),
+            "PARTS": 1,
+            "COMPUTE": tl.float32,
+            "ALIGNED": True,
+            "BLOCK": block,
+        },
+        threads=multi_tensor.THREADS,
+        block=block,
+        budget=Budget(bytes_per_element=LOADS * DTYPES[samples] + 8),
+    )
+
+
+def update_from_samples(rule: str, samples: str, parts: int, aligned: bool = True) -> Variant:
+    """The whole step of a float32 parameter: reduction, moving averages, update."""
+    known = REGISTRY[rule]
+    group = known.example_groups[0]
+    states = len(known.states(group))
+    block = multi_tensor.block_size(aligned)
+    dtypes = ("fp32", *([samples] * parts), *(["fp32"] * states))
+    moved = parts * LOADS * DTYPES[samples] + 8 * (1 + states)
+    suffix = f"{f', {parts} parts' if parts > 1 else ''}{'' if aligned else ' unaligned'}"
+    return Variant(
+        name=f"update_from_samples {rule} {samples} samples{suffix}",
+        kernel=materialised.update_from_samples,
+        arguments={**TABLES, "coefficients": "*fp64", "control": "*fp64", "counts": "*i32"},
+        constants={
+            "RULE": known.update,
+            "OPTIONS": known.options(group),
+            "DTYPES": tuple(element_type(d) for d in dtypes),
+            "DEGREES": known.degrees,
+            "N_COEFFICIENTS": known.n_coefficients,
+            "COMPUTE": tl.float32,
+            "ALIGNED": aligned,
+            "BLOCK": block,
+            "PARTS": parts,
+        },
+        threads=multi_tensor.THREADS,
+        block=block,
+        budget=Budget(bytes_per_element=moved if aligned else None),
+    )

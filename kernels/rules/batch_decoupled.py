@@ -1,0 +1,187 @@
+"""Adam and RMSprop whose second moment does not depend on the batch size.
+
+    g = mean over samples of g_i             q = mean over samples of g_i^2
+    u = (1 - w) g^2 + w q                    w = (N - b) / (b (N - 1))
+
+and then the algorithm of ``adam.py`` or ``rmsprop.py`` with u in the place of g^2. With N samples
+and a virtual batch of b, u is the mean over all subsets of b samples of the square of the subset's
+mean gradient: b = N is the ordinary algorithm (bit for bit: the second term is left out), b = 1 the
+mean of per-sample squares of McAllester (TTIC 31230, "Decoupled Adam"), and between them it is the
+expectation of Wang and Aitchison's micro-batch Adam, arXiv 2402.18824, algorithm 1.
+
+The inputs are g, and the sum over samples of the squares of their contributions g_i / N to it,
+which is q / N; w and N come with each step: ``fusedopt.statistics.Statistics.factors``.
+
+Decay never enters q, which would then depend on it. Coupled decay (RMSprop) is part of g alone: its
+direction, and its square, which at b = N makes this the ordinary algorithm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import twin as T
+from ..lang import jit, lerp, tl, where
+from ..rule import Group, Rule, Scalar
+from . import adam, rmsprop
+from .adam import descend as descend_adam
+from .rmsprop import descend as descend_rmsprop
+
+FACTORS = ("mean_weight", "square_weight")
+
+
+@jit
+def second_moment(average, beta, d, squares, keep_mean, keep_square):
+    """Average the squared mean gradient and the squares of the samples."""
+    average = beta * average + keep_mean * d * d
+    # Not a product with zero: what is left out may be infinite.
+    return where(keep_square != 0.0, average + keep_square * squares, average)
+
+
+def second_moment_twin(
+    average: Tensor, beta: Any, d: Tensor, squares: Tensor, keep_mean: Any, keep_square: Any
+) -> Tensor:
+    """Average the squared mean gradient and the squares of the samples."""
+    return T.add_if(T.addcmul_(T.scale_(average, beta), d, d, keep_mean), squares, keep_square)
+
+
+def adam_coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
+    """Adam's, with the weights of both moments in the place of 1 - beta2, and no coupled decay."""
+    sign, _, shrink, keep1, beta2, keep2, root_bias, eps, step_size = adam.coefficients(group, step)
+    return (
+        sign,
+        shrink,
+        keep1,
+        beta2,
+        keep2 * group["mean_weight"],
+        keep2 * group["square_weight"],
+        root_bias,
+        eps,
+        step_size,
+    )
+
+
+@jit
+def adam_update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
+    """Update one block; OPTIONS is (amsgrad,)."""
+    sign, shrink, keep1, beta2, keep_mean, keep_square, root_bias, eps, step_size = coefficients
+    d = inputs[0] * sign
+    exp_avg = lerp(states[0], d, keep1)
+    exp_avg_sq = second_moment(states[1], beta2, d, inputs[1], keep_mean, keep_square)
+    scalars = (shrink, root_bias, eps, step_size)
+    return descend_adam(p, exp_avg, exp_avg_sq, states, scalars, OPTIONS)
+
+
+def adam_twin(
+    p: Tensor,
+    inputs: tuple[Tensor, ...],
+    states: tuple[Tensor, ...],
+    coefficients: tuple[Any, ...],
+    options: tuple[bool, ...],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """State the update in PyTorch."""
+    sign, shrink, keep1, beta2, keep_mean, keep_square, root_bias, eps, step_size = coefficients
+    d = T.scale(inputs[0], sign)
+    exp_avg = T.lerp_(states[0], d, keep1)
+    exp_avg_sq = second_moment_twin(states[1], beta2, d, inputs[1], keep_mean, keep_square)
+    scalars = (shrink, root_bias, eps, step_size)
+    return adam.descend_twin(p, (exp_avg, exp_avg_sq, *states[2:]), scalars, options)
+
+
+def rmsprop_coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
+    """RMSprop's, and the weights of both moments."""
+    sign, l2, alpha, keep, eps, momentum, lr = rmsprop.coefficients(group, step)
+    return (
+        sign,
+        l2,
+        alpha,
+        keep,
+        keep * group["mean_weight"],
+        keep * group["square_weight"],
+        eps,
+        momentum,
+        lr,
+    )
+
+
+@jit
+def rmsprop_update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
+    """Update one block; OPTIONS is (centered, momentum)."""
+    sign, l2, alpha, keep, keep_mean, keep_square, eps, momentum, lr = coefficients
+    d = inputs[0] * sign
+    d = where(l2 != 0.0, d + l2 * p, d)
+    square_avg = second_moment(states[0], alpha, d, inputs[1], keep_mean, keep_square)
+    return descend_rmsprop(p, d, square_avg, states, (keep, eps, momentum, lr), OPTIONS)
+
+
+def rmsprop_twin(
+    p: Tensor,
+    inputs: tuple[Tensor, ...],
+    states: tuple[Tensor, ...],
+    coefficients: tuple[Any, ...],
+    options: tuple[bool, ...],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """State the update in PyTorch."""
+    sign, l2, alpha, keep, keep_mean, keep_square, eps, momentum, lr = coefficients
+    d = T.add_if(T.scale(inputs[0], sign), p, l2)
+    square_avg = second_moment_twin(states[0], alpha, d, inputs[1], keep_mean, keep_square)
+    scalars = (keep, eps, momentum, lr)
+    return rmsprop.descend_twin(p, d, (square_avg, *states[1:]), scalars, options)
+
+
+# Factors of a batch of 4 samples: a virtual batch of 2, of 1, and of all 4.
+_PAIRS = {"mean_weight": 2 / 3, "square_weight": 4 / 3}
+_SINGLE = {"mean_weight": 0.0, "square_weight": 4.0}
+_WHOLE = {"mean_weight": 1.0, "square_weight": 0.0}
+
+_ADAM = {
+    "lr": 0.03, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "amsgrad": False,
+    "maximize": False, "decoupled_weight_decay": True,
+}  # fmt: skip
+
+_RMSPROP = {
+    "lr": 0.03, "alpha": 0.9, "eps": 1e-6, "weight_decay": 0.0, "momentum": 0.0,
+    "centered": False, "maximize": False,
+}  # fmt: skip
+
+BATCH_DECOUPLED_ADAM = Rule(
+    name="BatchDecoupledAdam",
+    update=adam_update,
+    twin=adam_twin,
+    coefficients=adam_coefficients,
+    states=adam.ADAM.states,
+    options=adam.ADAM.options,
+    option_names=adam.ADAM.option_names,
+    hyper=adam.ADAM.hyper,
+    factors=FACTORS,
+    degrees=(1, 2),
+    n_coefficients=9,
+    example_groups=(
+        {**_ADAM, **_PAIRS},
+        {**_ADAM, **_SINGLE, "maximize": True},
+        {**_ADAM, **_WHOLE, "weight_decay": 0.0},
+        {**_ADAM, **_PAIRS, "amsgrad": True, "betas": (0.3, 0.6)},
+    ),
+)
+
+BATCH_DECOUPLED_RMSPROP = Rule(
+    name="BatchDecoupledRMSprop",
+    update=rmsprop_update,
+    twin=rmsprop_twin,
+    coefficients=rmsprop_coefficients,
+    states=rmsprop.RMSPROP.states,
+    options=rmsprop.RMSPROP.options,
+    option_names=rmsprop.RMSPROP.option_names,
+    hyper=rmsprop.RMSPROP.hyper,
+    factors=FACTORS,
+    degrees=(1, 2),
+    n_coefficients=9,
+    example_groups=(
+        {**_RMSPROP, **_PAIRS},
+        {**_RMSPROP, **_SINGLE, "centered": True, "weight_decay": 0.1},
+        {**_RMSPROP, **_WHOLE, "momentum": 0.9, "maximize": True},
+        {**_RMSPROP, **_PAIRS, "centered": True, "momentum": 0.9},
+    ),
+)
