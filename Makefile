@@ -13,11 +13,11 @@ UNFINISHED := $(VENV)/.unfinished
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test bench codegen lint format clean
+.PHONY: help env demo test bench bench-per-sample experiments codegen lint format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON (to make .venv with), ARGS (for demo, test, bench), TARGETS (for codegen)"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON (to make .venv with), ARGS (for demo, test, bench, experiments), TARGETS (for codegen)"
 
 env: $(STAMP) ## Create or update .venv with the versions in constraints.txt
 
@@ -44,6 +44,14 @@ test: $(STAMP) ## Run the whole test suite in parallel
 
 bench: $(STAMP) ## Run the microbenchmarks
 	$(BIN)/pytest bench $(ARGS)
+
+# Needs a GPU. Without one: make bench-per-sample ARGS=--quick
+bench-per-sample: $(STAMP) ## Time per-sample squares against the plain gradient on a GPU
+	$(BIN)/python -m bench.per_sample $(ARGS)
+
+# All of them take some minutes: make experiments ARGS='digits --reduced'
+experiments: $(STAMP) ## Run the experiments on batch sizes; JSON and PNG in bench/results
+	$(BIN)/python -m bench.experiments $(ARGS)
 
 codegen: $(STAMP) ## Compile every kernel variant for TARGETS, without a GPU, and check the budgets
 	$(BIN)/python -m fusedopt codegen $(TARGETS:%=--target %)
