@@ -58,9 +58,11 @@ def attention(
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     else:
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    # Time first in memory, as torch's own: dropout behind it then draws the same mask.
+    site = Site(site.statistics, site.call, site.name, batch_first=False)
     out = module.out_proj
-    y = linear(site, y.transpose(1, 2).flatten(2), out.weight, out.bias)
-    return (y if module.batch_first else y.transpose(0, 1)), weights
+    y = linear(site, y.permute(2, 0, 1, 3).flatten(2), out.weight, out.bias)
+    return (y.transpose(0, 1) if module.batch_first else y), weights
 
 
 def _project(

@@ -98,7 +98,8 @@ def sum_chunks(
                 sample = run[i] & _SAMPLE
                 start_of_row = sample * e_sample + (token - sample * length) * e_row
             at = e + start_of_row + columns.to(tl.int64) * e_column
-            errors = errors + (decode(at, wanted & own, tl.float32),)
+            # Not wanted & own: Triton 3.9's interpreter cannot broadcast a truth value.
+            errors = errors + (decode(at, columns < tl.where(own, width, 0), tl.float32),)
         for i in tl.static_range(AT_ONCE):
             entry = run[i] >> _SHIFT
             if owned[i]:
