@@ -1,0 +1,65 @@
+"""Whether two results are the same numbers, up to the rounding of their type."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from .cases import Arithmetic
+from .contenders import Result
+
+# In units of the type. Rows, their squares, and results each are rounded once; sums over thousands
+# of rows in another order add what counts in float32 alone.
+RMS = {"bf16": 4.0, "tf32": 8.0, "fp32": 128.0}
+# A weight has millions of elements, the largest of which are several times the root mean square.
+MAXIMUM = 16.0
+
+
+class Mismatch(Exception):
+    """Results differ by more than rounding: no time of theirs means anything."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Of two tensors, over the root mean square of one: in the mean and at most."""
+
+    rms: float
+    maximum: float
+
+
+def distance(found: Tensor, wanted: Tensor) -> Distance:
+    """Measure how far a tensor is from another."""
+    difference = found.float() - wanted.float()
+    scale = wanted.float().square().mean().sqrt()
+    values = torch.stack([difference.square().mean().sqrt(), difference.abs().max()]) / scale
+    rms, maximum = values.tolist()
+    return Distance(rms, maximum)
+
+
+def check(what: str, found: Tensor, wanted: Tensor, kind: str, arithmetic: Arithmetic) -> Distance:
+    """Return the distance; raise Mismatch where it is more than rounding."""
+    if found.shape != wanted.shape:
+        raise Mismatch(f"{what} is {tuple(found.shape)}, not {tuple(wanted.shape)}")
+    result = distance(found, wanted)
+    bound = RMS[kind] * arithmetic.unit
+    # Not the other way round, for which nan would pass.
+    if not (result.rms <= bound and result.maximum <= MAXIMUM * bound):
+        raise Mismatch(
+            f"{what} differs from ours by {result.rms:.2g} (at most {bound:.2g}) in the mean and"
+            f" {result.maximum:.2g} (at most {MAXIMUM * bound:.2g}) in one element, in units of"
+            " the root mean square"
+        )
+    return result
+
+
+def check_results(
+    name: str, found: Result, ours: Result, kind: str, arithmetic: Arithmetic
+) -> dict[str, dict[str, float]]:
+    """Compare gradient and squares, if there are any, with ours."""
+    distances = {}
+    for part, x, y in zip(("gradient", "squares"), found, ours, strict=True):
+        if x is not None and y is not None:
+            distances[part] = asdict(check(f"{part} of {name}", x, y, kind, arithmetic))
+    return distances

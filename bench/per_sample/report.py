@@ -1,0 +1,69 @@
+"""What a run prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def report(result: dict[str, Any], console: Console) -> None:
+    """Print times, memory and aims."""
+    if not result["measurement"]:
+        console.print(f"[bold]Not a measurement:[/bold] {result['note']}.")
+    for case in result["linear"]:
+        console.print(_linear(case))
+    if result["training"] is not None:
+        console.print(_training(result["training"]))
+    console.print(_aims(result["aims"]))
+    for failure in result["failed"]:
+        console.print(f"[bold red]FAILED[/bold red] {failure}", soft_wrap=True)
+
+
+def _linear(case: dict[str, Any]) -> Table:
+    title = f"{case['shape']} in {case['arithmetic']}"
+    columns = ("contender", "ms", "over plain (quartiles)", "host ms", "peak MiB", "code")
+    table = Table(*columns, title=title)
+    for entry in case["contenders"].values():
+        if "median" not in entry:
+            table.add_row(entry["title"], entry["status"])
+            continue
+        low, high = entry["ratio_quartiles"]
+        table.add_row(
+            entry["title"],
+            f"{entry['median']:.4g}",
+            f"{entry['ratio']:.3f} ({low:.3f} to {high:.3f})",
+            f"{entry['host_median']:.3g}",
+            _mebibytes(entry["peak_bytes"]),
+            entry["source"],
+        )
+    return table
+
+
+def _mebibytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.0f}"
+
+
+def _training(step: dict[str, Any]) -> Table:
+    title = f"Training step, {step['parameters']:,} parameters, batch {step['batch']}"
+    table = Table("statistics", "ms (quartiles)", "host ms", "peak MiB", title=title)
+    for name in ("without", "with"):
+        entry = step[name]
+        low, high = entry["quartiles"]
+        table.add_row(
+            name,
+            f"{entry['median']:.4g} ({low:.4g} to {high:.4g})",
+            f"{entry['host_median']:.4g}",
+            _mebibytes(entry["peak_bytes"]),
+        )
+    return table
+
+
+def _aims(aims: list[dict[str, Any]]) -> Table:
+    table = Table("aim", "measured", "bound", "holds", title="Aims")
+    for aim in aims:
+        measured = "-" if aim["measured"] is None else f"{aim['measured']:.4g}"
+        holds = {None: "not judged", True: "yes", False: "NO"}[aim["holds"]]
+        table.add_row(aim["aim"], measured, f"{aim['bound']:.4g}", holds)
+    return table
