@@ -126,6 +126,13 @@ def stacked_buffer(parameter: Tensor, samples: Tensor) -> Tensor:
     )
 
 
+def has_wide_rows(tensor: Tensor) -> bool:
+    """Whether rows (the last dimension) are contiguous and start at multiples of 16 bytes."""
+    *outer, last = tensor.stride()
+    starts = [tensor.data_ptr(), *(stride * tensor.element_size() for stride in outer)]
+    return last == 1 and all(start % ALIGNMENT == 0 for start in starts)
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether memory holds the values themselves, not their conjugates or negatives."""
     return not (tensor.is_conj() or tensor.is_neg())

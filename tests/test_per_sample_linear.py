@@ -222,6 +222,13 @@ def test_nothing_gives_zeros(device, a, e, samples):
     assert squares is kept
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_weight_without_elements(device, splits):
+    a, e = torch.ones(2, 3, 0, device=device), torch.ones(2, 3, 5, device=device)
+    for result in linear_in_tiles(a, e, Samples(2), torch.float32, None, SMALL, splits):
+        assert result.shape == (5, 0)
+
+
 def test_a_real_layer_and_torch_func(device):
     """Per-sample gradients by ``torch.func`` of the layer as it stands in a network."""
     layer = torch.nn.Linear(6, 5).to(device)
@@ -328,3 +335,28 @@ def test_no_split_is_empty_and_partial_results_are_bounded():
             share = -(-samples // splits)
             assert (splits - 1) * share < samples
             assert splits == 1 or splits * tiles <= MAX_WAVES * 132
+
+
+def test_operands_that_cannot_be_loaded_wide_get_a_narrower_tile(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    # Catches the wide tile, whose accumulators spill, for a vocabulary of 50257.
+    for capability in (80, 90, 100):
+        wide = samples_tile(capability, 2, "tf32", 50257, 768)
+        narrow = samples_tile(capability, 2, "tf32", 50257, 768, wide=False)
+        assert narrow.outputs * narrow.inputs * narrow.rows <= 128 * 64 * 32
+        assert narrow.rows <= wide.rows
+    asked = []
+
+    def choose(*arguments):
+        asked.append(arguments[-1])
+        return samples_tile(*arguments)
+
+    monkeypatch.setattr(triton_linear, "samples_tile", choose)
+    a = torch.ones(2, 3, 8, dtype=torch.bfloat16, device=device)
+    odd = torch.ones(2, 3, 9, dtype=torch.bfloat16, device=device)
+    shifted = torch.ones(2 * 3 * 8 + 1, dtype=torch.bfloat16, device=device)[1:].view(2, 3, 8)
+    turned = torch.ones(2, 8, 8, dtype=torch.bfloat16, device=device).transpose(1, 2)[:, :3]
+    for e in (a, a.transpose(0, 1).contiguous().transpose(0, 1), odd, shifted, turned):
+        triton_linear.linear(a, e, Samples(2), torch.float32)
+    assert asked == [True, True, False, False, False]

@@ -34,6 +34,12 @@ def variants(target: Any) -> Iterator[Variant]:
             yield linear_samples(dtype, precision, tile, segmented=True)
         for tile in sorted({rows_tile(*choice, width, width) for width in WIDTHS}):
             yield linear_rows(dtype, precision, tile)
+        if dtype == "bf16":
+            for tile in sorted({samples_tile(*choice, width, width, False) for width in WIDTHS}):
+                yield linear_samples(dtype, precision, tile, segmented=False, wide=False)
+                yield linear_samples(dtype, precision, tile, segmented=True, wide=False)
+            for tile in sorted({rows_tile(*choice, width, width, False) for width in WIDTHS}):
+                yield linear_rows(dtype, precision, tile, wide=False)
         for outputs, inputs in CONVOLUTIONS:
             tile = convolution_tile(*choice, outputs, inputs)
             yield convolution_samples(dtype, precision, tile)
@@ -44,7 +50,9 @@ def variants(target: Any) -> Iterator[Variant]:
     yield from aot_materialised.variants()
 
 
-def linear_samples(dtype: str, precision: str, tile: Tile, segmented: bool) -> Variant:
+def linear_samples(
+    dtype: str, precision: str, tile: Tile, segmented: bool, wide: bool = True
+) -> Variant:
     """Samples of many rows, whose products must be matrix instructions."""
     arguments = {"samples": "i32", "length": "i32", "samples_of_split": "i32"}
     strides = ("a_sample", "e_sample")
@@ -62,13 +70,14 @@ def linear_samples(dtype: str, precision: str, tile: Tile, segmented: bool) -> V
         {**arguments, **dict.fromkeys(strides, "i32")},
         constants,
         strides,
+        wide,
     )
 
 
-def linear_rows(dtype: str, precision: str, tile: Tile) -> Variant:
+def linear_rows(dtype: str, precision: str, tile: Tile, wide: bool = True) -> Variant:
     """Samples of one row."""
     arguments = {"rows": "i32", "rows_of_split": "i32"}
-    return _linear(linear.linear_rows, "", dtype, precision, tile, arguments, {}, ())
+    return _linear(linear.linear_rows, "", dtype, precision, tile, arguments, {}, (), wide)
 
 
 def _linear(
@@ -80,10 +89,11 @@ def _linear(
     arguments: dict[str, str],
     constants: dict[str, Any],
     strides: tuple[str, ...],
+    wide: bool,
 ) -> Variant:
     sizes = ("outputs", "inputs", "a_row", "e_row")
     return Variant(
-        name=_name(kernel, label, dtype, precision, tile),
+        name=_name(kernel, label, dtype, precision, tile) + ("" if wide else " unaligned"),
         kernel=kernel,
         arguments={
             **dict.fromkeys(("a", "e", "gradient"), f"*{dtype}"),
@@ -99,7 +109,7 @@ def _linear(
         },
         threads=tile.threads,
         stages=tile.stages,
-        divisible=(*sizes, *strides),
+        divisible=(*sizes, *strides) if wide else (),
         budget=Budget(matrix=precision != "ieee"),
     )
 

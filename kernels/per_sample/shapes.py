@@ -72,12 +72,17 @@ _ROWS = {
     "mma.sync": (Tile(128, 64, 32, 256, 3), Tile(128, 64, 32, 256, 3)),
     "v_mfma": (Tile(128, 128, 32, 512, 2), Tile(128, 128, 32, 512, 2)),
 }
+# Of 16-bit operands whose rows do not start at multiples of 16 bytes (a vocabulary of 50257), every
+# element has an address of its own.
+_SCATTERED = Tile(128, 64, 32, 256, 3)
 # Without matrix instructions the operands of each step lie in registers, too.
 _SAMPLES_EXACT = Tile(128, 64, 32, 256, 3)
 _ROWS_EXACT = Tile(64, 64, 16, 256, 3)
 
 
-def samples_tile(capability: int, itemsize: int, precision: str, outputs: int, inputs: int) -> Tile:
+def samples_tile(
+    capability: int, itemsize: int, precision: str, outputs: int, inputs: int, wide: bool = True
+) -> Tile:
     """Choose the tile of ``linear_samples``.
 
     Args:
@@ -86,14 +91,17 @@ def samples_tile(capability: int, itemsize: int, precision: str, outputs: int, i
         precision: of products of float32, ``"tf32"`` or ``"ieee"``.
         outputs: rows of the weight.
         inputs: columns of the weight.
+        wide: whether operands can be loaded 16 bytes at a time.
     """
-    tile = _choose(_SAMPLES, _SAMPLES_EXACT, capability, itemsize, precision)
+    tile = _choose(_SAMPLES, _SAMPLES_EXACT, capability, itemsize, precision, wide)
     return _fit(tile, outputs, inputs)
 
 
-def rows_tile(capability: int, itemsize: int, precision: str, outputs: int, inputs: int) -> Tile:
+def rows_tile(
+    capability: int, itemsize: int, precision: str, outputs: int, inputs: int, wide: bool = True
+) -> Tile:
     """Choose the tile of ``linear_rows``; arguments as for ``samples_tile``."""
-    tile = _choose(_ROWS, _ROWS_EXACT, capability, itemsize, precision)
+    tile = _choose(_ROWS, _ROWS_EXACT, capability, itemsize, precision, wide)
     return _fit(tile, outputs, inputs)
 
 
@@ -125,7 +133,10 @@ def _choose(
     capability: int,
     itemsize: int,
     precision: str,
+    wide: bool,
 ) -> Tile:
+    if itemsize == 2 and not wide and capability:
+        return _SCATTERED
     if itemsize == 4 and precision == "ieee" and capability:
         return exact
     return table[matrix_instruction(capability)][0 if itemsize == 2 else 1]

@@ -81,11 +81,13 @@ def reduce_tiles(
     """
     gradient = None if dtype is None else torch.empty(shape, dtype=dtype, device=device)
     # The kernels write contiguous memory.
-    whole = squares is None or squares.is_contiguous()
-    target = torch.empty(shape, dtype=torch.float32, device=device)
-    if squares is not None and whole:
+    accumulate = squares is not None and squares.is_contiguous()
+    if squares is not None and accumulate:
         target = squares
-    accumulate = target is squares
+    else:
+        target = torch.empty(shape, dtype=torch.float32, device=device)
+    if target.numel() == 0:
+        return gradient, target if squares is None else squares
     if splits == 1:
         kernel(gradient, target, accumulate)
     else:
@@ -100,4 +102,4 @@ def reduce_tiles(
         )  # fmt: skip
     if squares is None:
         return gradient, target
-    return gradient, squares if whole else squares.add_(target)
+    return gradient, squares if accumulate else squares.add_(target)

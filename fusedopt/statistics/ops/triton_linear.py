@@ -8,6 +8,7 @@ from torch import Tensor
 from ...backends.triton import launch
 from ...kernels.per_sample import linear as kernels
 from ...kernels.per_sample.shapes import Tile, choose_splits, rows_tile, samples_tile
+from ...layout import has_wide_rows
 from ..samples import Samples
 from .tiles import GROUP, capability, common_type, near, precision, processors, reduce_tiles
 
@@ -52,7 +53,8 @@ def linear_in_tiles(
     of_rows = dense and length == 1
     if tile is None:
         choose = rows_tile if of_rows else samples_tile
-        tile = choose(capability(e.device), e.dtype.itemsize, precision(), outputs, inputs)
+        wide = has_wide_rows(a) and has_wide_rows(e)
+        tile = choose(capability(e.device), e.dtype.itemsize, precision(), outputs, inputs, wide)
     # A row block is the smallest share of rows; a sample that of whole samples.
     shares = -(-samples.count // tile.rows) if of_rows else samples.count
     if splits is None:
@@ -63,8 +65,6 @@ def linear_in_tiles(
     chosen, programs = tile, tile.count(outputs, inputs) * splits
 
     def run(gradient: Tensor | None, squares: Tensor, accumulate: bool) -> None:
-        if programs == 0:
-            return
         meta = {
             "PRECISION": precision(),
             "ACCUMULATE": accumulate,
