@@ -20,7 +20,7 @@ from .checks import (
 from .clipping import GlobalNorm
 from .coefficients import is_capturing, lives_on_device
 from .kernels.rule import Rule
-from .plan import Plan
+from .plan import Plan, local_tensors
 from .statistics.base import Statistics
 from .steps import State, new_step
 
@@ -97,7 +97,8 @@ class FusedOptimizer(Optimizer):
         self._captured_plans: list[Plan] = []
         # Whether the loss scaler keeps its overflow flag on the device: see _load_scaler.
         self._device_scaler = False
-        self._factors: list[dict[str, float]] = []
+        # Of the latest step, for what is prepared between steps.
+        self._samples = 1
         super().__init__(params, defaults)
         if statistics is not None:
             statistics.attach(self)
@@ -171,7 +172,8 @@ class FusedOptimizer(Optimizer):
                     " clip=fusedopt.GlobalNorm(max_norm), which bounds the unscaled norm"
                 )
             check_samples(self, params)
-            factor = self.statistics.gradient_factor
+            self._samples = self.statistics.count(params)
+            factor = self.statistics.gradient_factor(self._samples)
             # Clipping and overflow are decided before the update, from what it is to read.
             plain = self.clip is None and found_inf is None
             inputs = self.statistics.inputs(params, gradients, plain)
@@ -208,7 +210,7 @@ class FusedOptimizer(Optimizer):
             lane.step(own, groups, found_inf)
         plan.created.clear()
         if self.statistics is not None:
-            self.statistics.used()
+            self.statistics.used(params)
         # Autograd then notices a parameter that changed between forward and backward.
         torch.autograd.graph.increment_version(params)
 
@@ -252,13 +254,9 @@ class FusedOptimizer(Optimizer):
         """Return the parameter groups, with what the samples of this step say where a rule asks."""
         if self.statistics is None:
             return self.param_groups
-        if self.statistics.samples > 0:
-            sizes = [group.get("virtual_batch_size", 1) for group in self.param_groups]
-            self._factors = [self.statistics.factors(size) for size in sizes]
-        return [
-            {**group, **factors}
-            for group, factors in zip(self.param_groups, self._factors, strict=True)
-        ]
+        sizes = [group.get("virtual_batch_size", 1) for group in self.param_groups]
+        factors = [self.statistics.factors(size, self._samples) for size in sizes]
+        return [{**group, **own} for group, own in zip(self.param_groups, factors, strict=True)]
 
     def _overflowed(
         self, params: Sequence[Tensor], group_of: Sequence[int], found_inf: Tensor
@@ -282,7 +280,7 @@ class FusedOptimizer(Optimizer):
         """
         super().zero_grad(set_to_none)
         if self.statistics is not None:
-            self.statistics.reset()
+            self.statistics.reset([p for group in self.param_groups for p in group["params"]])
 
     def _make_plan(
         self, params: list[Tensor], inputs: list[list[Tensor]], group_of: list[int]
@@ -370,6 +368,7 @@ class FusedOptimizer(Optimizer):
             self._plan, self._captured_plans = None, []
         self._device_scaler = False
         self.__dict__.setdefault("statistics", None)
+        self.__dict__.setdefault("_samples", 1)
         # Keys that an older or a torch checkpoint does not have.
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -381,5 +380,5 @@ class FusedOptimizer(Optimizer):
 
 def _or_not_finite(found_inf: Tensor, squares: Sequence[Tensor]) -> Tensor:
     """Set the overflow flag where a sum of squares has overflowed, though no gradient has."""
-    largest = torch.nn.utils.get_total_norm(squares, float("inf"))
+    largest = torch.nn.utils.get_total_norm(local_tensors(list(squares)), float("inf"))
     return torch.maximum(found_inf, (~largest.isfinite()).to(found_inf))

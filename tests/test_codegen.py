@@ -167,7 +167,9 @@ def test_an_unknown_target_is_named(target):
 def _per_sample(target, *names):
     result = _without_interpreter("-c", PER_SAMPLE_SCRIPT, target, json.dumps(names))
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    rows = json.loads(result.stdout)
+    assert [name for name in names if not any(row.startswith(name) for row in rows)] == []
+    return rows
 
 
 def test_per_sample_products_are_pipelined_matrix_instructions():
@@ -178,7 +180,6 @@ def test_per_sample_products_are_pipelined_matrix_instructions():
     ]
     others = ["linear_rows bf16 128", "linear_rows fp32 tf32 128", "convolution_samples bf16 128"]
     rows = _per_sample("cuda:90", *wide, *others)
-    assert len(rows) == len(wide) + len(others)
     assert {name: row["broken"] for name, row in rows.items() if row["broken"]} == {}
     for name in wide:
         row = rows[name]
@@ -191,7 +192,6 @@ def test_per_sample_products_are_pipelined_matrix_instructions():
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:100", "hip:gfx942"])
 def test_per_sample_budgets_hold_elsewhere(target):
     rows = _per_sample(target, "linear_samples dense bf16 128", "linear_rows bf16 128")
-    assert len(rows) == 2
     assert {name: row["broken"] for name, row in rows.items() if row["broken"]} == {}
 
 

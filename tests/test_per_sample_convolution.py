@@ -6,11 +6,26 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from fusedopt.kernels.lang import tl
 from fusedopt.kernels.per_sample.shapes import Tile, convolution_tile
+from fusedopt.statistics.ops import triton_convolution
 from fusedopt.statistics.ops.triton_convolution import convolution, convolution_in_tiles
 
 # Small enough that tiny shapes take several tiles and several steps.
 SMALL = Tile(16, 16, 16, 128, 2)
+
+
+@pytest.fixture(autouse=True)
+def _exact():
+    """On a GPU, torch's default for convolutions is tf32. All settings are restored."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before, before_matmul = cudnn.conv.fp32_precision, matmul.fp32_precision
+    cudnn.conv.fp32_precision = "ieee"
+    yield
+    # The old setting first: it writes the new one, too.
+    cudnn.allow_tf32 = before == "tf32"
+    cudnn.conv.fp32_precision = before
+    matmul.fp32_precision = before_matmul
 
 
 def explicit(x, e, kernel, stride, padding, dilation, groups):
@@ -142,15 +157,53 @@ def test_squares_are_added_to(device, splits):
     check((result,), wanted[1:])
 
 
-def test_large_strides_take_wide_indices(device):
-    """Elements of a sample more than 2^31 apart, without the memory: a stride that is never used.
+@pytest.mark.parametrize(("stride", "wide"), [(2**20, False), (2**32, True)])
+def test_large_strides_take_wide_indices(device, monkeypatch, stride, wide):
+    """Elements of a sample more than 2^31 apart, without the memory.
 
-    A dimension of size 1 may have any stride: the wide variant computes what the narrow one does.
+    A dimension of size 1 may have any stride, so the results are right with either type: what is
+    checked is that the type that reaches the elements is asked for, and that it compiles and runs.
     """
+    seen = []
+    real = triton_convolution.launch
+    monkeypatch.setattr(
+        triton_convolution, "launch", lambda *args, **meta: seen.append(meta) or real(*args, **meta)
+    )
     case = CASES["padded"]
     x, e = operands(device, case, channels=1, outputs=2)
-    far = x.as_strided(x.shape, (x.stride(0), 2**32, x.stride(2), x.stride(3)))
+    far = x.as_strided(x.shape, (x.stride(0), stride, x.stride(2), x.stride(3)))
     check(run(far, e, case), explicit(x.cpu(), e.cpu(), *case))
+    assert [meta["INDEX"] for meta in seen] == [tl.int64 if wide else tl.int32]
+
+
+@pytest.mark.parametrize("matmul", ["ieee", "tf32"])
+@pytest.mark.parametrize(
+    ("setting", "value", "wanted"),
+    [
+        ("allow_tf32", True, "tf32"),
+        ("allow_tf32", False, "ieee"),
+        ("fp32_precision", "tf32", "tf32"),
+        ("fp32_precision", "ieee", "ieee"),
+    ],
+)
+def test_the_precision_is_torchs_of_convolutions(
+    device, monkeypatch, matmul, setting, value, wanted
+):
+    # Catches asking for the precision of matrix products: torch's defaults differ.
+    torch.backends.cuda.matmul.fp32_precision = matmul
+    owner = torch.backends.cudnn if setting == "allow_tf32" else torch.backends.cudnn.conv
+    setattr(owner, setting, value)
+    seen = []
+    monkeypatch.setattr(triton_convolution, "launch", lambda *_, **meta: seen.append(meta))
+    asked = []
+    monkeypatch.setattr(
+        triton_convolution,
+        "convolution_tile",
+        lambda *choice: asked.append(choice[2]) or convolution_tile(*choice),
+    )
+    x, e = operands(device, PLAIN)
+    convolution(x, e, *PLAIN, torch.float32)
+    assert asked == [wanted] and {meta["PRECISION"] for meta in seen} == {wanted}
 
 
 def test_the_public_function_chooses(device):

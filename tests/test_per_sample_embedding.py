@@ -61,6 +61,29 @@ def test_tables(shape, vocabulary, device, chunk):
     assert all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
 
 
+@pytest.mark.parametrize("padding_idx", (None, 1))
+def test_nothing_is_stored_twice(padding_idx, device, chunk, monkeypatch):
+    # Catches a zero that is stored first and replaced later: threads are not ordered between.
+    if device.type != "cpu":
+        pytest.skip("stores are counted in the interpreter")
+    builder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
+    real = builder.create_masked_store
+    stored = []
+
+    def store(self, pointers, value, mask, *options):
+        stored.extend(pointers.data[mask.data].tolist())
+        return real(self, pointers, value, mask, *options)
+
+    monkeypatch.setattr(builder, "create_masked_store", store)
+    ids = torch.randint(3, (4, 18), device=device)
+    ids[1, :9] = 2
+    e = torch.randn(4, 18, 5, device=device)
+    result = embedding(ids, e, Samples(4), 3, padding_idx, torch.float32)
+    check_table(result, ids, e, dense(ids), 3, padding_idx)
+    assert len(stored) >= 2 * 2 * 5
+    assert len(stored) == len(set(stored))
+
+
 @pytest.mark.parametrize("padding_idx", (0, 1, 3))
 def test_padding(padding_idx, device, chunk):
     ids = torch.randint(4, (3, 6), device=device)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from fusedopt.kernels import aot
+from fusedopt.kernels.per_sample import aot_variants
 from fusedopt.kernels.per_sample.shapes import (
     MAX_WAVES,
     Tile,
@@ -12,6 +19,7 @@ from fusedopt.kernels.per_sample.shapes import (
     rows_tile,
     samples_tile,
 )
+from fusedopt.statistics.ops import tiles as ops_tiles
 from fusedopt.statistics.ops import triton_linear
 from fusedopt.statistics.ops.triton_linear import linear, linear_in_tiles
 from fusedopt.statistics.samples import Samples
@@ -263,12 +271,97 @@ def test_the_precision_of_float32_is_torchs(device, monkeypatch):
     a, e = normal(2, 3, 4, device=device), normal(2, 3, 5, device=device)
     before = torch.get_float32_matmul_precision()
     try:
-        for precision in ("highest", "high"):
-            torch.set_float32_matmul_precision(precision)
+        for setting in ("highest", "high"):
+            torch.set_float32_matmul_precision(setting)
             linear(a, e, Samples(2), torch.float32)
     finally:
         torch.set_float32_matmul_precision(before)
     assert [meta["PRECISION"] for meta in seen] == ["ieee", "tf32"]
+
+
+@pytest.fixture
+def backends():
+    """torch's settings, restored at the end; monkeypatch would delete what it set."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [setting.fp32_precision for setting in settings]
+    yield torch.backends
+    for setting, value in zip(settings, before, strict=True):
+        setting.fp32_precision = value
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_the_precision_may_be_set_by_attribute(device, backends, setting):
+    # Catches asking the old function, which raises where the attribute says tf32.
+    backends.cuda.matmul.fp32_precision = setting
+    assert ops_tiles.precision(device) == setting
+    a, e = normal(2, 3, 4, device=device), normal(2, 3, 5, device=device)
+    linear(a, e, Samples(2), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("hip", "architecture", "fastest"),
+    [
+        (None, None, "tf32"),
+        ("6.4", "gfx942:sramecc+:xnack-", "tf32"),
+        ("6.4", "gfx90a:sramecc+:xnack-", "ieee"),
+        ("6.4", "gfx950", "ieee"),
+    ],
+)
+def test_tf32_is_asked_of_those_that_have_it(monkeypatch, backends, hip, architecture, fastest):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    facts = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    # Without the cache, which would keep the answer.
+    monkeypatch.setattr(ops_tiles, "fastest_precision", ops_tiles.fastest_precision.__wrapped__)
+    backends.cuda.matmul.fp32_precision = "tf32"
+    backends.cudnn.conv.fp32_precision = "tf32"
+    gpu = torch.device("cuda")
+    assert ops_tiles.fastest_precision(gpu) == fastest
+    assert ops_tiles.precision(gpu) == fastest
+    assert ops_tiles.convolution_precision(gpu) == fastest
+
+
+@pytest.mark.parametrize("fastest", ["ieee", "tf32"])
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_squares_of_rows_are_multiplied_as_the_device_can(
+    device, monkeypatch, backends, dtype, setting, fastest
+):
+    seen = []
+    monkeypatch.setattr(triton_linear, "launch", lambda *_, **meta: seen.append(meta))
+    monkeypatch.setattr(triton_linear, "fastest_precision", lambda _: fastest)
+    backends.cuda.matmul.fp32_precision = setting
+    a = normal(4, 1, 8, device=device, dtype=dtype)
+    linear_in_tiles(a, a, Samples(4), torch.float32, None, SMALL, 1)
+    squares = fastest if dtype == torch.bfloat16 else setting
+    assert [(meta["PRECISION"], meta["SQUARE_PRECISION"]) for meta in seen] == [(setting, squares)]
+
+
+def test_variants_for_amd_ask_for_what_triton_has():
+    for target, tf32 in (("hip:gfx90a", False), ("hip:gfx950", False), ("hip:gfx942", True)):
+        variants = list(aot_variants.variants(aot.parse_target(target)))
+        names = [variant.name for variant in variants]
+        assert len(names) == len(set(names)), target
+        assert any("tf32" in variant.constants.values() for variant in variants) == tf32, target
+        for dtype in ("fp32", "bf16", "fp16"):
+            assert any(name.startswith(f"linear_rows {dtype}") for name in names), (target, dtype)
+
+
+def test_rows_compile_for_amd_without_tf32():
+    script = """
+from fusedopt.kernels import aot
+from fusedopt.kernels.per_sample import aot_variants
+target = aot.parse_target("hip:gfx90a")
+compiled = 0
+for variant in aot_variants.variants(target):
+    if variant.name.startswith("linear_rows bf16 64x64"):
+        result = aot.report(aot.compile_variant(variant, target), target)
+        assert not variant.budget.broken(variant, result, target)
+        compiled += 1
+assert compiled
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,9 @@ def _compare_operations(device: torch.device, quiet: bool) -> Iterator[dict[str,
 class SquaredGradients(Statistics):
     """What a rule with squares needs to run: those of the gradient, and the group's own factors."""
 
-    samples = 1
+    def count_of(self, parameter: Tensor) -> int:
+        """Return a number; the groups' factors do not depend on it."""
+        return 1
 
     def sum_of_squares(self, parameter: Tensor) -> Tensor | None:
         """Return the squared gradient."""
@@ -105,7 +107,7 @@ class SquaredGradients(Statistics):
             return None
         return gradient.to(compute_dtype([parameter.dtype, gradient.dtype])).square()
 
-    def factors(self, virtual_batch_size: float) -> dict[str, float]:
+    def factors(self, virtual_batch_size: float, count: int) -> dict[str, float]:
         """Leave the factors that the parameter group states."""
         return {}
 

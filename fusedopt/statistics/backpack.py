@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import MissingSquares, Statistics
+from .records import Stamp
 
 
 class BackpackSquares(Statistics):
@@ -34,18 +35,18 @@ class BackpackSquares(Statistics):
     def __init__(self, loss_reduction: str = "mean", batch_size: int | None = None) -> None:
         super().__init__(loss_reduction)
         self.batch_size = batch_size
-        self._accumulated: dict[int, Tensor] = {}
-        self._count = 0
+        self._sums: dict[int, _Sum] = {}
 
-    @property
-    def samples(self) -> int:
-        """Number of samples gathered since the last ``zero_grad``."""
-        return self._count if self._accumulated else self.batch_size or 0
+    def count_of(self, parameter: Tensor) -> int:
+        """Return how many samples were gathered for a parameter."""
+        own = self._sums.get(id(parameter))
+        return self.batch_size or 0 if own is None else own.count
 
     def sum_of_squares(self, parameter: Tensor) -> Tensor | None:
         """Return the sum of squares of a parameter."""
-        if self._accumulated:
-            return self._accumulated.get(id(parameter))
+        own = self._sums.get(id(parameter))
+        if own is not None:
+            return own.squares
         squares: Tensor | None = getattr(parameter, "sum_grad_squared", None)
         return squares
 
@@ -59,24 +60,27 @@ class BackpackSquares(Statistics):
         Raises:
             RuntimeError: where ``batch_size`` is not set.
         """
-        self._check_size()
+        size = self._size()
         for group in optimizer.param_groups:
             for p in group["params"]:
+                own = self._sums.get(id(p))
+                if own is None or own.is_spent(p):
+                    own = self._sums[id(p)] = _Sum()
                 squares = getattr(p, "sum_grad_squared", None)
-                if squares is None:
-                    continue
-                if id(p) in self._accumulated:
-                    self._accumulated[id(p)].add_(squares)
-                else:
-                    self._accumulated[id(p)] = squares.clone()
+                own.add(squares, size)
                 p.sum_grad_squared = None
-        self._count += self.batch_size or 0
+
+    def used(self, parameters: Sequence[Tensor]) -> None:
+        """Note that a step has used what was gathered for some parameters."""
+        for p in parameters:
+            if id(p) in self._sums:
+                self._sums[id(p)].stamp = Stamp(p.grad)
 
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise where squares are missing, or nobody knows of how many samples."""
-        if not self._accumulated:
-            self._check_size()
         for p in parameters:
+            if id(p) not in self._sums:
+                self._size()
             if self.sum_of_squares(p) is None:
                 raise MissingSquares(
                     p,
@@ -84,18 +88,38 @@ class BackpackSquares(Statistics):
                     " backpack(SumGradSquared()), with the module extended",
                 )
 
-    def _check_size(self) -> None:
+    def _size(self) -> int:
         if not self.batch_size or self.batch_size < 1:
             raise RuntimeError(
                 "BackPACK does not say how many samples its sums have: set statistics.batch_size"
                 f" (now {self.batch_size!r}) before the step"
             )
+        return self.batch_size
 
-    def reset(self) -> None:
+    def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
         """Forget what was gathered; ``optimizer.zero_grad()`` calls this."""
-        self._accumulated = {}
-        self._count = 0
-        for p in self._all_parameters():
+        for p in self._all_parameters() if parameters is None else parameters:
+            self._sums.pop(id(p), None)
             # BackPACK leaves it there, and it does not belong to the next gradient.
             if getattr(p, "sum_grad_squared", None) is not None:
                 p.sum_grad_squared = None  # type: ignore[attr-defined]
+
+
+class _Sum:
+    """What several backward passes left for one parameter."""
+
+    def __init__(self) -> None:
+        self.squares: Tensor | None = None
+        self.count = 0
+        # The gradient that a step has used.
+        self.stamp: Stamp | None = None
+
+    def add(self, squares: Tensor | None, count: int) -> None:
+        """Take the sum over ``count`` samples; None for no contribution of theirs."""
+        self.count += count
+        if squares is not None:
+            self.squares = squares.clone() if self.squares is None else self.squares.add_(squares)
+
+    def is_spent(self, parameter: Tensor) -> bool:
+        """Whether a step has used this, and the gradient has been cleared since."""
+        return self.stamp is not None and not self.stamp.is_same_tensor(parameter.grad)

@@ -75,7 +75,31 @@ class Statistics:
     @property
     def samples(self) -> int:
         """Number of samples gathered since the last ``zero_grad``."""
+        parameters = self.parameters()
+        return self.count(parameters) if parameters else 0
+
+    def count_of(self, parameter: Tensor) -> int:
+        """Return how many samples were gathered for a parameter."""
         raise NotImplementedError
+
+    def count(self, parameters: Sequence[Tensor]) -> int:
+        """Return how many samples were gathered for each of some parameters.
+
+        Raises:
+            RuntimeError: where they are none, or not as many for all.
+        """
+        counts = {self.count_of(p): p for p in parameters}
+        if len(counts) > 1:
+            (a, p), (b, q) = list(counts.items())[:2]
+            raise RuntimeError(
+                f"{self.name_of(p)} has seen {a} samples since its gradient was cleared,"
+                f" {self.name_of(q)} {b}: clear the gradients of all parameters of an optimizer at"
+                " the same time"
+            )
+        count = next(iter(counts))
+        if count < 1:
+            raise RuntimeError("no samples were gathered: the batch was empty")
+        return count
 
     def sum_of_squares(self, parameter: Tensor) -> Tensor | None:
         """Return S of a parameter, or None where nothing was gathered for it."""
@@ -89,8 +113,12 @@ class Statistics:
         """Return what the rows of a parameter add up to."""
         return parameter.grad
 
-    def reset(self) -> None:
-        """Forget what was gathered; ``optimizer.zero_grad()`` calls this."""
+    def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
+        """Forget what was gathered; ``optimizer.zero_grad()`` calls this.
+
+        Args:
+            parameters: for which to forget it; all of them by default.
+        """
 
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise where the samples of these parameters cannot be used.
@@ -115,7 +143,7 @@ class Statistics:
         """
         return [gradients, [self._squares(p) for p in parameters]]
 
-    def factors(self, virtual_batch_size: float) -> dict[str, float]:
+    def factors(self, virtual_batch_size: float, count: int) -> dict[str, float]:
         """Return what turns gradients and sums of squares into the moments of this step.
 
         The mean over all subsets of b of the N samples of the squared mean gradient of the subset
@@ -124,11 +152,12 @@ class Statistics:
 
         Args:
             virtual_batch_size: b.
+            count: N.
 
         Returns:
             The weights of g^2 and of the sum over samples of squared contributions to g.
         """
-        count, b = self.samples, virtual_batch_size
+        b = virtual_batch_size
         if b > count and not self._warned:
             self._warned = True
             warnings.warn(
@@ -141,8 +170,8 @@ class Statistics:
         # Contributions to g, N of which add up to it, are 1 / N of the samples' gradients.
         return {"mean_weight": 1.0 - w, "square_weight": w * count}
 
-    def used(self) -> None:
-        """Note that a step has used what was gathered."""
+    def used(self, parameters: Sequence[Tensor]) -> None:
+        """Note that a step has used what was gathered for some parameters."""
 
     def parameters(self) -> Sequence[Tensor]:
         """List the parameters that something was gathered for."""
@@ -153,20 +182,13 @@ class Statistics:
         groups = [group for ref in self._optimizers if (o := ref()) for group in o.param_groups]
         return list({id(p): p for group in groups for p in group["params"]}.values())
 
-    @property
-    def weight(self) -> float:
-        """The weight s that makes rows gradients of samples."""
-        return float(self.samples) if self.loss_reduction == "mean" else 1.0
+    def weight(self, count: int) -> float:
+        """Return the weight s that makes rows gradients of samples."""
+        return float(count) if self.loss_reduction == "mean" else 1.0
 
-    @property
-    def gradient_factor(self) -> float:
-        """Turns the sum of the rows into the mean of the samples' gradients."""
-        return self.weight / self.samples
-
-    @property
-    def square_factor(self) -> float:
-        """Turns the sum of squared rows into the mean of squared gradients."""
-        return self.weight**2 / self.samples
+    def gradient_factor(self, count: int) -> float:
+        """Return what turns the sum of the rows into the mean of the samples' gradients."""
+        return self.weight(count) / count
 
     def mean_square(self, parameter: Tensor) -> Tensor:
         """Return the mean over samples of the squared gradient of a parameter.
@@ -180,7 +202,9 @@ class Statistics:
         Raises:
             RuntimeError: where nothing was gathered for it.
         """
-        return self._squares(parameter) * self.square_factor
+        self.check([parameter])
+        count = self.count([parameter])
+        return self._squares(parameter) * (self.weight(count) ** 2 / count)
 
     def signal_to_noise(self, parameter: Tensor) -> Tensor:
         """Return the gradient signal-to-noise ratio of each element.
@@ -196,7 +220,8 @@ class Statistics:
             Tensor of the parameter's shape.
         """
         mean_square = self.mean_square(parameter)
-        squared_mean = self._mean(parameter, mean_square.dtype).square()
+        count = self.count([parameter])
+        squared_mean = self._mean(parameter, mean_square.dtype, count).square()
         return squared_mean / (mean_square - squared_mean).clamp_(min=0)
 
     @torch.no_grad()
@@ -219,20 +244,21 @@ class Statistics:
         """
         if decay is not None and not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
-        count = self.samples
-        if count < 2:
-            raise RuntimeError(f"the noise scale needs at least two samples, there are {count}")
         parameters = list(self.parameters())
         if not parameters:
             raise RuntimeError("no parameter has squares: call backward before noise_scale()")
+        self.check(parameters)
+        count = self.count(parameters)
+        if count < 2:
+            raise RuntimeError(f"the noise scale needs at least two samples, there are {count}")
         device = parameters[0].device
         mean = torch.zeros((), dtype=torch.float64, device=device)
         total = torch.zeros_like(mean)
         for p in parameters:
             squares = self._squares(p)
-            norm = torch.linalg.vector_norm(self._mean(p, squares.dtype))
+            norm = torch.linalg.vector_norm(self._mean(p, squares.dtype, count))
             mean += norm.to(device, torch.float64).square()
-            total += squares.sum(dtype=torch.float64).to(device) * self.square_factor
+            total += squares.sum(dtype=torch.float64).to(device) * (self.weight(count) ** 2 / count)
         signal = (count * mean - total) / (count - 1)
         noise = (total - mean) / (1 - 1 / count)
         if decay is not None:
@@ -261,11 +287,11 @@ class Statistics:
             )
         return squares
 
-    def _mean(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    def _mean(self, parameter: Tensor, dtype: torch.dtype, count: int) -> Tensor:
         gradient = self.gradient(parameter)
         if gradient is None:
             raise RuntimeError(
                 f"{self.name_of(parameter)} has no gradient: call this between backward and"
                 " zero_grad"
             )
-        return gradient.to(dtype) * self.gradient_factor
+        return gradient.to(dtype) * self.gradient_factor(count)

@@ -77,8 +77,10 @@ class Gate:
         self.call.finish(self.record)
         fused = self.mode is Mode.FUSED
         dtype = self.record.parameter.dtype if fused else None
-        target = Target(self.record.parameter, self.call.samples, dtype, self.record.squares)
-        made, self.record.squares = reduce_uses(uses, target)
+        pending = self.record.pending()
+        target = Target(self.record.parameter, self.call.samples, dtype, pending)
+        made, squares = reduce_uses(uses, target)
+        self.record.propose(squares, self.call)
         gradient = made if fused else gradient
         self.record.expect(gradient, known=self.mode is not Mode.BESIDE)
         return gradient

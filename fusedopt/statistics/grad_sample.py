@@ -28,10 +28,9 @@ class GradSampleSquares(Statistics):
         # The rows are the samples' gradients themselves.
         super().__init__("sum")
 
-    @property
-    def samples(self) -> int:
-        """Number of samples in ``p.grad_sample``."""
-        return max((sum(map(len, _parts(p))) for p in self._all_parameters()), default=0)
+    def count_of(self, parameter: Tensor) -> int:
+        """Return how many samples ``p.grad_sample`` has."""
+        return sum(map(len, _parts(parameter)))
 
     def find(self, parameter: Tensor) -> Tensor | None:
         """Return what says that a parameter takes part in the step."""
@@ -52,7 +51,7 @@ class GradSampleSquares(Statistics):
 
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise where shapes or numbers of samples do not fit."""
-        total = self.samples
+        total = max((self.count_of(p) for p in parameters), default=0)
         for p in self._all_parameters():
             if p.grad is not None and not _parts(p):
                 raise MissingSquares(
@@ -92,9 +91,9 @@ class GradSampleSquares(Statistics):
             return [list(kind) for kind in zip(*columns, strict=True)]
         return list(self._reduce(parameters))
 
-    def reset(self) -> None:
+    def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
         """Forget the samples; ``optimizer.zero_grad()`` calls this."""
-        for p in self._all_parameters():
+        for p in self._all_parameters() if parameters is None else parameters:
             if getattr(p, "grad_sample", None) is not None:
                 p.grad_sample = None  # type: ignore[attr-defined]
 

@@ -60,9 +60,15 @@ class Site:
         """Bring ``[..., width]`` into canonical form."""
         return self.call.rows(x, self.name, self.batch_first)
 
-    def images(self, x: Tensor) -> Tensor:
-        """Check ``[batch, channels, ...]``."""
-        return self.call.images(x, self.name)
+    def check_rows(self, x: Tensor) -> None:
+        """Raise where the samples of ``[..., width]`` are not the model's."""
+        if not self.statistics.is_replaying():
+            self.rows(x)
+
+    def check_images(self, x: Tensor) -> None:
+        """Raise where the samples of ``[batch, channels, ...]`` are not the model's."""
+        if not self.statistics.is_replaying():
+            self.call.images(x, self.name)
 
 
 def _tensor(parameter: Tensor | None, gate: Gate | None) -> Tensor | None:
@@ -91,7 +97,7 @@ def linear(
     if bias_rows is not None and used_bias is not None:
         used_bias = used_bias[bias_rows]
     y = F.linear(x, used_weight, used_bias)
-    site.rows(x)
+    site.check_rows(x)
 
     def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         e = site.rows(errors[0])
@@ -128,7 +134,7 @@ def _embedding(site: Site, module: nn.Embedding, ids: Tensor) -> Tensor:
     chosen = site.ops(module.weight)
     w = site.gate(module.weight, chosen)
     ids = site.call.expand_ids(ids, site.name)
-    site.rows(ids.unsqueeze(-1))
+    site.check_rows(ids.unsqueeze(-1))
     used = _tensor(module.weight, w)
     assert used is not None
     y = F.embedding(ids, used, module.padding_idx)
@@ -194,7 +200,7 @@ def _norm(
         if b is not None:
             b.add(VectorUse(chosen, e))
 
-    rows(x)
+    site.check_rows(x.flatten(-depth))
     return observe([y], arrive, _gates(w, b), [] if w is None else [x.detach()])[0]
 
 
@@ -231,7 +237,7 @@ def _channel_norm(site: Site, module: Any, x: Tensor, forward: Callable[..., Ten
     weight, bias = module.weight, module.bias
     chosen = site.ops(x, x if weight is None else weight)
     w, b = site.gate(weight, chosen), site.gate(bias, chosen)
-    site.images(x)
+    site.check_images(x)
     y = forward(_tensor(weight, w), _tensor(bias, b), x)
 
     def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
@@ -258,7 +264,7 @@ def _convolution(site: Site, module: Any, x: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     chosen = site.ops(x, weight)
     w, b = site.gate(weight, chosen), site.gate(bias, chosen)
-    site.images(x)
+    site.check_images(x)
     dims = weight.dim() - 2
     if x.dim() != dims + 2:
         raise RuntimeError(f"{site.name} was called with one sample that has no batch dimension")

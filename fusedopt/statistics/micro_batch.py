@@ -36,13 +36,12 @@ class MicroBatchSquares(Statistics):
 
     def __init__(self) -> None:
         super().__init__("mean")
-        self._count = 0
         self._states: dict[int, _Parameter] = {}
 
-    @property
-    def samples(self) -> int:
-        """Number of micro-batches since the last ``zero_grad``."""
-        return self._count
+    def count_of(self, parameter: Tensor) -> int:
+        """Return how many micro-batches were gathered for a parameter."""
+        state = self._states.get(id(parameter))
+        return 0 if state is None else state.count
 
     @torch.no_grad()
     def accumulate(self, optimizer: Any) -> None:
@@ -54,22 +53,18 @@ class MicroBatchSquares(Statistics):
         Raises:
             RuntimeError: where no parameter has a gradient.
         """
-        own = [p for group in optimizer.param_groups for p in group["params"]]
-        with_gradient = [p for p in own if p.grad is not None]
-        if not with_gradient:
+        own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if all(p.grad is None for p in own):
             raise RuntimeError("no parameter has a gradient: call backward before accumulate()")
-        if any(self._is_cleared(p) for p in with_gradient):
+        if any(id(p) in self._states and self._states[id(p)].is_cleared() for p in own):
             # By the model's zero_grad, or by hand.
-            self.reset()
-        for p in with_gradient:
+            self.reset(own)
+        for p in own:
             if id(p) not in self._states:
                 self._states[id(p)] = _Sharded(p) if hasattr(p, "placements") else _Whole(p)
-            self._states[id(p)].accumulate()
-        self._count += 1
-
-    def _is_cleared(self, parameter: Tensor) -> bool:
-        state = self._states.get(id(parameter))
-        return state is not None and state.is_cleared()
+            self._states[id(p)].count += 1
+            if p.grad is not None:
+                self._states[id(p)].accumulate()
 
     def sum_of_squares(self, parameter: Tensor) -> Tensor | None:
         """Return the sum over micro-batches of squared gradients."""
@@ -88,17 +83,17 @@ class MicroBatchSquares(Statistics):
                     " clip=fusedopt.GlobalNorm(max_norm) to the optimizer",
                 )
 
-    def used(self) -> None:
-        """Note that a step has used what was gathered."""
-        for state in self._states.values():
-            state.stepped()
+    def used(self, parameters: Sequence[Tensor]) -> None:
+        """Note that a step has used what was gathered for some parameters."""
+        for p in parameters:
+            self._states[id(p)].stepped()
 
-    def reset(self) -> None:
+    def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
         """Forget what was gathered; ``optimizer.zero_grad()`` calls this."""
-        self._count = 0
-        for state in self._states.values():
-            state.remove()
-        self._states = {}
+        for key in list(self._states) if parameters is None else map(id, parameters):
+            state = self._states.pop(key, None)
+            if state is not None:
+                state.remove()
 
 
 _CHANGED = (
@@ -114,6 +109,7 @@ class _Parameter:
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
         self.squares: Tensor | None = None
+        self.count = 0
         self._stepped = False
 
     def is_cleared(self) -> bool:
@@ -156,9 +152,13 @@ class _Whole(_Parameter):
         self._sum: Tensor | None = None
         self._seen: tuple[Tensor, int] | None = None
         self._cleared = False
-        self._hook = parameter.register_hook(weakly(self._set_aside))
+        # On the node that adds to p.grad: hooks on the tensor also run for torch.autograd.grad.
+        with torch.enable_grad():
+            node: Any = parameter.view_as(parameter).grad_fn
+        self._node = node.next_functions[0][0]
+        self._hook = self._node.register_prehook(weakly(self._set_aside))
 
-    def _set_aside(self, _: Tensor) -> None:
+    def _set_aside(self, _: Any) -> None:
         """Run before autograd adds a gradient."""
         gradient = self.parameter.grad
         if self._seen is None:

@@ -39,7 +39,8 @@ class Pass:
         # For each module of unknown kind, what gathers its calls.
         self.fallbacks: dict[int, Any] = {}
         self._finished: set[int] = set()
-        self.counted = False
+        # How many samples the statistics had seen before these; None until these are counted.
+        self.base: int | None = None
 
     @property
     def samples(self) -> Samples:
@@ -78,9 +79,6 @@ class Pass:
                 " use_reentrant=False to them"
             )
         self._finished.add(id(record))
-        if not self.counted:
-            self.counted = True
-            self.statistics.count(self.samples.count)
 
     def expand_ids(self, ids: Tensor, name: str) -> Tensor:
         """Repeat ids that are the same for every sample (positions) over the batch.

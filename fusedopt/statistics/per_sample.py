@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,17 +87,20 @@ class PerSampleSquares(Statistics):
         self.sample = sample
         self.batch_first = batch_first
         self.backend = backend
-        self._samples = 0
+        # Samples of all backward passes there have been.
+        self._total = 0
+        self._lock = threading.RLock()
         self._active: Pass | None = None
         self._last: Pass | None = None
         self._offsets: Tensor | None = None
         self._paused = 0
-        self._backward_id = -1
-        self._reduced_ranks = 1
+        self._ranks = 1
         self._backends: dict[torch.device, str] = {}
         self._modules = list(_observable(model))
         self._check_model()
-        self._records = _records(model)
+        self._records = {
+            id(p): Record(p, name, self._commit) for name, p in model.named_parameters()
+        }
         self._observe()
 
     def _check_model(self) -> None:
@@ -199,6 +203,10 @@ class PerSampleSquares(Statistics):
         finally:
             self._paused -= 1
 
+    def is_replaying(self) -> bool:
+        """Whether an activation checkpoint runs a part of the model again, of whatever call."""
+        return self._active is None
+
     def current(self, name: str) -> Pass:
         """Return the call of the model that a layer's call belongs to."""
         if self._active is not None:
@@ -233,28 +241,42 @@ class PerSampleSquares(Statistics):
             )
         return record
 
-    def count(self, samples: int) -> None:
-        """Note that the squares of a call of the model begin to arrive."""
-        backward = torch._C._current_graph_task_id()
-        if backward != self._backward_id and any(r.is_cleared() for r in self._records.values()):
-            # Their gradients were set to None or zero, by the model's zero_grad or by hand.
-            self.reset()
-        self._backward_id = backward
-        if self._reduced_ranks > 1:
-            raise RuntimeError("backward after all_reduce(): call optimizer.step() in between")
-        self._samples += samples
+    def _commit(self, record: Record, calls: list[Pass]) -> None:
+        """Count the samples of calls whose first gradients arrive, and see what was cleared."""
+        # Backward runs on a thread for each device.
+        with self._lock:
+            for call in calls:
+                if call.base is None:
+                    call.base = self._total
+                    self._total += call.samples.count
+                    self._restart(record, call.base)
+            base = calls[0].base
+            if record.restarts and base is not None:
+                record.reset(base)
+
+    def _restart(self, arriving: Record, start: int) -> None:
+        """Forget what belongs to gradients that were set to None or zero."""
+        others = [r for r in self._records.values() if r is not arriving]
+        cleared = [r for r in others if r.is_cleared()]
+        if any(r.reduced_count and r not in cleared for r in others):
+            raise RuntimeError("backward after all_reduce(): call optimizer.step() and zero_grad()")
+        if cleared or arriving.restarts:
+            # What has nothing yet belongs to the batch that now begins.
+            for r in (*cleared, *(r for r in others if r.squares is None)):
+                r.reset(start)
 
     # What an optimizer asks for.
 
-    @property
-    def samples(self) -> int:
-        """Number of samples gathered since the last ``zero_grad``."""
-        return self._samples
+    def count_of(self, parameter: Tensor) -> int:
+        """Return how many samples were gathered for a parameter."""
+        record = self._records.get(id(parameter))
+        if record is None or record.squares is None:
+            return 0
+        return record.reduced_count or self._total - record.start
 
-    @property
-    def weight(self) -> float:
-        """The weight s that makes rows gradients of samples."""
-        return super().weight if self.loss_reduction == "mean" else float(self._reduced_ranks)
+    def weight(self, count: int) -> float:
+        """Return the weight s that makes rows gradients of samples."""
+        return super().weight(count) if self.loss_reduction == "mean" else float(self._ranks)
 
     def name_of(self, parameter: Tensor) -> str:
         """Name a parameter in messages."""
@@ -302,7 +324,8 @@ class PerSampleSquares(Statistics):
                 f"the gradient of {record.name!r} was changed between backward and step(), its"
                 " per-sample squares were not. To clip, pass clip=fusedopt.GlobalNorm(max_norm) to"
                 " the optimizer; if all gradients were multiplied by a factor, tell it by"
-                " statistics.rescale(factor)"
+                " statistics.rescale(factor); if processes have averaged them, call"
+                " statistics.all_reduce()"
             )
         return None
 
@@ -310,16 +333,17 @@ class PerSampleSquares(Statistics):
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return
-        if distributed.get_world_size() > 1 and self._reduced_ranks == 1:
+        reduced = all(r.reduced_count for r in self._records.values() if r.squares is not None)
+        if distributed.get_world_size() > 1 and not reduced:
             raise RuntimeError(
                 "there are several processes, and each has seen its own samples alone: call"
                 " statistics.all_reduce() between backward and step()"
             )
 
-    def used(self) -> None:
-        """Note that a step has used what was gathered."""
-        for record in self._records.values():
-            record.stepped()
+    def used(self, parameters: Sequence[Tensor]) -> None:
+        """Note that a step has used what was gathered for some parameters."""
+        for p in parameters:
+            self._records[id(p)].stepped()
 
     @torch.no_grad()
     def rescale(self, factor: float | Tensor) -> None:
@@ -334,44 +358,42 @@ class PerSampleSquares(Statistics):
             if record.squares is not None:
                 record.squares.mul_(factor**2)
 
-    def reset(self) -> None:
+    def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
         """Forget what was gathered; ``optimizer.zero_grad()`` calls this."""
-        self._samples = 0
-        self._reduced_ranks = 1
-        for record in self._records.values():
-            record.reset()
+        if parameters is None:
+            records = list(self._records.values())
+        else:
+            records = [self._records[id(p)] for p in parameters if id(p) in self._records]
+        for record in records:
+            record.reset(self._total)
 
     @torch.no_grad()
     def all_reduce(self, group: Any = None) -> None:
         """Add up the samples of all processes, between backward and ``step()``.
 
         For gradients that are averaged over processes, as ``DistributedDataParallel`` does: a
-        sample's contribution then is its local one over the number of processes. Costs one
-        all-reduce of 4 bytes a parameter.
+        sample's contribution then is its local one over the number of processes. Costs an
+        all-reduce of 4 bytes a parameter, tensor by tensor.
 
         Args:
             group: the process group; the default one.
         """
         distributed = torch.distributed
-        ranks = distributed.get_world_size(group)
-        if ranks == 1:
-            return
-        for record in self._records.values():
-            # The same parameters in the same order everywhere, whichever of them were used here.
-            if record.parameter.requires_grad:
-                if record.squares is None:
-                    record.squares = torch.zeros_like(
-                        record.parameter, dtype=_square_dtype(record.parameter)
-                    )
-                distributed.all_reduce(record.squares, group=group)
-                record.squares.div_(ranks**2)
-                # The processes' gradients have been averaged in place.
-                record.accept()
-        device = next(iter(self._records.values())).parameter.device
-        samples = torch.tensor(self._samples, dtype=torch.int64, device=device)
-        distributed.all_reduce(samples, group=group)
-        self._samples = int(samples.item())
-        self._reduced_ranks = ranks
+        ranks = self._ranks = distributed.get_world_size(group)
+        # The same parameters in the same order everywhere, whichever of them were used here.
+        records = [r for r in self._records.values() if r.parameter.requires_grad]
+        counts = torch.tensor([self._total - r.start for r in records], dtype=torch.int64)
+        counts = counts.to(records[0].parameter.device)
+        distributed.all_reduce(counts, group=group)
+        for record, count in zip(records, counts.tolist(), strict=True):
+            if record.squares is None:
+                dtype = torch.float64 if record.parameter.dtype == torch.float64 else torch.float32
+                record.squares = torch.zeros_like(record.parameter, dtype=dtype)
+            distributed.all_reduce(record.squares, group=group)
+            record.squares.div_(ranks**2)
+            record.reduced_count = count
+            # The processes' gradients have been averaged in place.
+            record.accept()
 
 
 class _Forward:
@@ -398,10 +420,6 @@ class _Forward:
             return attention(site, module, *arguments, **keywords)  # type: ignore[arg-type]
         # The input is the one argument, whatever the layer calls it.
         return self.forward(site, module, *arguments, *keywords.values())
-
-
-def _square_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def _is_coupled(module: nn.Module) -> bool:
@@ -451,10 +469,3 @@ def _unsupported(module: nn.Module) -> str | None:
         if module.max_norm is not None:
             return "max_norm is not supported: it rewrites the weight in the forward pass"
     return None
-
-
-def _records(model: nn.Module) -> dict[int, Record]:
-    records: dict[int, Record] = {}
-    for name, p in model.named_parameters():
-        records[id(p)] = Record(p, name)
-    return records

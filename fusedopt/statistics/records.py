@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .passes import Pass
 
-def weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+
+def weakly(method: Callable[..., None]) -> Callable[..., None]:
     """Return a hook for a tensor that its owner holds: a cycle through autograd is for ever."""
     reference = weakref.WeakMethod(method)
 
-    def hook(tensor: Tensor) -> None:
+    def hook(*arguments: Any) -> None:
         bound = reference()
         if bound is not None:
-            bound(tensor)
+            bound(*arguments)
 
     return hook
 
@@ -29,33 +33,70 @@ class Stamp:
         self._identity = None if gradient is None else (id(gradient), gradient._version)
 
     def holds(self, gradient: Tensor | None) -> bool:
-        """Whether the gradient is still that one."""
+        """Whether the gradient is still that one, unwritten."""
         return self._identity == Stamp(gradient)._identity
+
+    def is_same_tensor(self, gradient: Tensor | None) -> bool:
+        """Whether the gradient is still that tensor, written or not."""
+        return self._identity is not None and self._identity[0] == id(gradient)
 
 
 class Record:
     """The squares of one parameter.
 
-    Attributes:
+    What a backward pass makes is pending until autograd adds the gradient to ``parameter.grad``:
+    ``torch.autograd.grad`` runs the same nodes and adds nothing.
+
+    Args:
         parameter: whose squares these are.
         name: its name in the model.
+        commit: called when a pending contribution has arrived.
+
+    Attributes:
         squares: the sum over samples of squared contributions to ``parameter.grad``, in float32
             (float64 for float64 parameters); None where nothing has arrived.
+        start: how many samples the statistics had seen when ``parameter.grad`` was cleared.
+        reduced_count: number of samples of all processes, once squares are added up over them; 0
+            before.
         foreign: whether the parameter received a gradient that no observed layer made.
     """
 
-    def __init__(self, parameter: Tensor, name: str) -> None:
+    def __init__(
+        self, parameter: Tensor, name: str, commit: Callable[[Record, list[Pass]], None]
+    ) -> None:
         self.parameter = parameter
         self.name = name
         self.squares: Tensor | None = None
+        self.start = 0
+        self.reduced_count = 0
         self.foreign = False
+        # Whether the gradient was gone before the one that now arrives.
+        self.restarts = False
+        self._commit = commit
+        self._pending: Tensor | None = None
+        self._pending_calls: list[Pass] = []
+        self._backward = -1
         self._expected: list[tuple[Tensor | None, int] | None] = []
+        self._unexpected = False
         self._stamp: Stamp | None = None
         self._stepped = False
         self._check_hook: Any = None
         self._arrived_hook: Any = None
         if parameter.requires_grad:
             self.watch()
+
+    def pending(self) -> Tensor | None:
+        """Return what this backward pass has made so far, to be added to."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._backward = backward
+            self._pending, self._pending_calls, self._expected = None, [], []
+        return self._pending
+
+    def propose(self, squares: Tensor, call: Pass) -> None:
+        """Take the squares of a call of the model, which belong to a gradient on its way."""
+        self._pending = squares
+        self._pending_calls.append(call)
 
     def expect(self, gradient: Tensor | None, known: bool) -> None:
         """Note the gradient that an observed layer hands to autograd, if it is known."""
@@ -78,13 +119,20 @@ class Record:
         expected, self._expected = self._expected, []
         # One contribution is passed on as it is, several are added to a new tensor: in which the
         # layers' part cannot be told from a function that used the parameter directly.
-        if not expected:
-            self.foreign = True
-        elif len(expected) == 1 and expected[0] is not None:
+        self._unexpected = not expected
+        if len(expected) == 1 and expected[0] is not None:
             tensor, version = expected[0]
-            self.foreign |= gradient is not tensor or gradient._version != version
+            self._unexpected = gradient is not tensor or gradient._version != version
+        self.restarts = self.is_cleared()
 
     def _arrived(self, parameter: Tensor) -> None:
+        """Run after autograd has added a gradient to ``parameter.grad``."""
+        calls, self._pending_calls = self._pending_calls, []
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._commit(self, calls)
+            self.squares = pending if self.squares is None else self.squares.add_(pending)
+        self.foreign |= self._unexpected
         self._stamp, self._stepped = Stamp(parameter.grad), False
 
     def stepped(self) -> None:
@@ -99,18 +147,23 @@ class Record:
         """Whether the gradient that the squares belong to is gone."""
         if self.squares is None:
             return False
-        # Zeroed in place after a step is gone, too; before one it is an error, which step() finds.
-        return self.parameter.grad is None or (self._stepped and self.is_changed())
+        gradient = self.parameter.grad
+        if gradient is None or not self.is_changed():
+            return gradient is None
+        # Written after a step: zeroed in place, by the model's zero_grad or by hand. Written before
+        # one: an error that step() finds, unless it was zeroed; this once the host looks.
+        return self._stepped or not bool(gradient.any())
 
     def is_changed(self) -> bool:
         """Whether the gradient was written or replaced since it arrived."""
         return self._stamp is not None and not self._stamp.holds(self.parameter.grad)
 
-    def reset(self) -> None:
-        """Forget the squares."""
+    def reset(self, start: int) -> None:
+        """Forget the squares; count samples from ``start`` on."""
         self.squares = None
+        self.start = start
+        self.reduced_count = 0
         self.foreign = False
-        self._expected = []
         self._stamp, self._stepped = None, False
 
     def remove(self) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 from ..aot import DTYPES, Budget, Variant, capability
 from ..lang import tl
 from . import aot_materialised, aot_vectors, convolution, linear, tiles
+from .linear import has_tf32
 from .shapes import Tile, convolution_tile, rows_tile, samples_tile
 
-# Type of the operands, and how products of float32 are formed.
+# Type of the operands, and how products of float32 are formed where a target has tf32.
 OPERANDS = (("bf16", "tf32"), ("fp16", "tf32"), ("fp32", "tf32"), ("fp32", "ieee"))
 
 # Widths of a weight for which a tile of its own is chosen: wide in both directions, or in neither.
@@ -26,7 +27,7 @@ CONVOLUTIONS = ((512, 4608), (1, 9))
 
 def variants(target: Any) -> Iterator[Variant]:
     """Every variant of the per-sample kernels on a target."""
-    for dtype, precision in OPERANDS:
+    for dtype, precision in _operands(target):
         choice = capability(target), DTYPES[dtype], precision
         # A set: the same tile may serve both widths.
         for tile in sorted({samples_tile(*choice, width, width) for width in WIDTHS}):
@@ -48,6 +49,13 @@ def variants(target: Any) -> Iterator[Variant]:
     for dtype in ("fp32", "bf16", "fp16"):
         yield from aot_vectors.variants(dtype)
     yield from aot_materialised.variants()
+
+
+def _operands(target: Any) -> list[tuple[str, str]]:
+    """OPERANDS, as a target has them."""
+    if has_tf32(str(target.arch) if target.backend == "hip" else None):
+        return list(OPERANDS)
+    return [(dtype, "ieee") for dtype in dict.fromkeys(dtype for dtype, _ in OPERANDS)]
 
 
 def linear_samples(
@@ -77,7 +85,9 @@ def linear_samples(
 def linear_rows(dtype: str, precision: str, tile: Tile, wide: bool = True) -> Variant:
     """Samples of one row."""
     arguments = {"rows": "i32", "rows_of_split": "i32"}
-    return _linear(linear.linear_rows, "", dtype, precision, tile, arguments, {}, (), wide)
+    # Squares of 16-bit operands are float32, whose products are formed as those of float32 are.
+    squares = {"SQUARE_PRECISION": precision}
+    return _linear(linear.linear_rows, "", dtype, precision, tile, arguments, squares, (), wide)
 
 
 def _linear(
@@ -110,7 +120,7 @@ def _linear(
         threads=tile.threads,
         stages=tile.stages,
         divisible=(*sizes, *strides) if wide else (),
-        budget=Budget(matrix=precision != "ieee"),
+        budget=Budget(matrix=dtype != "fp32" or precision != "ieee"),
     )
 
 

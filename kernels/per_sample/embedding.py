@@ -70,13 +70,11 @@ def sum_chunks(
     tail = tl.where(_key(keys, end, tokens) >> _SHIFT == tail, tail, -1)
     partial = partials + chunk.to(tl.int64) * (4 * width) + columns
     zero = tl.zeros((BLOCK,), tl.float32)
-    if head >= 0:
-        # Stays unless a run of this entry begins here.
-        tl.store(partial, zero, wanted)
-        tl.store(partial + width, zero, wanted)
     row = zero
     total = zero
     total_squares = zero
+    # Whether a run of the head entry begins here, so that its sums were stored.
+    head_stored = 0
     position = start
     key = tl.load(keys + start)
     # A while loop: the interpreter of Triton 3.6 fails on range() with a run-time bound.
@@ -114,6 +112,7 @@ def sum_chunks(
                         end_sum = partial + tl.where(entry == head, 0, 2 * width)
                         tl.store(end_sum, total, wanted)
                         tl.store(end_sum + width, total_squares, wanted)
+                        head_stored = tl.where(entry == head, 1, head_stored)
                     else:
                         offsets = entry * width + columns
                         _write(gradient, squares, offsets, total, total_squares, wanted, ADD)
@@ -121,6 +120,10 @@ def sum_chunks(
                     total_squares = zero
         position += AT_ONCE
         key = run[AT_ONCE]
+    # Not before the loop: two stores to one address may be done by different threads, in any order.
+    if (head >= 0) & (head_stored == 0):
+        tl.store(partial, zero, wanted)
+        tl.store(partial + width, zero, wanted)
 
 
 @jit(do_not_specialize=["tokens", "chunks"])

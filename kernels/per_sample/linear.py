@@ -18,6 +18,16 @@ from .tiles import add_sample, load_tile, store_tile, tile_of_program
 _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
 
 
+def has_tf32(amd: str | None) -> bool:
+    """Say whether Triton compiles products in tf32 for a GPU.
+
+    Args:
+        amd: architecture of an AMD GPU (``gfx942``), with or without its features; None for a GPU
+            that is not AMD's.
+    """
+    return amd is None or amd.partition(":")[0] == "gfx942"
+
+
 @jit(do_not_specialize=["samples", "length", "samples_of_split"])
 def linear_samples(
     a,  # [samples, length, inputs] or [tokens, inputs], any strides
@@ -167,6 +177,7 @@ def linear_rows(
     e_row,
     e_column,
     PRECISION: tl.constexpr,  # of products of float32: "ieee" or "tf32"
+    SQUARE_PRECISION: tl.constexpr,  # of products of squares, which are float32 always
     ACCUMULATE: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -198,14 +209,14 @@ def linear_rows(
         while row < stop:
             total, sums = _rows(
                 a_tile, e_tile, mask_o, mask_i, k, total, sums, row, stop, a_row, e_row,
-                gradient is not None, PRECISION,
+                gradient is not None, PRECISION, SQUARE_PRECISION,
             )  # fmt: skip
             row += BLOCK_ROWS
     else:
         for start in range(row, stop, BLOCK_ROWS):
             total, sums = _rows(
                 a_tile, e_tile, mask_o, mask_i, k, total, sums, start, stop, a_row, e_row,
-                gradient is not None, PRECISION,
+                gradient is not None, PRECISION, SQUARE_PRECISION,
             )  # fmt: skip
 
     rows_o = tile_o * BLOCK_O + o
@@ -218,7 +229,7 @@ def linear_rows(
 @jit
 def _rows(
     a_tile, e_tile, mask_o, mask_i, k, total, sums, row, stop, a_row, e_row,
-    GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    GRADIENT: tl.constexpr, PRECISION: tl.constexpr, SQUARE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Multiply one block of rows, and the squares of it."""
     mask_k = k < stop - row
@@ -228,9 +239,7 @@ def _rows(
         total = tl.dot(e, a, total, input_precision=PRECISION)
     # Squares of float16 would underflow below 2^-12, those of bfloat16 keep 8 bits: they are formed
     # in float32. tf32 has its range, and of the 22 (16) bits of a square it keeps 11.
-    narrow: tl.constexpr = e_tile.dtype.element_ty.primitive_bitwidth == 16
     e = e.to(tl.float32)
     a = a.to(tl.float32)
-    precision: tl.constexpr = "tf32" if narrow else PRECISION
-    sums = tl.dot(e * e, a * a, sums, input_precision=precision)
+    sums = tl.dot(e * e, a * a, sums, input_precision=SQUARE_PRECISION)
     return total, sums

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...backends.triton import launch
 from ...kernels.per_sample import tiles
+from ...kernels.per_sample.linear import has_tf32
 
 # Tiles that neighbouring programs stack along the outputs; see ``tile_of_program``.
 GROUP = 8
@@ -37,9 +38,30 @@ def processors(device: torch.device) -> int:
     return int(getattr(facts, "multi_processor_count", 0) or facts.gpu_subslice_count)
 
 
-def precision() -> str:
+@cache
+def fastest_precision(device: torch.device) -> str:
+    """The fastest way to form products of float32 that Triton has for a device."""
+    amd = None
+    if device.type == "cuda" and torch.version.hip is not None:
+        amd = torch.cuda.get_device_properties(device).gcnArchName
+    return "tf32" if has_tf32(amd) else "ieee"
+
+
+def precision(device: torch.device) -> str:
     """How products of float32 are formed, as torch is told to form its own."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # The old function raises where the attribute, which torch 2.9 introduced, was set.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    if setting not in ("tf32", "ieee"):
+        setting = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return fastest_precision(device) if setting == "tf32" else "ieee"
+
+
+def convolution_precision(device: torch.device) -> str:
+    """The same for convolutions, of which torch is told apart: its default for them is tf32."""
+    # Not cudnn.allow_tf32: it writes this attribute, too, and raises where the attribute was set.
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    tf32 = conv.fp32_precision == "tf32"
+    return fastest_precision(device) if tf32 else "ieee"
 
 
 def common_type(a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,14 @@ from ...backends.triton import launch
 from ...kernels.lang import tl
 from ...kernels.per_sample import convolution as kernels
 from ...kernels.per_sample.shapes import Tile, choose_splits, convolution_tile
-from .tiles import GROUP, capability, common_type, precision, processors, reduce_tiles
+from .tiles import (
+    GROUP,
+    capability,
+    common_type,
+    convolution_precision,
+    processors,
+    reduce_tiles,
+)
 
 Pair = tuple[int, int]
 
@@ -69,8 +76,9 @@ def convolution_in_tiles(
     out_width = e.shape[3]
     # One stride for all positions: a view, except where rows of the output lie apart.
     e = e.flatten(2)
+    precision = convolution_precision(e.device)
     if tile is None:
-        choice = capability(e.device), e.dtype.itemsize, precision()
+        choice = capability(e.device), e.dtype.itemsize, precision
         tile = convolution_tile(*choice, outputs, columns)
     tiles = groups * tile.count(outputs, columns)
     if splits is None:
@@ -81,7 +89,7 @@ def convolution_in_tiles(
     index = tl.int32 if max(_reach(x), _reach(e)) < 2**31 else tl.int64
 
     def run(gradient: Tensor | None, squares: Tensor, accumulate: bool) -> None:
-        meta: dict[str, Any] = {"PRECISION": precision(), "ACCUMULATE": accumulate, "INDEX": index}
+        meta: dict[str, Any] = {"PRECISION": precision, "ACCUMULATE": accumulate, "INDEX": index}
         launch(
             kernels.convolution_samples, tiles * splits, chosen.threads, e.device,
             x, e, gradient, squares, batch, share, groups, outputs, shape[1], columns,

@@ -10,7 +10,16 @@ from ...kernels.per_sample import linear as kernels
 from ...kernels.per_sample.shapes import Tile, choose_splits, rows_tile, samples_tile
 from ...layout import has_wide_rows
 from ..samples import Samples
-from .tiles import GROUP, capability, common_type, near, precision, processors, reduce_tiles
+from .tiles import (
+    GROUP,
+    capability,
+    common_type,
+    fastest_precision,
+    near,
+    precision,
+    processors,
+    reduce_tiles,
+)
 
 
 def linear(
@@ -51,10 +60,13 @@ def linear_in_tiles(
     dense = samples.offsets is None
     length = e.shape[1] if dense else -(-e.shape[0] // max(samples.count, 1))
     of_rows = dense and length == 1
+    products = precision(e.device)
+    # Squares of 16-bit operands need the range of float32, and no more bits than tf32 keeps.
+    square_products = fastest_precision(e.device) if e.dtype.itemsize == 2 else products
     if tile is None:
         choose = rows_tile if of_rows else samples_tile
         wide = has_wide_rows(a) and has_wide_rows(e)
-        tile = choose(capability(e.device), e.dtype.itemsize, precision(), outputs, inputs, wide)
+        tile = choose(capability(e.device), e.dtype.itemsize, products, outputs, inputs, wide)
     # A row block is the smallest share of rows; a sample that of whole samples.
     shares = -(-samples.count // tile.rows) if of_rows else samples.count
     if splits is None:
@@ -66,7 +78,7 @@ def linear_in_tiles(
 
     def run(gradient: Tensor | None, squares: Tensor, accumulate: bool) -> None:
         meta = {
-            "PRECISION": precision(),
+            "PRECISION": products,
             "ACCUMULATE": accumulate,
             "GROUP": GROUP,
             **chosen.meta,
@@ -75,7 +87,8 @@ def linear_in_tiles(
             launch(
                 kernels.linear_rows, programs, chosen.threads, e.device,
                 a, e, gradient, squares, samples.count, share, outputs, inputs,
-                a.stride(0), a.stride(2), e.stride(0), e.stride(2), **meta,
+                a.stride(0), a.stride(2), e.stride(0), e.stride(2),
+                SQUARE_PRECISION=square_products, **meta,
             )  # fmt: skip
         else:
             launch(
