@@ -149,6 +149,12 @@ def test_lstm(device: torch.device, batch_first: bool) -> None:
     gather(model, x, backend="reference", batch_first=batch_first)
 
 
+def test_lstm_in_float32(device: torch.device) -> None:
+    """The fused kernel that forward runs has no rule in torch.func."""
+    model = First(nn.LSTM(3, 4, batch_first=True)).to(device)
+    gather(model, randn(5, 2, 3).to(torch.float32), tolerance=1e-4, backend="reference")
+
+
 def test_bilinear(device: torch.device) -> None:
     model = nn.Bilinear(3, 4, 2).to(device, torch.float64)
     gather(model, randn(5, 3), randn(5, 4), backend="reference")

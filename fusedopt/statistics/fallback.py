@@ -219,7 +219,14 @@ class _Call:
 
         def run(parameters: list[Tensor]) -> list[Tensor]:
             named = dict(zip(source.names, parameters, strict=True))
-            with source.site.statistics.paused(), self.autocast:
+            # The fused recurrent layers of oneDNN and cuDNN keep workspaces that vmap and vjp do not
+            # know; without them, torch composes the same of ordinary operations.
+            with (
+                source.site.statistics.paused(),
+                self.autocast,
+                torch.backends.mkldnn.flags(enabled=False),
+                torch.backends.cudnn.flags(enabled=False),
+            ):
                 result = torch.func.functional_call(source.module, named, arguments, keywords)
             flat, _ = tree_flatten(result)
             places = zip(self.places, self.output_dims, strict=True)
