@@ -8,7 +8,8 @@ a few samples at a time; only the module's own parameters are concerned, not tho
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,14 +220,8 @@ class _Call:
 
         def run(parameters: list[Tensor]) -> list[Tensor]:
             named = dict(zip(source.names, parameters, strict=True))
-            # The fused recurrent layers of oneDNN and cuDNN keep workspaces that vmap and vjp do not
-            # know; without them, torch composes the same of ordinary operations.
-            with (
-                source.site.statistics.paused(),
-                self.autocast,
-                torch.backends.mkldnn.flags(enabled=False),
-                torch.backends.cudnn.flags(enabled=False),
-            ):
+            plain = _composed(isinstance(source.module, nn.RNNBase))
+            with source.site.statistics.paused(), self.autocast, plain:
                 result = torch.func.functional_call(source.module, named, arguments, keywords)
             flat, _ = tree_flatten(result)
             places = zip(self.places, self.output_dims, strict=True)
@@ -254,6 +249,24 @@ class _Call:
             ) from error
         rows, outputs = zip(*made, strict=True)
         return _stacked(rows), _stacked(outputs)
+
+
+@contextmanager
+def _composed(recurrent: bool) -> Iterator[None]:
+    """Let torch compose recurrent layers of ordinary operations.
+
+    Those that oneDNN and cuDNN have fused keep workspaces of which torch.func knows nothing.
+    """
+    backends = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    if recurrent:
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        if recurrent:
+            torch._C._set_mkldnn_enabled(backends[0])
+            torch._C._set_cudnn_enabled(backends[1])
 
 
 def _stacked(samples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
