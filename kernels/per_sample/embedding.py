@@ -70,11 +70,17 @@ def sum_chunks(
     tail = tl.where(_key(keys, end, tokens) >> _SHIFT == tail, tail, -1)
     partial = partials + chunk.to(tl.int64) * (4 * width) + columns
     zero = tl.zeros((BLOCK,), tl.float32)
+    # The head's sums are zeros where no run of it begins here, else the loop stores them. Never
+    # both: two stores to one address may be done by different threads, in any order.
+    positions = start + tl.arange(0, CHUNK)
+    here = tl.load(keys + positions, positions < end, -1)
+    begins = tl.sum(((here >> _SHIFT == head) & (here != before)).to(tl.int32), 0)
+    if (head >= 0) & (begins == 0):
+        tl.store(partial, zero, wanted)
+        tl.store(partial + width, zero, wanted)
     row = zero
     total = zero
     total_squares = zero
-    # Whether a run of the head entry begins here, so that its sums were stored.
-    head_stored = 0
     position = start
     key = tl.load(keys + start)
     # A while loop: the interpreter of Triton 3.6 fails on range() with a run-time bound.
@@ -112,7 +118,6 @@ def sum_chunks(
                         end_sum = partial + tl.where(entry == head, 0, 2 * width)
                         tl.store(end_sum, total, wanted)
                         tl.store(end_sum + width, total_squares, wanted)
-                        head_stored = tl.where(entry == head, 1, head_stored)
                     else:
                         offsets = entry * width + columns
                         _write(gradient, squares, offsets, total, total_squares, wanted, ADD)
@@ -120,10 +125,6 @@ def sum_chunks(
                     total_squares = zero
         position += AT_ONCE
         key = run[AT_ONCE]
-    # Not before the loop: two stores to one address may be done by different threads, in any order.
-    if (head >= 0) & (head_stored == 0):
-        tl.store(partial, zero, wanted)
-        tl.store(partial + width, zero, wanted)
 
 
 @jit(do_not_specialize=["tokens", "chunks"])
