@@ -19,6 +19,9 @@ from fusedopt.kernels.rules import register  # noqa: E402
 # A rule from outside the package: whatever runs over the registry must take it as it is.
 register(LION)
 
+# Tolerances are those of float32, on a GPU too.
+torch.backends.cudnn.allow_tf32 = False
+
 # Two test processes share two cores: more threads would wait for each other.
 torch.set_num_threads(1)
 
