@@ -162,6 +162,8 @@ class FusedOptimizer(Optimizer):
         params, gradients, group_of = self._gather()
         grad_scale, found_inf = self._load_scaler()
         if not params:
+            if self.statistics is not None:
+                check_samples(self, params)
             return
         inputs, factor = [gradients], 1.0
         if self.statistics is not None:

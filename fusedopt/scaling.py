@@ -101,8 +101,10 @@ def rescale_(
 ) -> None:
     """Apply ``rescale`` to every parameter group; tensors are written in place.
 
-    Call it before a scheduler is made: a scheduler holds the lr that it found. For a captured CUDA
-    graph, call ``optimizer.push_hyperparameters()`` afterwards.
+    Call it before the first step and before a scheduler is made: a scheduler holds the lr that it
+    found, and bias corrections count the steps there have been as if all had the new batch size
+    (early in a run, steps then are too long). For a captured CUDA graph, call
+    ``optimizer.push_hyperparameters()`` afterwards.
 
     Args:
         optimizer: of torch.optim or of fusedopt.

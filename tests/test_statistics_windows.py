@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusedopt import BackpackSquares, BatchDecoupledAdam, MicroBatchSquares, PerSampleSquares
+from fusedopt import (
+    BackpackSquares,
+    BatchDecoupledAdam,
+    GradSampleSquares,
+    MicroBatchSquares,
+    PerSampleSquares,
+)
 
 
 def _model(device: torch.device) -> nn.Sequential:
@@ -211,3 +217,25 @@ def test_a_group_added_between_steps(device: torch.device) -> None:
     optimizer.zero_grad()
     _backward(model, _batch(device))
     optimizer.step()
+
+
+def test_samples_forgotten_altogether(device: torch.device) -> None:
+    # Catches a step that does nothing because no parameter has what it reads.
+    model = _model(device)
+    optimizer = BatchDecoupledAdam(model.parameters(), statistics=GradSampleSquares())
+    optimizer.step()
+    _backward(model, _batch(device))
+    with pytest.raises(RuntimeError, match="no grad_sample"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("bounds", [[2, 5, 12], [0, 7, 5, 12], [0, 5, 40], [0, 5, 9]])
+def test_segments_that_do_not_cover_the_tokens(bounds: list[int], device: torch.device) -> None:
+    # Catches bounds that leave tokens out or count them twice.
+    if device.type != "cpu":
+        pytest.skip("the host does not wait for bounds on a GPU")
+    model = _model(device)
+    statistics = PerSampleSquares(model)
+    with pytest.raises((ValueError, RuntimeError), match="cu_seqlens"):
+        with statistics.segments(torch.tensor(bounds, device=device)):
+            model(torch.randn(12, 4, device=device, dtype=torch.float64))

@@ -130,6 +130,7 @@ class Pass:
     def _check_tokens(self, tokens: int, name: str) -> None:
         if self._tokens is None:
             self._tokens = tokens
+            self._check_end(tokens, name)
             if self.offsets is None:
                 self._count = tokens
         if tokens != self._tokens:
@@ -137,6 +138,15 @@ class Pass:
                 f"{name} was called with {tokens} tokens, the layers before it with {self._tokens}."
                 " Per-token and packed samples need the same tokens in every layer"
             )
+
+    def _check_end(self, tokens: int, name: str) -> None:
+        # On a GPU this would wait for the device.
+        if self.offsets is not None and self.offsets.device.type == "cpu":
+            end = int(self.offsets[-1])
+            if end != tokens:
+                raise RuntimeError(
+                    f"{name} was called with {tokens} tokens, but cu_seqlens ends at {end}"
+                )
 
     def _check_count(self, count: int, shape: torch.Size, name: str) -> None:
         if self._count is None:

@@ -80,6 +80,8 @@ class PerSampleSquares(Statistics):
         backend: str = "auto",
     ) -> None:
         super().__init__(loss_reduction)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if sample not in SAMPLES:
             raise ValueError(f"sample must be one of {', '.join(SAMPLES)}, got {sample!r}")
         backends.check_name(backend)
@@ -186,6 +188,11 @@ class PerSampleSquares(Statistics):
                 "cu_seqlens must be a vector of at least two integers, got"
                 f" {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
             )
+        if cu_seqlens.device.type == "cpu" and (
+            cu_seqlens[0] != 0 or bool((cu_seqlens.diff() < 0).any())
+        ):
+            # On a GPU this would wait for the device.
+            raise ValueError(f"cu_seqlens must rise from 0, got {cu_seqlens.tolist()}")
         if self.sample == "token":
             raise ValueError("with sample='token' every token is a sample: there are no segments")
         before, self._offsets = self._offsets, cu_seqlens
@@ -216,8 +223,8 @@ class PerSampleSquares(Statistics):
             return self._last
         raise RuntimeError(
             f"{name} was called outside of the model that PerSampleSquares observes, so that its"
-            " samples are not known: call the model itself, construct PerSampleSquares with the"
-            " module that you call, or call it under torch.no_grad()"
+            " samples are not known: call model(x), not model.forward(x) or a part of it, make"
+            " PerSampleSquares with the module that you call, or call it under torch.no_grad()"
         )
 
     def is_watching(self) -> bool:
