@@ -91,6 +91,7 @@ class Plan:
 
         # Whether a CUDA graph holds on to this plan's memory.
         self.captured = False
+        coefficient_groups = optimizer.coefficient_groups()
         self.lanes: list[Lane] = []
         self._positions: list[list[int]] = list(slots.values())
         for (device, live), positions in slots.items():
@@ -113,7 +114,7 @@ class Plan:
                     ],
                     [self._states[k] for k in positions],
                     [group_of[k] for k in positions],
-                    optimizer.coefficient_groups(),
+                    coefficient_groups,
                     [bool(created[k]) for k in positions],
                 )
             )

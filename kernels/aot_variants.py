@@ -11,6 +11,9 @@ from .lang import tl
 from .rule import Rule
 from .rules import REGISTRY
 
+# What every kernel takes that finds its tensors by the table of addresses.
+TABLE = {"table": "*i64", "width": "i32", "chunk_tensor": "*i32", "chunk_index": "*i32"}
+
 # Element types of parameter, gradient and states, and whether addresses are aligned.
 LAYOUTS = (
     *((dtype, dtype, dtype, True) for dtype in DTYPES),
@@ -63,10 +66,7 @@ def update_tensors(
         name=f"{rule.label(options)} {names}{_suffix(aligned)}",
         kernel=multi_tensor.update_tensors,
         arguments={
-            "table": "*i64",
-            "width": "i32",
-            "chunk_tensor": "*i32",
-            "chunk_index": "*i32",
+            **TABLE,
             "coefficients": "*fp64",
             "control": "*fp64",
         },
@@ -96,10 +96,7 @@ def partial_norms(dtype: str, infinity_norm: bool, aligned: bool = True) -> Vari
         name=f"partial_norms ({'inf' if infinity_norm else '2'}) {dtype}{_suffix(aligned)}",
         kernel=norms.partial_norms,
         arguments={
-            "table": "*i64",
-            "width": "i32",
-            "chunk_tensor": "*i32",
-            "chunk_index": "*i32",
+            **TABLE,
             "inverse_scale": "*fp64",
             "partials": "*fp64",
         },

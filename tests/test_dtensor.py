@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,9 +196,9 @@ def test_replicated_gradients_are_clipped(backend: str, mesh: DeviceMesh) -> Non
 # Two processes
 
 
-def _two_processes(rank: int, port: int) -> None:
+def _two_processes(rank: int, meeting: str) -> None:
     """Uneven shards, one of them empty, under two processes."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (2,))
     for case in (SGD, ADAMW):
@@ -217,9 +217,8 @@ def _two_processes(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over TCP")
-def test_two_processes() -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_two_processes, args=(port,), nprocs=2)
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file")
+def test_two_processes(tmp_path: Path) -> None:
+    # By a file: a port that was free a moment ago may be taken by another worker of the suite.
+    meeting = f"file://{tmp_path / 'meeting'}"
+    torch.multiprocessing.spawn(_two_processes, args=(meeting,), nprocs=2)

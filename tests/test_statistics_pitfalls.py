@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -250,15 +249,9 @@ def test_pitfall_f_formula_over_ranks() -> None:
     assert_near(_two_ranks_by_hand(model, x), mean_square_of(rows), 1e-12, "two ranks")
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def _rank(rank: int, port: int, tied: bool, results: Any) -> None:
+def _rank(rank: int, meeting: str, tied: bool, results: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     try:
         torch.manual_seed(0)
         model = LanguageModel(tied=tied).double()
@@ -301,7 +294,7 @@ def _rank(rank: int, port: int, tied: bool, results: Any) -> None:
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="two processes on the CPU")
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
-def test_pitfall_f_two_processes(tied: bool) -> None:
+def test_pitfall_f_two_processes(tied: bool, tmp_path: Path) -> None:
     """Two ranks with two accumulation steps each are one process with all eight samples.
 
     Catches a forgotten 1/R**2, squares of the reduced gradient, counts of one rank alone, and a
@@ -311,7 +304,7 @@ def test_pitfall_f_two_processes(tied: bool) -> None:
 
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank, (_free_port(), tied, results), nprocs=2)
+        mp.spawn(_rank, (f"file://{tmp_path}/meeting", tied, results), nprocs=2)
         ranks = [results[0], results[1]]
     torch.manual_seed(0)
     model = LanguageModel(tied=tied).double()

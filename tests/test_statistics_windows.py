@@ -16,6 +16,7 @@ from fusedopt import (
     MicroBatchSquares,
     PerSampleSquares,
 )
+from fusedopt.statistics.records import Stamp
 
 
 def _model(device: torch.device) -> nn.Sequential:
@@ -140,6 +141,21 @@ def test_micro_batches_and_autograd_grad(device: torch.device) -> None:
     torch.autograd.grad(model(_batch(device)).sum(), list(model.parameters()))
     assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
     optimizer.step()
+
+
+def test_a_stamp_outlives_its_gradient(device: torch.device) -> None:
+    # Catches an id for an identity: a gradient may be given that of one that was freed.
+    reused = 0
+    for _ in range(100):
+        gradient = torch.zeros(3, device=device)
+        identity, stamp = id(gradient), Stamp(gradient)
+        assert stamp.holds(gradient)
+        del gradient
+        other = torch.zeros(3, device=device)
+        reused += id(other) == identity
+        assert not stamp.holds(other)
+        assert not stamp.is_same_tensor(other)
+    assert reused, "no id was reused: this run has tested nothing"
 
 
 def test_backpack_sums_without_the_optimizers_zero_grad(device: torch.device) -> None:

@@ -56,7 +56,7 @@ def _launch(device: torch.device, key: Key, members: Sequence[Sequence[Tensor]])
     upload(table, rows)
     block = multi_tensor.block_size(aligned)
     chunk_tensor, chunk_index = chunk_map(numels, block, device)
-    compute = torch.float64 if torch.float64 in dtypes else torch.float32
+    compute = compute_dtype(dtypes)
     launch(
         materialised.reduce_samples, len(chunk_tensor), multi_tensor.THREADS, device,
         table, len(members), chunk_tensor, chunk_index, device_vector(counts, device),

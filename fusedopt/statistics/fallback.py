@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ..codecs import compute_dtype
+from ..layout import real_view
 from .gates import Mode, observe
 from .layers import Site
 from .uses import FallbackUse
@@ -115,11 +117,7 @@ class _Module:
         size = max(1, CHUNK_ELEMENTS // max(1, sum(p.numel() for p in self.parameters)))
         size = min(size, max(1, count // 2))
         totals = [
-            torch.zeros(
-                p.shape,
-                dtype=torch.float64 if p.dtype == torch.float64 else torch.float32,
-                device=p.device,
-            )
+            torch.zeros(p.shape, dtype=compute_dtype([p.dtype]), device=p.device)
             for p in self.parameters
         ]
         for start in range(0, count, size):
@@ -281,9 +279,8 @@ def _sketch(y: Tensor, dim: int | None) -> Tensor:
     """
     if dim is None:
         return y.new_zeros((0, 2))
-    y = y.detach().movedim(dim, 0)
-    y = torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
-    y = y.to(torch.float64 if y.dtype == torch.float64 else torch.float32)
+    y = real_view(y.detach().movedim(dim, 0))
+    y = y.to(compute_dtype([y.dtype]))
     y = y.unsqueeze(-1).flatten(1)
     vector = torch.arange(y.shape[1], dtype=y.dtype, device=y.device).square_().cos_()
     with torch.autocast(y.device.type, enabled=False):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ..codecs import compute_dtype
 from . import ops
 from .gates import Gate, Mode, observe
 from .uses import ConvolutionUse, EmbeddingUse, GainUse, LinearUse, VectorUse
@@ -195,7 +196,7 @@ def _norm(
         if w is not None:
             own = rows(saved[0])
             # Not kept from forward: it is one read of the input, and at any precision asked for.
-            wide = own.to(torch.float64 if own.dtype == torch.float64 else torch.float32)
+            wide = own.to(compute_dtype([own.dtype]))
             w.add(GainUse(chosen, e, own, *statistics(wide)))
         if b is not None:
             b.add(VectorUse(chosen, e))
@@ -243,7 +244,7 @@ def _channel_norm(site: Site, module: Any, x: Tensor, forward: Callable[..., Ten
     def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         (e,) = errors
         if w is not None:
-            wide = torch.float64 if saved[0].dtype == torch.float64 else torch.float32
+            wide = compute_dtype([saved[0].dtype])
             with torch.autocast(e.device.type, enabled=False):
                 product = forward(None, None, saved[0].to(wide)) * e
             w.add(VectorUse(chosen, _channels_last(product)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..codecs import compute_dtype
 from ..layout import real_view
 from .base import MissingSquares, Statistics
-from .records import weakly
+from .records import Stamp, weakly
 
 
 class MicroBatchSquares(Statistics):
@@ -210,14 +210,14 @@ class _Sharded(_Parameter):
     def __init__(self, parameter: Tensor) -> None:
         super().__init__(parameter)
         self._copy: Tensor | None = None
-        self._seen: tuple[int, int] | None = None
+        self._seen: Stamp | None = None
 
     def is_cleared(self) -> bool:
         gradient = self.parameter.grad
         if self._seen is None or gradient is None or self.is_complete():
             return self._seen is not None and gradient is None
         # Another tensor; or zeroed in place, which only after a step is not a mistake.
-        return self._stepped or _written(gradient)[0] != self._seen[0]
+        return self._stepped or not self._seen.is_same_tensor(gradient)
 
     def accumulate(self) -> None:
         gradient = self.parameter.grad
@@ -225,14 +225,8 @@ class _Sharded(_Parameter):
         if self.is_complete():
             return
         self._add(gradient if self._copy is None else gradient - self._copy)
-        self._copy, self._seen = gradient.clone(), _written(gradient)
+        self._copy, self._seen = gradient.clone(), Stamp(gradient)
 
     def is_complete(self) -> bool:
         gradient = self.parameter.grad
-        return gradient is not None and _written(gradient) == self._seen
-
-
-def _written(gradient: Any) -> tuple[int, int]:
-    """Which tensor a shard is, and how often it was written, as a DTensor or behind its back."""
-    local = gradient._local_tensor
-    return id(local), local._version + gradient._version
+        return gradient is not None and self._seen is not None and self._seen.holds(gradient)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..codecs import compute_dtype
 from .attention import attention
 from .base import MissingSquares, Statistics
 from .fallback import functional, own_parameters, warning
@@ -394,7 +395,7 @@ class PerSampleSquares(Statistics):
         distributed.all_reduce(counts, group=group)
         for record, count in zip(records, counts.tolist(), strict=True):
             if record.squares is None:
-                dtype = torch.float64 if record.parameter.dtype == torch.float64 else torch.float32
+                dtype = compute_dtype([record.parameter.dtype])
                 record.squares = torch.zeros_like(record.parameter, dtype=dtype)
             distributed.all_reduce(record.squares, group=group)
             record.squares.div_(ranks**2)

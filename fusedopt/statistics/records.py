@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 if TYPE_CHECKING:
     from .passes import Pass
@@ -26,19 +27,36 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Stamp:
-    """A gradient as it was at some moment: the tensor, and how often it had been written."""
+    """A gradient as it was at some moment: the tensor, and how often it had been written.
+
+    A shard (DTensor) counts with its local tensor, which FSDP writes behind autograd's back.
+    """
 
     def __init__(self, gradient: Tensor | None) -> None:
-        # By identity, not by reference: a gradient that is set to None is to be freed.
-        self._identity = None if gradient is None else (id(gradient), gradient._version)
+        # Weakly: a gradient that is set to None is to be freed. Not by its id, which the next
+        # gradient may well be given once this one is.
+        self._tensor = None if gradient is None else TensorWeakRef(_local(gradient))
+        self._versions = None if gradient is None else _versions(gradient)
 
     def holds(self, gradient: Tensor | None) -> bool:
         """Whether the gradient is still that one, unwritten."""
-        return self._identity == Stamp(gradient)._identity
+        if gradient is None:
+            return self._tensor is None
+        return self.is_same_tensor(gradient) and _versions(gradient) == self._versions
 
     def is_same_tensor(self, gradient: Tensor | None) -> bool:
         """Whether the gradient is still that tensor, written or not."""
-        return self._identity is not None and self._identity[0] == id(gradient)
+        if gradient is None or self._tensor is None:
+            return False
+        return self._tensor() is _local(gradient)
+
+
+def _local(gradient: Any) -> Any:
+    return getattr(gradient, "_local_tensor", gradient)
+
+
+def _versions(gradient: Any) -> tuple[int, int]:
+    return gradient._version, _local(gradient)._version
 
 
 class Record:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from ..codecs import compute_dtype
 from .samples import Samples
 from .tied import add_cross_terms
 
@@ -173,7 +174,7 @@ def _start(target: Target, like: Tensor) -> tuple[Tensor | None, Tensor]:
     """Return memory for gradient and squares, to be filled part by part."""
     parameter, squares = target.parameter, target.squares
     if squares is None:
-        compute = torch.float64 if like.dtype == torch.float64 else torch.float32
+        compute = compute_dtype([like.dtype])
         squares = torch.zeros(parameter.shape, dtype=compute, device=parameter.device)
     gradient = None
     if target.dtype is not None:

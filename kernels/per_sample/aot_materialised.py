@@ -6,16 +6,10 @@ from collections.abc import Iterator
 
 from .. import multi_tensor
 from ..aot import DTYPES, Budget, Variant, element_type
+from ..aot_variants import TABLE
 from ..lang import tl
 from ..rules import REGISTRY
 from . import materialised
-
-TABLES = {
-    "table": "*i64",
-    "width": "i32",
-    "chunk_tensor": "*i32",
-    "chunk_index": "*i32",
-}
 
 # Loads that the loop over samples has in its text: four at a time, and the rest one by one.
 LOADS = 5
@@ -38,7 +32,7 @@ def reduce_samples(samples: str) -> Variant:
     return Variant(
         name=f"reduce_samples {samples}",
         kernel=materialised.reduce_samples,
-        arguments={**TABLES, "counts": "*i32"},
+        arguments={**TABLE, "counts": "*i32"},
         constants={
             "DTYPES": tuple(element_type(d) for d in dtypes),
             "PARTS": 1,
@@ -64,7 +58,7 @@ def update_from_samples(rule: str, samples: str, parts: int, aligned: bool = Tru
     return Variant(
         name=f"update_from_samples {rule} {samples} samples{suffix}",
         kernel=materialised.update_from_samples,
-        arguments={**TABLES, "coefficients": "*fp64", "control": "*fp64", "counts": "*i32"},
+        arguments={**TABLE, "coefficients": "*fp64", "control": "*fp64", "counts": "*i32"},
         constants={
             "RULE": known.update,
             "OPTIONS": known.options(group),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from ...codecs import compute_dtype
 from ..samples import Samples
 
 Pair = tuple[Tensor | None, Tensor]
@@ -22,11 +23,15 @@ CHUNK_ELEMENTS = 1 << 16
 
 
 def _compute(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
+    return compute_dtype([t.dtype for t in tensors])
 
 
-def _new(squares: Tensor | None, shape: tuple[int, ...], like: Tensor, compute: torch.dtype):  # type: ignore[no-untyped-def]
-    return squares if squares is not None else torch.zeros(shape, dtype=compute, device=like.device)
+def _new(
+    squares: Tensor | None, shape: tuple[int, ...], like: Tensor, compute: torch.dtype
+) -> Tensor:
+    if squares is not None:
+        return squares
+    return torch.zeros(shape, dtype=compute, device=like.device)
 
 
 def _chunks(samples: Samples, numel: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
