@@ -9,11 +9,13 @@ from .kernels.rule import Rule
 from .optimizer import FusedOptimizer
 from .optimizers import SGD, Adam, AdamW, RMSprop
 from .statistics import BackpackSquares, GradSampleSquares, MicroBatchSquares, PerSampleSquares
+from .svag import SVAG
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "SVAG",
     "Adam",
     "AdamW",
     "BackpackSquares",

@@ -13,7 +13,8 @@ from . import backends
 from .codecs import STORABLE, real_dtype
 from .kernels.rule import Rule
 from .layout import is_plain, overlaps_itself
-from .statistics.base import MissingSquares, Statistics
+from .source import MissingInput
+from .statistics.base import Statistics
 
 
 def describe(optimizer: Optimizer, param: Tensor) -> str:
@@ -61,14 +62,14 @@ def check_samples(optimizer: Any, params: Sequence[Tensor]) -> None:
     """Raise RuntimeError where the samples of a step cannot be used, naming the parameter."""
     try:
         optimizer.statistics.check(params)
-    except MissingSquares as error:
+    except MissingInput as error:
         raise RuntimeError(f"{describe(optimizer, error.parameter)}: {error}") from None
 
 
 def check_gradients(
     optimizer: Any, params: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]]
 ) -> None:
-    """Raise for a parameter, gradient or sum of squares that cannot be used.
+    """Raise for a parameter, gradient or other input that cannot be used.
 
     Raises:
         RuntimeError: sparse gradients, gradients on another device or of another shape, an
@@ -76,9 +77,11 @@ def check_gradients(
         TypeError: element types that are not floating point.
     """
     materialised = optimizer.statistics is not None and optimizer.statistics.materialised
-    names = ["gradient", "sum of squares"][: len(inputs)]
+    names: Sequence[str] = ("gradient",)
     if materialised:
         names = ["per-sample gradient"] * len(inputs)
+    elif optimizer.statistics is not None:
+        names = optimizer.statistics.names
     for name, tensors in zip(names, inputs, strict=True):
         for p, tensor in zip(params, tensors, strict=True):
             # Of samples, one stands for all: they share strides.

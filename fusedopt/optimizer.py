@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from .clipping import GlobalNorm
 from .coefficients import is_capturing, lives_on_device
 from .kernels.rule import Rule
 from .plan import Plan, local_tensors
+from .source import Source
 from .statistics.base import Statistics
 from .steps import State, new_step
 
@@ -55,6 +56,8 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
+    # Entries of the parameter groups that take one of a few values.
+    choices: ClassVar[Mapping[str, Collection[Any]]] = {}
 
     # torch.amp.GradScaler then hands over its scale and overflow flag instead of unscaling.
     _step_supports_amp_scaling = True
@@ -92,7 +95,7 @@ class FusedOptimizer(Optimizer):
             defaults = {**defaults, "virtual_batch_size": virtual_batch_size}
         self.backend = backend
         self.clip = clip
-        self.statistics = statistics
+        self.statistics: Source | None = statistics
         self._plan: Plan | None = None
         self._captured_plans: list[Plan] = []
         # Whether the loss scaler keeps its overflow flag on the device: see _load_scaler.
@@ -111,17 +114,32 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: for parameters that the backend asked for cannot update.
+            ValueError: for hyper-parameters without meaning.
         """
         if param_group.get("differentiable"):
             raise ValueError("differentiable=True is not supported: a fused step has no derivative")
         check_virtual_batch_size(param_group.get("virtual_batch_size"))
         super().add_param_group(param_group)
         try:
+            self.check_group(self.param_groups[-1])
             for parameter in self.param_groups[-1]["params"]:
                 backends.choose(parameter.device, self.backend)
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             self.param_groups.pop()
             raise
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a parameter group that has no meaning.
+
+        Args:
+            group: an entry of ``param_groups``, with the defaults filled in.
+        """
+        for name, allowed in self.choices.items():
+            value = group[name]
+            # By type, too: True is no 1.
+            if not any(value == choice and type(value) is type(choice) for choice in allowed):
+                choices = ", ".join(map(repr, allowed))
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -169,9 +187,10 @@ class FusedOptimizer(Optimizer):
         if self.statistics is not None:
             if found_inf is not None and grad_scale is None:
                 raise RuntimeError(
-                    "scaler.unscale_(optimizer) has divided the gradients by the loss scale, but"
-                    " not the samples' squares: leave it out, step() divides both. To clip, pass"
-                    " clip=fusedopt.GlobalNorm(max_norm), which bounds the unscaled norm"
+                    "scaler.unscale_(optimizer) has divided p.grad by the loss scale, but not the"
+                    f" {self.statistics.names[-1]} that this step reads besides: leave it out,"
+                    " step() divides both. To clip, pass clip=fusedopt.GlobalNorm(max_norm), which"
+                    " bounds the unscaled norm"
                 )
             check_samples(self, params)
             self._samples = self.statistics.count(params)
@@ -283,6 +302,14 @@ class FusedOptimizer(Optimizer):
         super().zero_grad(set_to_none)
         if self.statistics is not None:
             self.statistics.reset([p for group in self.param_groups for p in group["params"]])
+
+    def _feed(self, rule: Rule, source: Source) -> None:
+        """Update by another rule from now on, with a source of what that reads."""
+        self._drop_plan()
+        # On the instance: copies and pickles are plain, as they come without a source.
+        self.rule = rule  # type: ignore[misc]
+        self.statistics = source
+        source.attach(self)
 
     def _make_plan(
         self, params: list[Tensor], inputs: list[list[Tensor]], group_of: list[int]

@@ -7,12 +7,15 @@ parameter groups, so that checkpoints go both ways, and ignored.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .kernels.rules import ADAM, RMSPROP
 from .kernels.rules import SGD as SGD_RULE
+from .kernels.rules.averages import CORRECTIONS
+from .kernels.rules.rmsprop import DENOMINATORS
+from .kernels.rules.sgd import MOMENTUM_FORMS
 from .optimizer import FusedOptimizer
 
 Params = Iterable[Any]
@@ -47,6 +50,10 @@ class SGD(FusedOptimizer):
         foreach: ignored.
         differentiable: must be False.
         fused: ignored.
+        momentum_form: where the learning rate stands. ``"torch"``: outside the momentum buffer.
+            ``"velocity"``: inside, so that the buffer keeps what it was given when lr changes.
+            ``"ema"``: outside, and the buffer is an average of gradients, in which lr has the
+            meaning that it has without momentum; no dampening then.
         **common: ``backend``, ``clip``: see ``FusedOptimizer``.
 
     Raises:
@@ -54,6 +61,7 @@ class SGD(FusedOptimizer):
     """
 
     rule = SGD_RULE
+    choices: ClassVar = {"momentum_form": MOMENTUM_FORMS}
 
     def __init__(
         self,
@@ -68,6 +76,7 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        momentum_form: str = "torch",
         **common: Any,
     ) -> None:
         _check_lr(lr)
@@ -85,8 +94,39 @@ class SGD(FusedOptimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
+            "momentum_form": momentum_form,
         }
         super().__init__(params, defaults, **common)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a parameter group that has no meaning."""
+        super().check_group(group)
+        if group["momentum_form"] == "ema" and group["dampening"] != 0:
+            raise ValueError('momentum_form="ema" has weights of its own: dampening must be 0')
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by this class or by ``torch.optim.SGD``.
+
+        Args:
+            state_dict: what ``state_dict()`` returned.
+
+        Raises:
+            ValueError: for momentum buffers of torch's, where this optimizer has another form.
+        """
+        form = self.defaults["momentum_form"]
+        states = state_dict["state"].values()
+        if (
+            form != "torch"
+            and any(state.get("momentum_buffer") is not None for state in states)
+            and any("momentum_form" not in group for group in state_dict["param_groups"])
+        ):
+            factor = {"velocity": "lr", "ema": "1 - momentum"}[form]
+            raise ValueError(
+                "the checkpoint's momentum buffers are those of torch.optim.SGD, and this optimizer"
+                f' has momentum_form="{form}": load it with momentum_form="torch", or multiply the'
+                f' buffers by {factor} and set "momentum_form" in its param_groups'
+            )
+        super().load_state_dict(state_dict)
 
 
 class RMSprop(FusedOptimizer):
@@ -106,6 +146,12 @@ class RMSprop(FusedOptimizer):
         foreach: ignored.
         maximize: ascend.
         differentiable: must be False.
+        bias_correction: divide the averages by the sum of their weights, 1 - alpha^t. Not with
+            ``centered``: the variance of the first gradient alone is zero.
+        denominator: ``"std"``, the root of the second moment (centred, the standard deviation), or
+            ``"variance"``, without the root: eps then has units of the gradient squared, and lr
+            those of inverse loss, so that the trajectory does not depend on the unit of the
+            parameters (McAllester, TTIC 31230, "RMSProp is Theoretically Mysterious").
         **common: ``backend``, ``clip``: see ``FusedOptimizer``.
 
     Raises:
@@ -113,6 +159,7 @@ class RMSprop(FusedOptimizer):
     """
 
     rule = RMSPROP
+    choices: ClassVar = {"bias_correction": (False, True), "denominator": DENOMINATORS}
 
     def __init__(
         self,
@@ -127,6 +174,9 @@ class RMSprop(FusedOptimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
+        *,
+        bias_correction: bool = False,
+        denominator: str = "std",
         **common: Any,
     ) -> None:
         _check_lr(lr)
@@ -145,8 +195,21 @@ class RMSprop(FusedOptimizer):
             "foreach": foreach,
             "maximize": maximize,
             "differentiable": differentiable,
+            "bias_correction": bias_correction,
+            "denominator": denominator,
         }
         super().__init__(params, defaults, **common)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a parameter group that has no meaning."""
+        super().check_group(group)
+        # Squares of samples have a variance from the first step on.
+        if group["bias_correction"] and group["centered"] and len(self.rule.degrees) == 1:
+            raise ValueError(
+                "bias_correction=True and centered=True: the variance of the first gradient alone"
+                " is zero, and the first step would be lr * gradient / eps. Leave out one of them,"
+                " or take fusedopt.BatchDecoupledRMSprop, whose samples have a variance"
+            )
 
 
 class Adam(FusedOptimizer):
@@ -168,6 +231,9 @@ class Adam(FusedOptimizer):
         differentiable: must be False.
         fused: ignored.
         decoupled_weight_decay: multiply the parameter by 1 - lr * weight_decay instead (AdamW).
+        bias_correction: how the averages get over their start from zero. ``"adam"``: they are
+            divided by 1 - beta^t. ``"running_mean"``: they are plain means for the first
+            1 / (1 - beta) steps. None: not at all.
         **common: ``backend``, ``clip``: see ``FusedOptimizer``.
 
     Raises:
@@ -175,6 +241,7 @@ class Adam(FusedOptimizer):
     """
 
     rule = ADAM
+    choices: ClassVar = {"bias_correction": CORRECTIONS}
 
     def __init__(
         self,
@@ -191,6 +258,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        bias_correction: str | None = "adam",
         **common: Any,
     ) -> None:
         _check_lr(lr)
@@ -214,6 +282,7 @@ class Adam(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "bias_correction": bias_correction,
         }
         super().__init__(params, defaults, **common)
 

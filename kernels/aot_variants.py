@@ -35,9 +35,9 @@ def variants() -> Iterator[Variant]:
             seen.add(key)
             for param, gradient, state, aligned in LAYOUTS:
                 # Squares are kept in float32, whatever the gradient is.
-                squares = [] if len(rule.degrees) == 1 else ["fp64" if param == "fp64" else "fp32"]
-                dtypes = (param, gradient, *squares, *([state] * key[1]))
-                yield update_tensors(rule, key[0], dtypes, aligned)
+                squares = "fp64" if param == "fp64" else "fp32"
+                inputs = [gradient if degree == 1 else squares for degree in rule.degrees]
+                yield update_tensors(rule, key[0], (param, *inputs, *[state] * key[1]), aligned)
     for infinity_norm in (False, True):
         for dtype in DTYPES:
             yield partial_norms(dtype, infinity_norm)

@@ -45,6 +45,14 @@ def _case(name: str, variant: str = "", **options: Any) -> Case:
     return Case(f"{name}-{variant}" if variant else name, ours, theirs, options)
 
 
+# Options that torch lacks, at the value that makes them torch's.
+OWN: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum_form": "torch"},
+    "RMSprop": {"bias_correction": False, "denominator": "std"},
+    "Adam": {"bias_correction": "adam"},
+    "AdamW": {"bias_correction": "adam"},
+}
+
 # Arguments at which every term of the update shows: steps are large, averages short.
 PLAIN = (
     _case("SGD", lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1),

@@ -19,10 +19,12 @@ from trajectory import (
     TORCH_CLASS,
     Trajectory,
     assert_same_trajectory,
+    away_from_zero,
     describe,
     give_gradient,
     make_gradients,
     optimizer_of,
+    torch_groups,
     wide,
 )
 
@@ -58,10 +60,10 @@ SIZE = 60
 
 
 def _params(count: int, dtype: torch.dtype, device: torch.device) -> list[torch.nn.Parameter]:
-    return [
-        torch.nn.Parameter(torch.randn(SIZE, dtype=torch.float64, device=device).to(dtype))
-        for _ in range(count)
-    ]
+    # Of magnitude at least a half: where a step is what momentum and gradient leave of each other,
+    # a small parameter would show the roundings of both.
+    like = torch.empty(SIZE, dtype=torch.float64, device=device)
+    return [torch.nn.Parameter(away_from_zero(like, like.dtype).to(dtype)) for _ in range(count)]
 
 
 def _groups(params: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -135,7 +137,8 @@ def test_kernel_against_twin(
             for name, value in kernel.state.get(p, {}).items():
                 twin.state[q][name].copy_(value)
             before.append({"p": p.detach().clone(), **_copies(kernel.state.get(p, {}))})
-            gradient = _ordinary(p, gradient_type)
+            # Of another size at each step: the average of equal squares would not move.
+            gradient = _ordinary(p, gradient_type) * (1.0, 1.3, 1.7)[step - 1]
             give_gradient(p, gradient)
             give_gradient(q, gradient.clone())
         kernel.step()
@@ -219,12 +222,13 @@ def test_source_against_twin_in_float64(rule: Rule, group: Mapping[str, Any]) ->
 @pytest.mark.parametrize("rule", [r for r in RULES if r.values[0].name in TORCH_CLASS])
 def test_twin_against_torch(rule: Rule, dtype: torch.dtype, device: torch.device) -> None:
     # Catches a misread formula. On the CPU the twin makes torch's calls, so not a bit differs.
-    params = _params(len(rule.example_groups), dtype, device)
+    groups = torch_groups(rule)
+    params = _params(len(groups), dtype, device)
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    labels = [describe(group, rule.example_groups[0]) for group in rule.example_groups]
-    twin = optimizer_of(rule)(_groups(params, rule.example_groups), backend="reference")
+    labels = [describe(group, groups[0]) for group in groups]
+    twin = optimizer_of(rule)(_groups(params, groups), backend="reference")
     torch_class: Any = TORCH_CLASS[rule.name]
-    by_torch = torch_class(_groups(copies, rule.example_groups), foreach=False)
+    by_torch = torch_class(_groups(copies, groups), foreach=False)
     assert_same_trajectory(
         Trajectory(twin, labels),
         Trajectory(by_torch, labels),
@@ -237,13 +241,14 @@ def test_twin_against_torch(rule: Rule, dtype: torch.dtype, device: torch.device
 @pytest.mark.parametrize("rule", [r for r in RULES if r.values[0].name in TORCH_CLASS])
 def test_live_coefficients_against_torch(rule: Rule, backend: str, device: torch.device) -> None:
     # Catches a coefficient that is right on the host and wrong when formed on the device.
-    groups = [{**group, "capturable": True} for group in rule.example_groups]
+    groups = torch_groups(rule)
     params = _params(len(groups), torch.float64, device)
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    labels = [describe(group, rule.example_groups[0]) for group in rule.example_groups]
-    live = optimizer_of(rule)(_groups(params, groups), backend=backend)
+    labels = [describe(group, groups[0]) for group in groups]
+    capturable = [{**group, "capturable": True} for group in groups]
+    live = optimizer_of(rule)(_groups(params, capturable), backend=backend)
     torch_class: Any = TORCH_CLASS[rule.name]
-    by_torch = torch_class(_groups(copies, rule.example_groups), foreach=False)
+    by_torch = torch_class(_groups(copies, groups), foreach=False)
     gradients = make_gradients(params, 30 if backend == "reference" else 5)
     assert_same_trajectory(
         Trajectory(live, labels), Trajectory(by_torch, labels), gradients, TRAJECTORY

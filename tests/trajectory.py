@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from contract import OWN
 from tolerances import Tolerance, assert_close_ulps, assert_equal
 from torch import Tensor
 
@@ -23,6 +24,12 @@ TORCH_CLASS: Mapping[str, type[torch.optim.Optimizer]] = {
     "RMSprop": torch.optim.RMSprop,
     "Adam": torch.optim.Adam,
 }
+
+
+def torch_groups(rule: Rule) -> list[Mapping[str, Any]]:
+    """The example groups that say something which torch's class can do, too."""
+    own = OWN[rule.name]
+    return [g for g in rule.example_groups if {name: g[name] for name in own} == own]
 
 
 def wide(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -43,12 +50,12 @@ def make_gradients(
 ) -> list[list[Tensor]]:
     """Draw gradients for every step and parameter."""
     return [
-        [scale * _away_from_zero(p, dtype or p.dtype) for p in params]
+        [scale * away_from_zero(p, dtype or p.dtype) for p in params]
         for scale in gradient_scales(steps)
     ]
 
 
-def _away_from_zero(like: Tensor, dtype: torch.dtype) -> Tensor:
+def away_from_zero(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Draw values of magnitude at least a half.
 
     A gradient that nearly cancels weight_decay * p leaves a difference of few correct bits, whose

@@ -93,8 +93,12 @@ def _compare_operations(device: torch.device, quiet: bool) -> Iterator[dict[str,
     )  # fmt: skip
 
 
-class SquaredGradients(Statistics):
-    """What a rule with squares needs to run: those of the gradient, and the group's own factors."""
+class PowersOfGradients(Statistics):
+    """What a rule with more inputs runs on: powers of the gradient, and the group's own factors."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
 
     def count_of(self, parameter: Tensor) -> int:
         """Return a number; the groups' factors do not depend on it."""
@@ -107,14 +111,23 @@ class SquaredGradients(Statistics):
             return None
         return gradient.to(compute_dtype([parameter.dtype, gradient.dtype])).square()
 
+    def inputs(
+        self, parameters: list[Tensor], gradients: list[Tensor], plain: bool
+    ) -> list[list[Tensor]]:
+        """Return gradients and squares as the rule asks for them."""
+        return [
+            gradients if degree == 1 else [self._squares(p) for p in parameters]
+            for degree in self.rule.degrees
+        ]
+
     def factors(self, virtual_batch_size: float, count: int) -> dict[str, float]:
         """Leave the factors that the parameter group states."""
         return {}
 
 
 def statistics_for(rule: Rule) -> Statistics | None:
-    """Return statistics for a rule that takes squares, and None for others."""
-    return SquaredGradients() if len(rule.degrees) > 1 else None
+    """Return statistics for a rule that takes more than the gradient, and None for others."""
+    return PowersOfGradients(rule) if len(rule.degrees) > 1 else None
 
 
 def compare(rule: Rule, group: Any, dtype: torch.dtype, device: torch.device) -> tuple[float, bool]:

@@ -11,12 +11,13 @@ gradient: s = N where the loss is a mean over samples, s = 1 where it is a sum. 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..source import MissingInput, Source
 
 REDUCTIONS = ("mean", "sum")
 
@@ -35,15 +36,11 @@ class NoiseScale(NamedTuple):
     ratio: Tensor
 
 
-class MissingSquares(RuntimeError):
+class MissingSquares(MissingInput):
     """A parameter has no squares, or not those of its gradient."""
 
-    def __init__(self, parameter: Tensor, message: str) -> None:
-        super().__init__(message)
-        self.parameter = parameter
 
-
-class Statistics:
+class Statistics(Source):
     """Per-sample squared gradients of the parameters of an optimizer: base of all sources.
 
     Args:
@@ -54,23 +51,18 @@ class Statistics:
         ValueError: for another reduction.
     """
 
-    # Whether ``inputs`` returned gradients of samples instead of gradients and squares.
-    materialised = False
+    names = ("gradient", "sum of squares")
 
     def __init__(self, loss_reduction: str = "mean") -> None:
         if loss_reduction not in REDUCTIONS:
             raise ValueError(
                 f"loss_reduction must be one of {', '.join(REDUCTIONS)}, got {loss_reduction!r}"
             )
+        super().__init__()
         self.loss_reduction = loss_reduction
         self._averages: list[Tensor] | None = None
         self._averaged = 0.0
-        self._optimizers: list[weakref.ref[Any]] = []
         self._warned = False
-
-    def attach(self, optimizer: Any) -> None:
-        """Note an optimizer that this feeds."""
-        self._optimizers.append(weakref.ref(optimizer))
 
     @property
     def samples(self) -> int:
@@ -105,20 +97,9 @@ class Statistics:
         """Return S of a parameter, or None where nothing was gathered for it."""
         raise NotImplementedError
 
-    def find(self, parameter: Tensor) -> Tensor | None:
-        """Return what says that a parameter takes part in the step: a gradient, or None."""
-        return parameter.grad
-
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """Return what the rows of a parameter add up to."""
         return parameter.grad
-
-    def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
-        """Forget what was gathered; ``optimizer.zero_grad()`` calls this.
-
-        Args:
-            parameters: for which to forget it; all of them by default.
-        """
 
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise where the samples of these parameters cannot be used.
@@ -170,17 +151,9 @@ class Statistics:
         # Contributions to g, N of which add up to it, are 1 / N of the samples' gradients.
         return {"mean_weight": 1.0 - w, "square_weight": w * count}
 
-    def used(self, parameters: Sequence[Tensor]) -> None:
-        """Note that a step has used what was gathered for some parameters."""
-
     def parameters(self) -> Sequence[Tensor]:
         """List the parameters that something was gathered for."""
         return [p for p in self._all_parameters() if self.sum_of_squares(p) is not None]
-
-    def _all_parameters(self) -> Sequence[Tensor]:
-        """List the parameters of all optimizers that this feeds."""
-        groups = [group for ref in self._optimizers if (o := ref()) for group in o.param_groups]
-        return list({id(p): p for group in groups for p in group["params"]}.values())
 
     def weight(self, count: int) -> float:
         """Return the weight s that makes rows gradients of samples."""

@@ -7,6 +7,7 @@ from .adam import ADAM
 from .batch_decoupled import BATCH_DECOUPLED_ADAM, BATCH_DECOUPLED_RMSPROP
 from .rmsprop import RMSPROP
 from .sgd import SGD
+from .svag import SVAG_ADAM, SVAG_RMSPROP, SVAG_SGD
 
 REGISTRY: dict[str, Rule] = {}
 
@@ -19,7 +20,16 @@ def register(rule: Rule) -> Rule:
     return rule
 
 
-for _rule in (SGD, RMSPROP, ADAM, BATCH_DECOUPLED_ADAM, BATCH_DECOUPLED_RMSPROP):
+for _rule in (
+    SGD,
+    RMSPROP,
+    ADAM,
+    BATCH_DECOUPLED_ADAM,
+    BATCH_DECOUPLED_RMSPROP,
+    SVAG_SGD,
+    SVAG_RMSPROP,
+    SVAG_ADAM,
+):
     register(_rule)
 
 __all__ = [
@@ -29,5 +39,8 @@ __all__ = [
     "REGISTRY",
     "RMSPROP",
     "SGD",
+    "SVAG_ADAM",
+    "SVAG_RMSPROP",
+    "SVAG_SGD",
     "register",
 ]

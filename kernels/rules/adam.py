@@ -7,9 +7,13 @@
     r = sqrt(v), or with AMSGrad sqrt(v_max) where v_max = max(v_max, v)
     p = p - lr / (1 - beta1^t) * m / (r / sqrt(1 - beta2^t) + eps)
 
+Without bias correction both powers of beta are left out. With ``"running_mean"`` so they are, and
+1 - beta becomes 1 / min(t, 1 / (1 - beta)) in both averages: see ``averages.py``.
+
 Kingma and Ba, arXiv 1412.6980, algorithm 1; decoupled decay of Loshchilov and Hutter, arXiv
 1711.05101, algorithm 2; AMSGrad of Reddi et al., arXiv 1904.09237, algorithm 2, in torch's form,
-which takes the maximum before the bias correction.
+which takes the maximum before the bias correction; the running mean of McAllester, TTIC 31230,
+"Adam (simplified)".
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from torch import Tensor
 from .. import twin as T
 from ..lang import divide, jit, lerp, maximum, sqrt, tl, where
 from ..rule import Group, Rule, Scalar
+from .averages import weights
 
 
 def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
@@ -29,16 +34,19 @@ def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
     lr, decay = group["lr"], group["weight_decay"]
     beta1, beta2 = group["betas"]
     decoupled = group["decoupled_weight_decay"]
+    correction = group["bias_correction"]
+    _, keep1, sum1 = weights(beta1, step, correction)
+    beta2, keep2, sum2 = weights(beta2, step, correction)
     return (
         -1.0 if group["maximize"] else 1.0,
         0.0 if decoupled else decay,
         1 - lr * decay if decoupled else 1.0,
-        1 - beta1,
+        keep1,
         beta2,
-        1 - beta2,
-        (1 - beta2**step) ** 0.5,
+        keep2,
+        sum2**0.5,
         group["eps"],
-        lr / (1 - beta1**step),
+        lr / sum1,
     )
 
 
@@ -104,8 +112,8 @@ def states(group: Group) -> tuple[str, ...]:
 
 
 _DEFAULTS = {
-    "lr": 0.03, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0, "amsgrad": False,
-    "maximize": False, "decoupled_weight_decay": False,
+    "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0, "amsgrad": False,
+    "maximize": False, "decoupled_weight_decay": False, "bias_correction": "adam",
 }  # fmt: skip
 
 ADAM = Rule(
@@ -123,5 +131,8 @@ ADAM = Rule(
         {**_DEFAULTS, "weight_decay": 0.1, "maximize": True},
         {**_DEFAULTS, "weight_decay": 0.1, "decoupled_weight_decay": True},
         {**_DEFAULTS, "amsgrad": True, "betas": (0.3, 0.6)},
+        {**_DEFAULTS, "bias_correction": None, "weight_decay": 0.1},
+        # Horizons of 1.25 and 2.5 steps, so that a few steps see both sides of them.
+        {**_DEFAULTS, "bias_correction": "running_mean", "betas": (0.2, 0.6)},
     ),
 )

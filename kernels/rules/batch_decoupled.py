@@ -92,7 +92,7 @@ def adam_twin(
 
 def rmsprop_coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
     """RMSprop's, and the weights of both moments."""
-    sign, l2, alpha, keep, eps, momentum, lr = rmsprop.coefficients(group, step)
+    sign, l2, alpha, keep, *rest = rmsprop.coefficients(group, step)
     return (
         sign,
         l2,
@@ -100,20 +100,19 @@ def rmsprop_coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
         keep,
         keep * group["mean_weight"],
         keep * group["square_weight"],
-        eps,
-        momentum,
-        lr,
+        *rest,
     )
 
 
 @jit
 def rmsprop_update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
-    """Update one block; OPTIONS is (centered, momentum)."""
-    sign, l2, alpha, keep, keep_mean, keep_square, eps, momentum, lr = coefficients
+    """Update one block; OPTIONS is (centered, momentum, variance)."""
+    sign, l2, alpha, keep, keep_mean, keep_square, inverse, gain, eps, momentum, lr = coefficients
     d = inputs[0] * sign
     d = where(l2 != 0.0, d + l2 * p, d)
     square_avg = second_moment(states[0], alpha, d, inputs[1], keep_mean, keep_square)
-    return descend_rmsprop(p, d, square_avg, states, (keep, eps, momentum, lr), OPTIONS)
+    scalars = (keep, inverse, gain, eps, momentum, lr)
+    return descend_rmsprop(p, d, square_avg, states, scalars, OPTIONS)
 
 
 def rmsprop_twin(
@@ -124,10 +123,10 @@ def rmsprop_twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
-    sign, l2, alpha, keep, keep_mean, keep_square, eps, momentum, lr = coefficients
+    sign, l2, alpha, keep, keep_mean, keep_square, inverse, gain, eps, momentum, lr = coefficients
     d = T.add_if(T.scale(inputs[0], sign), p, l2)
     square_avg = second_moment_twin(states[0], alpha, d, inputs[1], keep_mean, keep_square)
-    scalars = (keep, eps, momentum, lr)
+    scalars = (keep, inverse, gain, eps, momentum, lr)
     return rmsprop.descend_twin(p, d, (square_avg, *states[1:]), scalars, options)
 
 
@@ -137,13 +136,13 @@ _SINGLE = {"mean_weight": 0.0, "square_weight": 4.0}
 _WHOLE = {"mean_weight": 1.0, "square_weight": 0.0}
 
 _ADAM = {
-    "lr": 0.03, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "amsgrad": False,
-    "maximize": False, "decoupled_weight_decay": True,
+    "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "amsgrad": False,
+    "maximize": False, "decoupled_weight_decay": True, "bias_correction": "adam",
 }  # fmt: skip
 
 _RMSPROP = {
     "lr": 0.03, "alpha": 0.9, "eps": 1e-6, "weight_decay": 0.0, "momentum": 0.0,
-    "centered": False, "maximize": False,
+    "centered": False, "maximize": False, "bias_correction": False, "denominator": "std",
 }  # fmt: skip
 
 BATCH_DECOUPLED_ADAM = Rule(
@@ -163,6 +162,7 @@ BATCH_DECOUPLED_ADAM = Rule(
         {**_ADAM, **_SINGLE, "maximize": True},
         {**_ADAM, **_WHOLE, "weight_decay": 0.0},
         {**_ADAM, **_PAIRS, "amsgrad": True, "betas": (0.3, 0.6)},
+        {**_ADAM, **_PAIRS, "bias_correction": "running_mean", "betas": (0.2, 0.6)},
     ),
 )
 
@@ -177,11 +177,13 @@ BATCH_DECOUPLED_RMSPROP = Rule(
     hyper=rmsprop.RMSPROP.hyper,
     factors=FACTORS,
     degrees=(1, 2),
-    n_coefficients=9,
+    n_coefficients=11,
     example_groups=(
         {**_RMSPROP, **_PAIRS},
         {**_RMSPROP, **_SINGLE, "centered": True, "weight_decay": 0.1},
         {**_RMSPROP, **_WHOLE, "momentum": 0.9, "maximize": True},
         {**_RMSPROP, **_PAIRS, "centered": True, "momentum": 0.9},
+        {**_RMSPROP, **_PAIRS, "denominator": "variance", "bias_correction": True, "lr": 1.0},
+        {**_RMSPROP, **_SINGLE, "centered": True, "bias_correction": True},
     ),
 )

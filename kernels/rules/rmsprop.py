@@ -3,9 +3,17 @@
     d = g + l2 p
     s = alpha s + (1 - alpha) d^2
     a = a + (1 - alpha)(d - a)            centred only
-    r = sqrt(s), or sqrt(s - a^2) centred
+    u = s / c, or s / c - (a / c)^2 centred
+    r = sqrt(u), or u with the variance for a denominator
     b = mu b + d / (r + eps)              with momentum
     p = p - lr b                          without momentum p - lr d / (r + eps)
+
+c is 1, or with bias correction 1 - alpha^t, the sum of the averages' weights: Aitchison, EMAT31530
+part 6, equations 28 to 30, where 29 prints g^2 for the moving average and 30 a plus sign; built is
+what they must mean, the average, and descent.
+
+The variance is form (2) of McAllester, TTIC 31230, "RMSProp is Theoretically Mysterious": its lr
+has units of inverse loss, and the trajectory does not depend on the parameters' unit.
 
 Tieleman and Hinton 2012 (lecture 6.5); centred form of Graves, arXiv 1308.0850, equations 38 to
 45, with eps outside the root as ``torch.optim.RMSprop`` has it.
@@ -19,24 +27,34 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import twin as T
 from ..lang import jit, lerp, sqrt, tl, where
 from ..rule import Group, Rule, Scalar
+from .averages import weights
+
+DENOMINATORS = ("std", "variance")
 
 
 def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
-    """Sign, weight decay, alpha, 1 - alpha, eps, momentum, learning rate."""
+    """Sign, weight decay, alpha, 1 - alpha, 1 / c, gain, eps * gain, momentum, learning rate.
+
+    The bias correction divides the denominator. As a gain on the quotient it costs no division of
+    its own, and nothing at all where it is off.
+    """
     sign = -1.0 if group["maximize"] else 1.0
-    alpha = group["alpha"]
+    correction = "adam" if group["bias_correction"] else None
+    alpha, keep, total = weights(group["alpha"], step, correction)
+    gain = total if group["denominator"] == "variance" else total**0.5
     return (
         sign,
         group["weight_decay"],
         alpha,
-        1 - alpha,
-        group["eps"],
+        keep,
+        1.0 / total,
+        gain,
+        group["eps"] * gain,
         group["momentum"],
         group["lr"],
     )
@@ -44,28 +62,29 @@ def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
 
 @jit
 def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
-    """Update one block; OPTIONS is (centered, momentum)."""
-    sign, l2, alpha, keep, eps, momentum, lr = coefficients
+    """Update one block; OPTIONS is (centered, momentum, variance)."""
+    sign, l2, alpha, keep, inverse, gain, eps, momentum, lr = coefficients
     d = inputs[0] * sign
     d = where(l2 != 0.0, d + l2 * p, d)
     square_avg = alpha * states[0] + keep * d * d
-    return descend(p, d, square_avg, states, (keep, eps, momentum, lr), OPTIONS)
+    scalars = (keep, inverse, gain, eps, momentum, lr)
+    return descend(p, d, square_avg, states, scalars, OPTIONS)
 
 
 @jit
 def descend(p, d, square_avg, states, scalars, OPTIONS: tl.constexpr):
     """Move the parameter by the new second moment."""
-    keep, eps, momentum, lr = scalars
+    keep, inverse, gain, eps, momentum, lr = scalars
     new_states = (square_avg,)
     spread = square_avg
     if OPTIONS[0]:
         grad_avg = lerp(states[1], d, keep)
         new_states = new_states + (grad_avg,)
-        spread = square_avg - grad_avg * grad_avg
+        spread = square_avg - grad_avg * grad_avg * inverse
         spread = where(spread < 0.0, 0.0, spread)
     # The plain quotient, within two units in the last place: a rounded one spills registers where
     # every state is kept and the gradient has another type.
-    ratio = d / (sqrt(spread) + eps)
+    ratio = gain * d / ((spread if OPTIONS[2] else sqrt(spread)) + eps)
     if OPTIONS[1]:
         ratio = momentum * states[2 if OPTIONS[0] else 1] + ratio
         new_states = new_states + (ratio,)
@@ -80,10 +99,11 @@ def twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
-    sign, l2, alpha, keep, eps, momentum, lr = coefficients
+    sign, l2, alpha, keep, inverse, gain, eps, momentum, lr = coefficients
     d = T.add_if(T.scale(inputs[0], sign), p, l2)
     square_avg = T.addcmul_(T.scale_(states[0], alpha), d, d, keep)
-    return descend_twin(p, d, (square_avg, *states[1:]), (keep, eps, momentum, lr), options)
+    scalars = (keep, inverse, gain, eps, momentum, lr)
+    return descend_twin(p, d, (square_avg, *states[1:]), scalars, options)
 
 
 def descend_twin(
@@ -94,13 +114,14 @@ def descend_twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Move the parameter by the new second moment."""
-    keep, eps, momentum, lr = scalars
-    centered, has_momentum = options
+    keep, inverse, gain, eps, momentum, lr = scalars
+    centered, has_momentum, variance = options
     spread = states[0]
     if centered:
         grad_avg = T.lerp_(states[1], d, keep)
-        spread = torch.addcmul(spread, grad_avg, grad_avg, value=-1).clamp_(min=0)
-    denominator = T.shift_(spread.sqrt(), eps)
+        spread = T.addcmul_(spread.clone(), grad_avg, grad_avg, -inverse).clamp_(min=0)
+    denominator = T.shift_(spread.clone() if variance else spread.sqrt(), eps)
+    d = T.scale(d, gain)
     if not has_momentum:
         return T.addcdiv_(p, d, denominator, -lr), states
     buffer = T.scale_(states[-1], momentum).addcdiv_(d, denominator)
@@ -119,7 +140,7 @@ def states(group: Group) -> tuple[str, ...]:
 
 _DEFAULTS = {
     "lr": 0.03, "alpha": 0.9, "eps": 1e-6, "weight_decay": 0.0, "momentum": 0.0,
-    "centered": False, "maximize": False,
+    "centered": False, "maximize": False, "bias_correction": False, "denominator": "std",
 }  # fmt: skip
 
 RMSPROP = Rule(
@@ -128,14 +149,27 @@ RMSPROP = Rule(
     twin=twin,
     coefficients=coefficients,
     states=states,
-    options=lambda group: (bool(group["centered"]), group["momentum"] > 0),
-    option_names=("centered", "momentum"),
+    options=lambda group: (
+        bool(group["centered"]),
+        group["momentum"] > 0,
+        group["denominator"] == "variance",
+    ),
+    option_names=("centered", "momentum", "variance"),
     hyper=("lr", "alpha", "eps", "weight_decay", "momentum"),
-    n_coefficients=7,
+    n_coefficients=9,
     example_groups=(
         _DEFAULTS,
         {**_DEFAULTS, "centered": True, "weight_decay": 0.1},
         {**_DEFAULTS, "momentum": 0.9, "maximize": True},
         {**_DEFAULTS, "centered": True, "momentum": 0.9},
+        {**_DEFAULTS, "bias_correction": True, "weight_decay": 0.1},
+        {
+            **_DEFAULTS,
+            "denominator": "variance",
+            "momentum": 0.9,
+            "bias_correction": True,
+            "lr": 0.3,
+        },
+        {**_DEFAULTS, "denominator": "variance", "centered": True, "lr": 0.3},
     ),
 )

@@ -4,8 +4,18 @@
     b = mu b + (1 - dampening) d          the first step takes b = d
     p = p - lr (d + mu b)                 with nesterov, else p - lr b; without momentum p - lr d
 
+The learning rate can stand elsewhere (``momentum_form``), with d and the step as above:
+
+    v = mu v + lr (1 - dampening) d      "velocity": p = p - v, the first step takes v = lr d
+    m = mu m + (1 - mu) d                "ema": p = p - lr m, from m = 0
+
+v is lr b and m is (1 - mu) b as long as lr and mu stay what they are. When lr changes, b and m
+follow at once and v does within 1 / (1 - mu) steps. Nesterov momentum adds the newest d once more
+with the weight that it has in the buffer.
+
 Polyak 1964; Nesterov momentum in the form of Sutskever et al., ICML 2013, as ``torch.optim.SGD``
-states it: the learning rate stands outside the momentum buffer.
+states it; velocity of McAllester, TTIC 31230, "SGD with Momentum"; average of Aitchison, EMAT31530
+part 6, equations 21a and 21b.
 """
 
 from __future__ import annotations
@@ -18,13 +28,25 @@ from .. import twin as T
 from ..lang import jit, tl, where
 from ..rule import Group, Rule, Scalar
 
+MOMENTUM_FORMS = ("torch", "velocity", "ema")
+
 
 def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
-    """Sign of the gradient, weight decay, momentum, weight of the new gradient, learning rate."""
+    """Sign of the gradient, weight decay, momentum, weight of the new gradient, learning rate.
+
+    The last is that of the step: 1 where the buffer has it inside.
+    """
+    sign = -1.0 if group["maximize"] else 1.0
+    lr, momentum = group["lr"], group["momentum"]
     # A buffer at its first step is zero, so weight 1 makes it the gradient, undampened.
     keep = 1.0 - group["dampening"] * (step > 1)
-    sign = -1.0 if group["maximize"] else 1.0
-    return sign, group["weight_decay"], group["momentum"], keep, group["lr"]
+    if group["momentum_form"] == "velocity":
+        # Without a buffer lr stays outside. Not a branch: momentum may live on the device.
+        has_buffer = 1.0 * (momentum > 0)
+        keep, lr = keep * lr, has_buffer + (1.0 - has_buffer) * lr
+    elif group["momentum_form"] == "ema":
+        keep = 1.0 - momentum
+    return sign, group["weight_decay"], momentum, keep, lr
 
 
 @jit
@@ -35,7 +57,7 @@ def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     d = where(l2 != 0.0, d + l2 * p, d)
     if OPTIONS[0]:
         buffer = momentum * states[0] + keep * d
-        d = d + momentum * buffer if OPTIONS[1] else buffer
+        d = keep * d + momentum * buffer if OPTIONS[1] else buffer
         return p - lr * d, (buffer,)
     else:
         return p - lr * d, states
@@ -54,13 +76,14 @@ def twin(
     d = T.add_if(T.scale(inputs[0], sign), p, l2)
     if has_momentum:
         buffer = T.add_(T.scale_(states[0], momentum), d, keep)
-        d = T.add_(d.clone(), buffer, momentum) if nesterov else buffer
+        # A copy: where the weight is 1, d may be the gradient itself.
+        d = T.add_(T.scale_(d.clone(), keep), buffer, momentum) if nesterov else buffer
     return T.add_(p, d, -lr), states
 
 
 _DEFAULTS = {
     "lr": 0.3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0,
-    "nesterov": False, "maximize": False,
+    "nesterov": False, "maximize": False, "momentum_form": "torch",
 }  # fmt: skip
 
 SGD = Rule(
@@ -79,5 +102,7 @@ SGD = Rule(
         {**_DEFAULTS, "weight_decay": 0.1, "maximize": True},
         {**_DEFAULTS, "momentum": 0.9, "dampening": 0.4, "weight_decay": 0.1},
         {**_DEFAULTS, "momentum": 0.9, "nesterov": True},
+        {**_DEFAULTS, "momentum": 0.9, "momentum_form": "velocity", "dampening": 0.4},
+        {**_DEFAULTS, "momentum": 0.9, "momentum_form": "ema", "nesterov": True},
     ),
 )

@@ -1,0 +1,84 @@
+"""What an optimizer asks of whatever feeds its rule with more than ``p.grad``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class MissingInput(RuntimeError):
+    """A parameter lacks something that the rule reads, or has that of another gradient."""
+
+    def __init__(self, parameter: Tensor, message: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class Source:
+    """Base of per-sample statistics, and of SVAG's pairs of gradients."""
+
+    # Whether ``inputs`` returned gradients of samples instead of one tensor for each input.
+    materialised = False
+    # What messages call the inputs of the rule.
+    names: tuple[str, ...] = ("gradient",)
+
+    def __init__(self) -> None:
+        self._optimizers: list[weakref.ref[Any]] = []
+
+    def attach(self, optimizer: Any) -> None:
+        """Note an optimizer that this feeds."""
+        self._optimizers.append(weakref.ref(optimizer))
+
+    def count(self, parameters: Sequence[Tensor]) -> int:
+        """Return how many samples a step with these parameters has."""
+        return 1
+
+    def find(self, parameter: Tensor) -> Tensor | None:
+        """Return what says that a parameter takes part in the step: a gradient, or None."""
+        return parameter.grad
+
+    def check(self, parameters: Sequence[Tensor]) -> None:
+        """Raise where what the rule reads of these parameters cannot be used.
+
+        Raises:
+            MissingInput: for what is wrong with one parameter.
+            RuntimeError: for anything else.
+        """
+
+    def inputs(
+        self, parameters: list[Tensor], gradients: list[Tensor], plain: bool
+    ) -> list[list[Tensor]]:
+        """Return what the rule takes: for each input, the tensors of all parameters.
+
+        Args:
+            parameters: to be updated.
+            gradients: what ``find`` returned for them.
+            plain: whether nothing has to be known of any input before the update.
+        """
+        raise NotImplementedError
+
+    def gradient_factor(self, count: int) -> float:
+        """Return what the inputs of degree 1 are multiplied by, those of degree 2 twice."""
+        return 1.0
+
+    def factors(self, virtual_batch_size: float, count: int) -> dict[str, float]:
+        """Return the rule's ``factors`` for a step of ``count`` samples."""
+        raise NotImplementedError
+
+    def used(self, parameters: Sequence[Tensor]) -> None:
+        """Note that a step has used what was gathered for some parameters."""
+
+    def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
+        """Forget what was gathered; ``optimizer.zero_grad()`` calls this.
+
+        Args:
+            parameters: for which to forget it; all of them by default.
+        """
+
+    def _all_parameters(self) -> Sequence[Tensor]:
+        """List the parameters of all optimizers that this feeds."""
+        groups = [group for ref in self._optimizers if (o := ref()) for group in o.param_groups]
+        return list({id(p): p for group in groups for p in group["params"]}.values())

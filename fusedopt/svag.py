@@ -1,0 +1,252 @@
+"""SVAG: an optimizer with more gradient noise and a smaller step, and the same SDE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .kernels.rule import Rule
+from .kernels.rules import ADAM, RMSPROP, SGD, SVAG_ADAM, SVAG_RMSPROP, SVAG_SGD
+from .optimizer import FusedOptimizer
+from .scaling import rescale_
+from .source import MissingInput, Source
+
+
+class SVAG:
+    """Stochastic variance amplified gradient, around an optimizer.
+
+    An optimizer with learning rate lr and gradient noise sigma is a discrete form of a stochastic
+    differential equation, if both are small enough. SVAG with a larger ell is a finer one of the
+    same equation: smaller steps, more of them, and noise that is amplified accordingly, which two
+    gradients of independent batches make, r1 g1 + r2 g2. Where trajectories for several ell
+    coincide, the equation holds, and with it the batch-size rule that is derived from it.
+
+    ==========================  ======================  ==========================================
+    what                        SGD                     Adam, AdamW, RMSprop
+    ==========================  ======================  ==========================================
+    covariance of the noise     times ell               times ell^2
+    r1, r2                      (1 +- root(2 ell-1))/2  (1 +- root(2 ell^2-1))/2
+    lr                          lr / ell                lr / ell
+    decay of an average         none                    1 - (1 - beta) / ell^2
+    eps                         none                    eps ell
+    decoupled weight decay      none                    weight_decay / ell
+    steps for one               ell                     ell^2
+    ==========================  ======================  ==========================================
+
+    Li, Malladi and Arora, arXiv 2102.12470 (SGD); Malladi et al., arXiv 2205.10287 (adaptive
+    methods). Decoupled decay is not in either; over the ell^2 steps it adds up to what it was.
+
+    The optimizer's hyper-parameters and state are rescaled at once, in place (parameter groups have
+    to be there by then). Both gradients are read, mixed and used in the one launch of the update::
+
+        svag = fusedopt.SVAG(fusedopt.Adam(model.parameters()), ell=2)
+        for first, second in pairs_of_batches:
+            loss(first).backward()
+            svag.hold()
+            loss(second).backward()
+            svag.step()
+            svag.zero_grad()
+
+    or, with a closure that draws a batch each time it is called, ``svag.step(closure)``. With
+    ell = 1 the step is that of the first gradient alone. Schedulers and gradient scalers take
+    ``svag.optimizer``, whose ``step()`` is the same.
+
+    Args:
+        optimizer: ``fusedopt.SGD``, ``RMSprop``, ``Adam`` or ``AdamW``.
+        ell: at least 1; the equation is approached as it grows.
+
+    Attributes:
+        optimizer: the optimizer, rescaled.
+        ell: as given.
+        weights: r1 and r2, of the gradient held and of the last one.
+        steps_per_step: how many of these steps make one of the original optimizer's.
+
+    Raises:
+        TypeError: for another optimizer.
+        ValueError: for ell below 1, or for what the theory does not cover: momentum, centred
+            RMSprop, AMSGrad, a variance for a denominator, running means, clipping.
+    """
+
+    _RULES: ClassVar[dict[str, Rule]] = {
+        SGD.name: SVAG_SGD,
+        RMSPROP.name: SVAG_RMSPROP,
+        ADAM.name: SVAG_ADAM,
+    }
+
+    def __init__(self, optimizer: FusedOptimizer, ell: float) -> None:
+        if not 1 <= ell < math.inf:
+            raise ValueError(f"ell must be a number of at least 1, got {ell}")
+        _check(optimizer, self._RULES)
+        adaptive = optimizer.rule is not SGD
+        self.optimizer = optimizer
+        self.ell = ell
+        self.steps_per_step = ell**2 if adaptive else ell
+        root = math.sqrt(2 * self.steps_per_step - 1)
+        self.weights = (1 + root) / 2, (1 - root) / 2
+        _rescale_(optimizer, ell, adaptive)
+        self._pair = _Pair(self.weights)
+        optimizer._feed(self._RULES[optimizer.rule.name], self._pair)
+
+    def hold(self) -> None:
+        """Set the gradients aside as the first of the two; the next backward makes the second.
+
+        Raises:
+            RuntimeError: where there is none, or a first one is held already.
+        """
+        self._pair.hold()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> tuple[Any, Any] | None:
+        """Update every parameter that has both gradients.
+
+        Args:
+            closure: clears the gradients, reevaluates the model on a batch of its own and returns
+                the loss. It is called twice.
+
+        Returns:
+            What both calls of the closure returned, or None without one.
+
+        Raises:
+            RuntimeError: for a parameter with one gradient only; nothing has changed then.
+        """
+        if closure is None:
+            self.optimizer.step()
+            return None
+        with torch.enable_grad():
+            first = closure()
+            self.hold()
+            held = self._pair.held
+            second = closure()
+        # The closure's zero_grad has dropped them.
+        self._pair.held = held
+        self.optimizer.step()
+        return first, second
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, held ones included.
+
+        Args:
+            set_to_none: set gradients to None instead of zero.
+        """
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ell and the optimizer's state; gradients that are held are not part of it."""
+        return {"ell": self.ell, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by this class.
+
+        Args:
+            state_dict: what ``state_dict()`` returned.
+
+        Raises:
+            ValueError: where it is that of another ell, whose hyper-parameters it has.
+        """
+        if state_dict["ell"] != self.ell:
+            raise ValueError(f"the state is that of ell = {state_dict['ell']}, not {self.ell}")
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+
+
+class _Pair(Source):
+    """The gradients of two batches: one held, one in ``p.grad``."""
+
+    names = ("gradient", "gradient held")
+
+    def __init__(self, weights: tuple[float, float]) -> None:
+        super().__init__()
+        self.weights = weights
+        self.held: dict[Tensor, Tensor] = {}
+
+    def hold(self) -> None:
+        """Move the gradients aside."""
+        if self.held:
+            raise RuntimeError("a first gradient is held already: call step() or zero_grad() first")
+        with_gradient = [p for p in self._all_parameters() if p.grad is not None]
+        if not with_gradient:
+            raise RuntimeError("no parameter has a gradient: call backward before hold()")
+        for p in with_gradient:
+            assert p.grad is not None
+            self.held[p], p.grad = p.grad, None
+
+    def check(self, parameters: Sequence[Tensor]) -> None:
+        """Raise where a parameter has one gradient only."""
+        if not self.held:
+            raise RuntimeError(
+                "SVAG's step takes two gradients: call hold() after the first backward, and then"
+                " backward on another batch"
+            )
+        present = set(parameters)
+        for p in self._all_parameters():
+            if (p in self.held) != (p in present):
+                which = "first" if p in self.held else "second"
+                raise MissingInput(
+                    p,
+                    f"it has the {which} of SVAG's two gradients only: both batches have to reach"
+                    " it, or its gradient has to be set to zeros",
+                )
+
+    def inputs(
+        self, parameters: list[Tensor], gradients: list[Tensor], plain: bool
+    ) -> list[list[Tensor]]:
+        """Return both gradients, the last one first."""
+        return [gradients, [self.held[p] for p in parameters]]
+
+    def factors(self, virtual_batch_size: float, count: int) -> dict[str, float]:
+        """Return the weights of both gradients."""
+        held, last = self.weights
+        return {"held_weight": held, "last_weight": last}
+
+    def used(self, parameters: Sequence[Tensor]) -> None:
+        """Let go of the held gradients: the next step takes two new ones."""
+        self.held = {}
+
+    def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
+        """Let go of the held gradients of some parameters."""
+        for p in list(self.held) if parameters is None else parameters:
+            self.held.pop(p, None)
+
+
+def _check(optimizer: Any, rules: dict[str, Rule]) -> None:
+    """Raise for what the theory does not cover."""
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"SVAG needs an optimizer of fusedopt, got {kind}")
+    if optimizer.rule.name not in rules:
+        raise TypeError(f"SVAG takes SGD, RMSprop, Adam and AdamW of fusedopt, got {kind}")
+    if optimizer.clip is not None:
+        raise ValueError("SVAG does not cover clipping, which is no SDE: pass clip=None")
+    for group in optimizer.param_groups:
+        for name, covered in _COVERED.items():
+            if name in group and group[name] not in covered:
+                raise ValueError(
+                    f"SVAG's theory does not cover {name}={group[name]!r}, but {covered[0]!r}"
+                )
+
+
+# Entries of the parameter groups, and the values for which the differential equation is known.
+_COVERED: dict[str, tuple[Any, ...]] = {
+    "momentum": (0,),
+    "centered": (False,),
+    "amsgrad": (False,),
+    "denominator": ("std",),
+    # Adam's, and RMSprop's switch.
+    "bias_correction": ("adam", None, False, True),
+}
+
+
+def _rescale_(optimizer: FusedOptimizer, ell: float, adaptive: bool) -> None:
+    """Give the optimizer the hyper-parameters of a batch that makes the noise ell times as large.
+
+    The square-root rule keeps the SDE whatever the batch; so does this, at the same batch.
+    """
+    if not adaptive:
+        rescale_(optimizer, ell, 1, "linear")
+        return
+    rescale_(optimizer, ell**2, 1, "sqrt")
+    for group in optimizer.param_groups:
+        if group.get("decoupled_weight_decay"):
+            group["weight_decay"] = group["weight_decay"] / ell
