@@ -91,28 +91,20 @@ def adam_twin(
 
 
 def rmsprop_coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
-    """RMSprop's, and the weights of both moments."""
-    sign, l2, alpha, keep, *rest = rmsprop.coefficients(group, step)
-    return (
-        sign,
-        l2,
-        alpha,
-        keep,
-        keep * group["mean_weight"],
-        keep * group["square_weight"],
-        *rest,
-    )
+    """The weights of both moments, and RMSprop's."""
+    own = rmsprop.coefficients(group, step)
+    keep = own[3]
+    return keep * group["mean_weight"], keep * group["square_weight"], *own
 
 
 @jit
 def rmsprop_update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     """Update one block; OPTIONS is (centered, momentum, variance)."""
-    sign, l2, alpha, keep, keep_mean, keep_square, inverse, gain, eps, momentum, lr = coefficients
+    keep_mean, keep_square, sign, l2, alpha = coefficients[:5]
     d = inputs[0] * sign
     d = where(l2 != 0.0, d + l2 * p, d)
     square_avg = second_moment(states[0], alpha, d, inputs[1], keep_mean, keep_square)
-    scalars = (keep, inverse, gain, eps, momentum, lr)
-    return descend_rmsprop(p, d, square_avg, states, scalars, OPTIONS)
+    return descend_rmsprop(p, d, square_avg, states, coefficients[5:], OPTIONS)
 
 
 def rmsprop_twin(
@@ -123,11 +115,11 @@ def rmsprop_twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
-    sign, l2, alpha, keep, keep_mean, keep_square, inverse, gain, eps, momentum, lr = coefficients
+    keep_mean, keep_square, sign, l2, alpha = coefficients[:5]
     d = T.add_if(T.scale(inputs[0], sign), p, l2)
     square_avg = second_moment_twin(states[0], alpha, d, inputs[1], keep_mean, keep_square)
-    scalars = (keep, inverse, gain, eps, momentum, lr)
-    return rmsprop.descend_twin(p, d, (square_avg, *states[1:]), scalars, options)
+    new_states = (square_avg, *states[1:])
+    return rmsprop.descend_twin(p, d, new_states, coefficients[5:], options)
 
 
 # Factors of a batch of 4 samples: a virtual batch of 2, of 1, and of all 4.
@@ -177,7 +169,7 @@ BATCH_DECOUPLED_RMSPROP = Rule(
     hyper=rmsprop.RMSPROP.hyper,
     factors=FACTORS,
     degrees=(1, 2),
-    n_coefficients=11,
+    n_coefficients=12,
     example_groups=(
         {**_RMSPROP, **_PAIRS},
         {**_RMSPROP, **_SINGLE, "centered": True, "weight_decay": 0.1},

@@ -38,10 +38,10 @@ DENOMINATORS = ("std", "variance")
 
 
 def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
-    """Sign, weight decay, alpha, 1 - alpha, 1 / c, gain, eps * gain, momentum, learning rate.
+    """Sign, weight decay, alpha, 1 - alpha, 1 / c, eps, gain, momentum, lr, gain * lr.
 
-    The bias correction divides the denominator. As a gain on the quotient it costs no division of
-    its own, and nothing at all where it is off.
+    The bias correction divides the denominator. As a gain on the quotient, with eps to match, it
+    costs no division, and where nothing stands between quotient and step, in lr, nothing at all.
     """
     sign = -1.0 if group["maximize"] else 1.0
     correction = "adam" if group["bias_correction"] else None
@@ -53,28 +53,28 @@ def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
         alpha,
         keep,
         1.0 / total,
-        gain,
         group["eps"] * gain,
+        gain,
         group["momentum"],
         group["lr"],
+        group["lr"] * gain,
     )
 
 
 @jit
 def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     """Update one block; OPTIONS is (centered, momentum, variance)."""
-    sign, l2, alpha, keep, inverse, gain, eps, momentum, lr = coefficients
+    sign, l2, alpha, keep = coefficients[:4]
     d = inputs[0] * sign
     d = where(l2 != 0.0, d + l2 * p, d)
     square_avg = alpha * states[0] + keep * d * d
-    scalars = (keep, inverse, gain, eps, momentum, lr)
-    return descend(p, d, square_avg, states, scalars, OPTIONS)
+    return descend(p, d, square_avg, states, coefficients[3:], OPTIONS)
 
 
 @jit
 def descend(p, d, square_avg, states, scalars, OPTIONS: tl.constexpr):
     """Move the parameter by the new second moment."""
-    keep, inverse, gain, eps, momentum, lr = scalars
+    keep, inverse, eps, gain, momentum, lr, gained_lr = scalars
     new_states = (square_avg,)
     spread = square_avg
     if OPTIONS[0]:
@@ -84,11 +84,12 @@ def descend(p, d, square_avg, states, scalars, OPTIONS: tl.constexpr):
         spread = where(spread < 0.0, 0.0, spread)
     # The plain quotient, within two units in the last place: a rounded one spills registers where
     # every state is kept and the gradient has another type.
-    ratio = gain * d / ((spread if OPTIONS[2] else sqrt(spread)) + eps)
+    ratio = d / ((spread if OPTIONS[2] else sqrt(spread)) + eps)
     if OPTIONS[1]:
-        ratio = momentum * states[2 if OPTIONS[0] else 1] + ratio
-        new_states = new_states + (ratio,)
-    return p - lr * ratio, new_states
+        buffer = momentum * states[2 if OPTIONS[0] else 1] + gain * ratio
+        return p - lr * buffer, new_states + (buffer,)
+    else:
+        return p - gained_lr * ratio, new_states
 
 
 def twin(
@@ -99,11 +100,10 @@ def twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
-    sign, l2, alpha, keep, inverse, gain, eps, momentum, lr = coefficients
+    sign, l2, alpha, keep = coefficients[:4]
     d = T.add_if(T.scale(inputs[0], sign), p, l2)
     square_avg = T.addcmul_(T.scale_(states[0], alpha), d, d, keep)
-    scalars = (keep, inverse, gain, eps, momentum, lr)
-    return descend_twin(p, d, (square_avg, *states[1:]), scalars, options)
+    return descend_twin(p, d, (square_avg, *states[1:]), coefficients[3:], options)
 
 
 def descend_twin(
@@ -114,17 +114,16 @@ def descend_twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Move the parameter by the new second moment."""
-    keep, inverse, gain, eps, momentum, lr = scalars
+    keep, inverse, eps, gain, momentum, lr, gained_lr = scalars
     centered, has_momentum, variance = options
     spread = states[0]
     if centered:
         grad_avg = T.lerp_(states[1], d, keep)
         spread = T.addcmul_(spread.clone(), grad_avg, grad_avg, -inverse).clamp_(min=0)
     denominator = T.shift_(spread.clone() if variance else spread.sqrt(), eps)
-    d = T.scale(d, gain)
     if not has_momentum:
-        return T.addcdiv_(p, d, denominator, -lr), states
-    buffer = T.scale_(states[-1], momentum).addcdiv_(d, denominator)
+        return T.addcdiv_(p, d, denominator, -gained_lr), states
+    buffer = T.addcdiv_(T.scale_(states[-1], momentum), d, denominator, gain)
     return T.add_(p, buffer, -lr), states
 
 
@@ -156,7 +155,7 @@ RMSPROP = Rule(
     ),
     option_names=("centered", "momentum", "variance"),
     hyper=("lr", "alpha", "eps", "weight_decay", "momentum"),
-    n_coefficients=9,
+    n_coefficients=10,
     example_groups=(
         _DEFAULTS,
         {**_DEFAULTS, "centered": True, "weight_decay": 0.1},
