@@ -206,6 +206,8 @@ class FusedOptimizer(Optimizer):
                 " optimizer.statistics to where the squares come from"
             )
         if found_inf is not None and self._overflowed(params, group_of, found_inf):
+            if self.statistics is not None:
+                self.statistics.used(params)
             return
         plan = self._plan
         if plan is None or not plan.fits(self, params, inputs, group_of):
@@ -320,6 +322,8 @@ class FusedOptimizer(Optimizer):
                 "a CUDA graph is being captured, and this step is not prepared: run one step with"
                 " the same parameters, hyper-parameters and layouts of gradients before the capture"
             )
+        for group in self.param_groups:
+            self.check_group(group)
         check_gradients(self, params, inputs)
         check_states(self, params, group_of)
         created = self._create_states(params, group_of)
@@ -372,9 +376,13 @@ class FusedOptimizer(Optimizer):
         """Load a state saved by this class or by torch's optimizer of the same name.
 
         Args:
-            state_dict: what ``state_dict()`` returned.
+            state_dict: what ``state_dict()`` returned. Options that it does not have, as torch's
+                do not, stay what they are.
+
+        Raises:
+            ValueError: for groups that do not fit, or have no meaning; nothing has changed then.
         """
-        super().load_state_dict(state_dict)
+        super().load_state_dict(self._completed(state_dict))
         # Clipping spans groups: a checkpoint holds one bound, written into each of them.
         saved = [group.pop("clip") for group in self.param_groups if "clip" in group]
         if not saved:
@@ -385,6 +393,19 @@ class FusedOptimizer(Optimizer):
             self.clip = GlobalNorm(**saved[0])
         else:
             self.clip.configure(saved[0])
+
+    def _completed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the state with the options of this class's own that it lacks; check them."""
+        saved = state_dict["param_groups"]
+        if len(saved) != len(self.param_groups):
+            # torch's error says so.
+            return state_dict
+        pairs = zip(saved, self.param_groups, strict=True)
+        own = [{**{name: group[name] for name in self.choices}, **old} for old, group in pairs]
+        for group in own:
+            # A checkpoint may be older than an option of torch's, too.
+            self.check_group({**self.defaults, **group})
+        return {**state_dict, "param_groups": own}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend, "clip": self.clip}
@@ -407,7 +428,9 @@ class FusedOptimizer(Optimizer):
                 values["step"] = new_step() + float(values["step"])
 
 
-def _or_not_finite(found_inf: Tensor, squares: Sequence[Tensor]) -> Tensor:
-    """Set the overflow flag where a sum of squares has overflowed, though no gradient has."""
-    largest = torch.nn.utils.get_total_norm(local_tensors(list(squares)), float("inf"))
+def _or_not_finite(found_inf: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Set the overflow flag where another input has overflowed, though no gradient has."""
+    # The largest element of none is an error.
+    local = [x for x in local_tensors(list(others)) if x.numel()]
+    largest = torch.nn.utils.get_total_norm(local, float("inf"))
     return torch.maximum(found_inf, (~largest.isfinite()).to(found_inf))

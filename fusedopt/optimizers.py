@@ -53,7 +53,9 @@ class SGD(FusedOptimizer):
         momentum_form: where the learning rate stands. ``"torch"``: outside the momentum buffer.
             ``"velocity"``: inside, so that the buffer keeps what it was given when lr changes.
             ``"ema"``: outside, and the buffer is an average of gradients, in which lr has the
-            meaning that it has without momentum; no dampening then.
+            meaning that it has without momentum; no dampening then. The buffers of these forms are
+            not of one unit: what is loaded into torch's class, or into another form, is to be
+            converted first.
         **common: ``backend``, ``clip``: see ``FusedOptimizer``.
 
     Raises:
@@ -113,20 +115,21 @@ class SGD(FusedOptimizer):
         Raises:
             ValueError: for momentum buffers of torch's, where this optimizer has another form.
         """
-        form = self.defaults["momentum_form"]
         states = state_dict["state"].values()
-        if (
-            form != "torch"
-            and any(state.get("momentum_buffer") is not None for state in states)
-            and any("momentum_form" not in group for group in state_dict["param_groups"])
-        ):
-            factor = {"velocity": "lr", "ema": "1 - momentum"}[form]
-            raise ValueError(
-                "the checkpoint's momentum buffers are those of torch.optim.SGD, and this optimizer"
-                f' has momentum_form="{form}": load it with momentum_form="torch", or multiply the'
-                f' buffers by {factor} and set "momentum_form" in its param_groups'
-            )
+        if any(state.get("momentum_buffer") is not None for state in states):
+            for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+                if "momentum_form" not in saved and group["momentum_form"] != "torch":
+                    raise ValueError(_not_torchs(group["momentum_form"]))
         super().load_state_dict(state_dict)
+
+
+def _not_torchs(form: str) -> str:
+    factor = {"velocity": "lr", "ema": "1 - momentum"}[form]
+    return (
+        "the checkpoint's momentum buffers are those of torch.optim.SGD, and this optimizer has"
+        f' momentum_form="{form}": load it with momentum_form="torch", or multiply the buffers by'
+        f' {factor} and set "momentum_form" in its param_groups'
+    )
 
 
 class RMSprop(FusedOptimizer):
@@ -150,8 +153,8 @@ class RMSprop(FusedOptimizer):
             ``centered``: the variance of the first gradient alone is zero.
         denominator: ``"std"``, the root of the second moment (centred, the standard deviation), or
             ``"variance"``, without the root: eps then has units of the gradient squared, and lr
-            those of inverse loss, so that the trajectory does not depend on the unit of the
-            parameters (McAllester, TTIC 31230, "RMSProp is Theoretically Mysterious").
+            those of the loss, so that the trajectory does not depend on the unit of the parameters
+            (McAllester, TTIC 31230, "RMSProp is Theoretically Mysterious", form 2).
         **common: ``backend``, ``clip``: see ``FusedOptimizer``.
 
     Raises:
@@ -203,12 +206,10 @@ class RMSprop(FusedOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a parameter group that has no meaning."""
         super().check_group(group)
-        # Squares of samples have a variance from the first step on.
-        if group["bias_correction"] and group["centered"] and len(self.rule.degrees) == 1:
+        if group["bias_correction"] and group["centered"]:
             raise ValueError(
                 "bias_correction=True and centered=True: the variance of the first gradient alone"
-                " is zero, and the first step would be lr * gradient / eps. Leave out one of them,"
-                " or take fusedopt.BatchDecoupledRMSprop, whose samples have a variance"
+                " is zero, and the first step would be lr * gradient / eps. Leave out one of them"
             )
 
 

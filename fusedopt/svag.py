@@ -118,7 +118,7 @@ class SVAG:
         with torch.enable_grad():
             first = closure()
             self.hold()
-            held = self._pair.held
+            held = dict(self._pair.held)
             second = closure()
         # The closure's zero_grad has dropped them.
         self._pair.held = held

@@ -9,8 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,9 +31,7 @@ from contract import (
 )
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from watching import Calls, watched
 
 import fusedopt
 
@@ -47,55 +44,6 @@ on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="stands in for a GPU")
 
 
 # Watching a step
-
-
-class _Operations(TorchDispatchMode):
-    """Note operations that return a number, or memory that they were not given."""
-
-    def __init__(self, log: list[str]) -> None:
-        super().__init__()
-        self.log = log
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _storage(leaf) not in given:
-                self.log.append(f"{func} allocates")
-            elif isinstance(leaf, (bool, int, float)):
-                self.log.append(f"{func} reads")
-        return result
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-class _Calls(TorchFunctionMode):
-    """Note calls that read or create memory without an operation that a dispatch mode sees."""
-
-    READS = {
-        "tolist", "numpy", "item", "cpu", "__bool__", "__float__", "__int__", "__index__",
-        "__array__", "equal", "allclose", "is_nonzero", "__contains__",
-    }  # fmt: skip
-    CREATES = {"tensor", "as_tensor", "from_numpy", "scalar_tensor"}
-
-    def __init__(self, log: list[str]) -> None:
-        super().__init__()
-        self.log = log
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in self.READS or name in self.CREATES:
-            self.log.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _watched() -> Iterator[list[str]]:
-    log: list[str] = []
-    with _Operations(log), _Calls(log):
-        yield log
 
 
 class _Launches:
@@ -130,7 +78,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> _Launches:
 def test_the_watch_sees(touch: Callable[[Tensor], Any]) -> None:
     """Otherwise the tests below would pass for nothing."""
     t = torch.ones(())
-    with _watched() as log:
+    with watched() as log:
         touch(t)
     assert log
 
@@ -138,7 +86,7 @@ def test_the_watch_sees(touch: Callable[[Tensor], Any]) -> None:
 @on_cpu
 def test_the_watch_lets_work_in_place_pass() -> None:
     t, out = torch.ones(4), torch.ones(4)
-    with _watched() as log:
+    with watched() as log:
         t.add_(1).mul_(t)
         t.view(2, 2)[0].copy_(out[:2])
         torch.mul(t, 2, out=out)
@@ -175,7 +123,7 @@ def test_a_step_reads_and_allocates_nothing(
             _flags(optimizer)
         optimizer.step()
     launches.kernels.clear()
-    with _watched() as log:
+    with watched() as log:
         optimizer.step()
     assert not log
     assert len(launches.kernels) == (3 if norm else 1)
@@ -192,7 +140,7 @@ def test_tensor_hyper_parameters_are_not_read(case: Case, launches: _Launches) -
     set_gradients(groups_of(optimizer), 1)
     for _ in range(2):
         optimizer.step()
-    with _watched() as log:
+    with watched() as log:
         optimizer.step()
     assert not log
 
@@ -206,7 +154,7 @@ def test_sgd_under_a_loss_scaler_reads_nothing(momentum: float, launches: _Launc
     for _ in range(2):
         _flags(optimizer)
         optimizer.step()
-    with _watched() as log:
+    with watched() as log:
         optimizer.step()
     assert not log
 
@@ -220,7 +168,7 @@ def test_a_group_without_states_does_not_make_every_step_wait(launches: _Launche
     for _ in range(2):
         _flags(optimizer)
         optimizer.step()
-    with _watched() as log:
+    with watched() as log:
         optimizer.step()
     assert not log
 
@@ -234,9 +182,9 @@ def test_gradients_that_moved_cost_no_read(launches: _Launches) -> None:
         optimizer.step()
     kept = [p.grad for p in groups_of(optimizer)]
     set_gradients(groups_of(optimizer), 9)
-    with _watched() as log:
+    with watched() as log:
         optimizer.step()
-    assert kept and not [entry for entry in log if "reads" in entry or entry in _Calls.READS]
+    assert kept and not [entry for entry in log if "reads" in entry or entry in Calls.READS]
 
 
 # Values that change

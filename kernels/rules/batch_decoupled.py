@@ -169,13 +169,12 @@ BATCH_DECOUPLED_RMSPROP = Rule(
     hyper=rmsprop.RMSPROP.hyper,
     factors=FACTORS,
     degrees=(1, 2),
-    n_coefficients=12,
+    n_coefficients=11,
     example_groups=(
         {**_RMSPROP, **_PAIRS},
         {**_RMSPROP, **_SINGLE, "centered": True, "weight_decay": 0.1},
         {**_RMSPROP, **_WHOLE, "momentum": 0.9, "maximize": True},
         {**_RMSPROP, **_PAIRS, "centered": True, "momentum": 0.9},
         {**_RMSPROP, **_PAIRS, "denominator": "variance", "bias_correction": True, "lr": 1.0},
-        {**_RMSPROP, **_SINGLE, "centered": True, "bias_correction": True},
     ),
 )

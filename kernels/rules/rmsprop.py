@@ -3,17 +3,19 @@
     d = g + l2 p
     s = alpha s + (1 - alpha) d^2
     a = a + (1 - alpha)(d - a)            centred only
-    u = s / c, or s / c - (a / c)^2 centred
+    u = s / c, or s - a^2 centred
     r = sqrt(u), or u with the variance for a denominator
     b = mu b + d / (r + eps)              with momentum
     p = p - lr b                          without momentum p - lr d / (r + eps)
 
 c is 1, or with bias correction 1 - alpha^t, the sum of the averages' weights: Aitchison, EMAT31530
 part 6, equations 28 to 30, where 29 prints g^2 for the moving average and 30 a plus sign; built is
-what they must mean, the average, and descent.
+what they must mean, the average, and descent. It does not go with the centred form: corrected, the
+variance of the first gradient alone is zero, and the first step would be lr d / eps.
 
-The variance is form (2) of McAllester, TTIC 31230, "RMSProp is Theoretically Mysterious": its lr
-has units of inverse loss, and the trajectory does not depend on the parameters' unit.
+The variance is form (2) of McAllester, TTIC 31230, "RMSProp is Theoretically Mysterious": the
+trajectory does not depend on the parameters' unit, and lr has that of the loss (the notes print its
+inverse, but g / s is parameter / loss).
 
 Tieleman and Hinton 2012 (lecture 6.5); centred form of Graves, arXiv 1308.0850, equations 38 to
 45, with eps outside the root as ``torch.optim.RMSprop`` has it.
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import twin as T
@@ -38,7 +41,7 @@ DENOMINATORS = ("std", "variance")
 
 
 def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
-    """Sign, weight decay, alpha, 1 - alpha, 1 / c, eps, gain, momentum, lr, gain * lr.
+    """Sign, weight decay, alpha, 1 - alpha, eps, gain, momentum, lr, gain * lr.
 
     The bias correction divides the denominator. As a gain on the quotient, with eps to match, it
     costs no division, and where nothing stands between quotient and step, in lr, nothing at all.
@@ -52,7 +55,6 @@ def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
         group["weight_decay"],
         alpha,
         keep,
-        1.0 / total,
         group["eps"] * gain,
         gain,
         group["momentum"],
@@ -74,13 +76,13 @@ def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
 @jit
 def descend(p, d, square_avg, states, scalars, OPTIONS: tl.constexpr):
     """Move the parameter by the new second moment."""
-    keep, inverse, eps, gain, momentum, lr, gained_lr = scalars
+    keep, eps, gain, momentum, lr, gained_lr = scalars
     new_states = (square_avg,)
     spread = square_avg
     if OPTIONS[0]:
         grad_avg = lerp(states[1], d, keep)
         new_states = new_states + (grad_avg,)
-        spread = square_avg - grad_avg * grad_avg * inverse
+        spread = square_avg - grad_avg * grad_avg
         spread = where(spread < 0.0, 0.0, spread)
     # The plain quotient, within two units in the last place: a rounded one spills registers where
     # every state is kept and the gradient has another type.
@@ -114,12 +116,12 @@ def descend_twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Move the parameter by the new second moment."""
-    keep, inverse, eps, gain, momentum, lr, gained_lr = scalars
+    keep, eps, gain, momentum, lr, gained_lr = scalars
     centered, has_momentum, variance = options
     spread = states[0]
     if centered:
         grad_avg = T.lerp_(states[1], d, keep)
-        spread = T.addcmul_(spread.clone(), grad_avg, grad_avg, -inverse).clamp_(min=0)
+        spread = torch.addcmul(spread, grad_avg, grad_avg, value=-1).clamp_(min=0)
     denominator = T.shift_(spread.clone() if variance else spread.sqrt(), eps)
     if not has_momentum:
         return T.addcdiv_(p, d, denominator, -gained_lr), states
@@ -155,7 +157,7 @@ RMSPROP = Rule(
     ),
     option_names=("centered", "momentum", "variance"),
     hyper=("lr", "alpha", "eps", "weight_decay", "momentum"),
-    n_coefficients=10,
+    n_coefficients=9,
     example_groups=(
         _DEFAULTS,
         {**_DEFAULTS, "centered": True, "weight_decay": 0.1},

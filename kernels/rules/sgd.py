@@ -42,7 +42,7 @@ def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
     keep = 1.0 - group["dampening"] * (step > 1)
     if group["momentum_form"] == "velocity":
         # Without a buffer lr stays outside. Not a branch: momentum may live on the device.
-        has_buffer = 1.0 * (momentum > 0)
+        has_buffer = 1.0 * (momentum**2 > 0)
         keep, lr = keep * lr, has_buffer + (1.0 - has_buffer) * lr
     elif group["momentum_form"] == "ema":
         keep = 1.0 - momentum
