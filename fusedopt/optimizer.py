@@ -189,8 +189,7 @@ class FusedOptimizer(Optimizer):
                 raise RuntimeError(
                     "scaler.unscale_(optimizer) has divided p.grad by the loss scale, but not the"
                     f" {self.statistics.names[-1]} that this step reads besides: leave it out,"
-                    " step() divides both. To clip, pass clip=fusedopt.GlobalNorm(max_norm), which"
-                    " bounds the unscaled norm"
+                    f" step() divides both{self.statistics.instead_of_unscaling}"
                 )
             check_samples(self, params)
             self._samples = self.statistics.count(params)

@@ -24,6 +24,8 @@ class Source:
     materialised = False
     # What messages call the inputs of the rule.
     names: tuple[str, ...] = ("gradient",)
+    # What to do that unscaled gradients are wanted for.
+    instead_of_unscaling = ""
 
     def __init__(self) -> None:
         self._optimizers: list[weakref.ref[Any]] = []

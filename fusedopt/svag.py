@@ -53,7 +53,9 @@ class SVAG:
 
     or, with a closure that draws a batch each time it is called, ``svag.step(closure)``. With
     ell = 1 the step is that of the first gradient alone. Schedulers and gradient scalers take
-    ``svag.optimizer``, whose ``step()`` is the same.
+    ``svag.optimizer``, whose ``step()`` is the same; make schedulers afterwards, as they keep the
+    lr that they find. An overflow in either gradient skips the step, but a scaler sees only that of
+    the last, and lowers its scale for no other.
 
     Args:
         optimizer: ``fusedopt.SGD``, ``RMSprop``, ``Adam`` or ``AdamW``.
@@ -67,8 +69,8 @@ class SVAG:
 
     Raises:
         TypeError: for another optimizer.
-        ValueError: for ell below 1, or for what the theory does not cover: momentum, centred
-            RMSprop, AMSGrad, a variance for a denominator, running means, clipping.
+        ValueError: for ell outside 1 to 10^6, or for what the theory does not cover: momentum,
+            centred RMSprop, AMSGrad, a variance for a denominator, running means, clipping.
     """
 
     _RULES: ClassVar[dict[str, Rule]] = {
@@ -78,9 +80,12 @@ class SVAG:
     }
 
     def __init__(self, optimizer: FusedOptimizer, ell: float) -> None:
-        if not 1 <= ell < math.inf:
-            raise ValueError(f"ell must be a number of at least 1, got {ell}")
-        _check(optimizer, self._RULES)
+        if not isinstance(ell, (int, float)) or isinstance(ell, bool):
+            raise TypeError(f"ell must be a number, got {ell!r}")
+        if not 1 <= ell <= _LARGEST:
+            raise ValueError(f"ell must be from 1 to {_LARGEST:,}, got {ell}")
+        _check_kind(optimizer, self._RULES)
+        _check_covered(optimizer)
         adaptive = optimizer.rule is not SGD
         self.optimizer = optimizer
         self.ell = ell
@@ -88,7 +93,7 @@ class SVAG:
         root = math.sqrt(2 * self.steps_per_step - 1)
         self.weights = (1 + root) / 2, (1 - root) / 2
         _rescale_(optimizer, ell, adaptive)
-        self._pair = _Pair(self.weights)
+        self._pair = _Pair(self.weights, len(optimizer.param_groups))
         optimizer._feed(self._RULES[optimizer.rule.name], self._pair)
 
     def hold(self) -> None:
@@ -144,11 +149,23 @@ class SVAG:
             state_dict: what ``state_dict()`` returned.
 
         Raises:
-            ValueError: where it is that of another ell, whose hyper-parameters it has.
+            ValueError: where it is no such state, or that of another ell, whose hyper-parameters it
+                has.
         """
+        if "ell" not in state_dict:
+            raise ValueError(
+                "this is no state of an SVAG: load it into svag.optimizer, or wrap anew"
+            )
         if state_dict["ell"] != self.ell:
             raise ValueError(f"the state is that of ell = {state_dict['ell']}, not {self.ell}")
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._pair.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "an SVAG cannot be copied or pickled, only its state_dict(): copies of optimizers are"
+            " plain ones"
+        )
 
 
 class _Pair(Source):
@@ -156,9 +173,10 @@ class _Pair(Source):
 
     names = ("gradient", "gradient held")
 
-    def __init__(self, weights: tuple[float, float]) -> None:
+    def __init__(self, weights: tuple[float, float], groups: int) -> None:
         super().__init__()
         self.weights = weights
+        self.groups = groups
         self.held: dict[Tensor, Tensor] = {}
 
     def hold(self) -> None:
@@ -173,7 +191,11 @@ class _Pair(Source):
             self.held[p], p.grad = p.grad, None
 
     def check(self, parameters: Sequence[Tensor]) -> None:
-        """Raise where a parameter has one gradient only."""
+        """Raise where a parameter has one gradient only, or a group is not what it was."""
+        for optimizer in filter(None, (ref() for ref in self._optimizers)):
+            _check_covered(optimizer)
+            if len(optimizer.param_groups) != self.groups:
+                raise ValueError("a parameter group came after SVAG, and is not rescaled")
         if not self.held:
             raise RuntimeError(
                 "SVAG's step takes two gradients: call hold() after the first backward, and then"
@@ -210,13 +232,23 @@ class _Pair(Source):
             self.held.pop(p, None)
 
 
-def _check(optimizer: Any, rules: dict[str, Rule]) -> None:
-    """Raise for what the theory does not cover."""
+# Beyond it, weights of 10^6 leave nothing of gradients in float32 but their noise.
+_LARGEST = 10**6
+
+
+def _check_kind(optimizer: Any, rules: dict[str, Rule]) -> None:
+    """Raise for an optimizer without a form of its own for two gradients."""
     kind = type(optimizer).__name__
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"SVAG needs an optimizer of fusedopt, got {kind}")
+    if isinstance(optimizer.statistics, _Pair):
+        raise TypeError(f"this {kind} is under SVAG already")
     if optimizer.rule.name not in rules:
         raise TypeError(f"SVAG takes SGD, RMSprop, Adam and AdamW of fusedopt, got {kind}")
+
+
+def _check_covered(optimizer: FusedOptimizer) -> None:
+    """Raise for what the theory does not cover."""
     if optimizer.clip is not None:
         raise ValueError("SVAG does not cover clipping, which is no SDE: pass clip=None")
     for group in optimizer.param_groups:

@@ -55,6 +55,42 @@ def test_momentum_is_the_decay_of_a_sum() -> None:
     }
 
 
+def test_momentum_of_an_average_leaves_lr_alone() -> None:
+    # Catches the factor (1 - mu')/(1 - mu), which belongs to sums, applied to an average; the lr of
+    # a velocity needs it as torch's does.
+    hyper = {"lr": 0.1, "momentum": 0.9}
+    new = scaling.rescale({**hyper, "momentum_form": "ema"}, 8, 16, "decoupled")
+    assert new == {
+        "lr": pytest.approx(0.2),
+        "momentum": pytest.approx(0.81),
+        "momentum_form": "ema",
+    }
+    for form in ("torch", "velocity"):
+        new = scaling.rescale({**hyper, "momentum_form": form}, 8, 16, "decoupled")
+        assert new["lr"] == pytest.approx(0.38)
+
+
+@pytest.mark.parametrize(
+    ("options", "rule", "message"),
+    [
+        ({"momentum_form": "average"}, "linear", "one of torch, velocity, ema, got 'average'"),
+        ({"denominator": "variance"}, "sqrt", "for a denominator that is a standard deviation"),
+        ({"virtual_batch_size": 8}, "sqrt", 'use rule="decoupled"'),
+    ],
+)
+def test_what_a_rule_does_not_hold_for(options, rule, message) -> None:
+    # Catches the square-root rule where the denominator does not fall as 1/sqrt(batch).
+    with pytest.raises(ValueError, match=message):
+        scaling.rescale({"lr": 0.1, **options}, 8, 16, rule)
+
+
+def test_initial_lr_follows_lr() -> None:
+    # Catches a schedule that goes on from the old learning rate.
+    new = scaling.rescale({"lr": 0.1, "initial_lr": 0.4, "momentum": 0.9}, 8, 16, "decoupled")
+    assert new["initial_lr"] == pytest.approx(1.52)
+    assert new["lr"] == pytest.approx(0.38)
+
+
 def test_linear_keeps_momentum_and_alpha() -> None:
     new = scaling.rescale({"lr": 0.1, "alpha": 0.99, "momentum": 0.9}, 8, 32, "linear")
     assert new == {"lr": pytest.approx(0.4), "alpha": 0.99, "momentum": 0.9}

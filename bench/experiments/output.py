@@ -78,7 +78,7 @@ def _plain(value: Any) -> Any:
 
 
 def report(result: dict[str, Any], folder: Path, console: Console) -> None:
-    """Print the claims with what was measured."""
+    """Print the claims with what was measured, and last, in one line, whether they hold."""
     table = Table(title=f"{result['title']} ({result['seconds']:.0f} s)")
     for column in ("claim", "measured", "bound", "holds"):
         table.add_column(column)
@@ -87,3 +87,7 @@ def report(result: dict[str, Any], folder: Path, console: Console) -> None:
         table.add_row(claim["claim"], *numbers, "yes" if claim["holds"] else "NO")
     console.print(table)
     console.print(f"Wrote {folder / result['experiment']}.json and .png", soft_wrap=True)
+    failed = [claim["claim"] for claim in result["claims"] if not claim["holds"]]
+    verdict = f"{len(failed)} DO NOT HOLD: {'; '.join(failed)}" if failed else "all HOLD"
+    count = len(result["claims"])
+    console.print(f"{result['experiment']}: of {count} claims {verdict}", soft_wrap=True)

@@ -52,6 +52,9 @@ class Statistics(Source):
     """
 
     names = ("gradient", "sum of squares")
+    instead_of_unscaling = (
+        ". To clip, pass clip=fusedopt.GlobalNorm(max_norm), which bounds the unscaled norm"
+    )
 
     def __init__(self, loss_reduction: str = "mean") -> None:
         if loss_reduction not in REDUCTIONS:

@@ -1,33 +1,18 @@
-"""Hyper-parameters for another batch size: how lr, decays and eps follow a change of the batch.
-
-A rule keeps the trajectory, as a function of the samples seen, as it was at the batch size that the
-hyper-parameters were tuned at. With kappa = to_batch / from_batch, and as many epochs as before:
-
-============  ==============  ====================  ===============  ============
-rule          lr              decay of an average   eps              weight decay
-============  ==============  ====================  ===============  ============
-"decoupled"   lr kappa        beta ** kappa         unchanged        unchanged
-"sqrt"        lr sqrt(kappa)  1 - kappa (1 - beta)  eps/sqrt(kappa)  unchanged
-"linear"      lr kappa        unchanged             unchanged        unchanged
-"constant"    unchanged       unchanged             unchanged        unchanged
-============  ==============  ====================  ===============  ============
-
-"decoupled" is for optimizers whose second moment does not depend on the batch, as that of
-``BatchDecoupledAdam``, and for plain SGD (Wang and Aitchison, arXiv 2402.18824, with ``beta **
-kappa`` for their 1 - kappa (1 - beta), to which it is equal to first order). "sqrt" is for Adam and
-RMSprop where gradient noise dominates (Malladi et al., arXiv 2205.10287). It leaves the weight
-decay alone, as there: decay that is decoupled as AdamW's shrinks weights by lr * weight_decay a
-step, and so, over an epoch, less by sqrt(kappa).
-"""
+"""How lr, decays and eps follow a change of the batch size; the package states the rules."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from ..kernels.rules.sgd import MOMENTUM_FORMS
+from .checks import check_decay, check_positive
+from .states import Batches, check_states, rescale_states
 
 RULES = ("decoupled", "sqrt", "linear", "constant")
 _BETA_FORMS: dict[str, Callable[[Any, float], Any]] = {
@@ -51,14 +36,16 @@ def rescale(
     ``betas`` and ``alpha`` are decays of averages. ``momentum`` is the decay of a *sum*: besides
     becoming shorter, as an average's, it changes what one gradient adds up to, lr / (1 - momentum).
     Where momentum changes, lr therefore also is multiplied by (1 - new momentum) / (1 - momentum).
+    Not so with a ``momentum_form`` of ``"ema"``, whose momentum is the decay of an average.
 
     Args:
-        hyper_parameters: any of ``lr``, ``betas``, ``alpha``, ``momentum``, ``eps`` and
-            ``weight_decay``, with the meaning that they have in torch.optim, as numbers or
-            tensors. It is not changed; other entries are handed on as they are.
+        hyper_parameters: any of ``lr``, ``initial_lr``, ``betas``, ``alpha``, ``momentum``, ``eps``
+            and ``weight_decay``, with the meaning that they have in torch.optim, and
+            ``momentum_form``, as numbers or tensors. It is not changed; other entries are handed on
+            as they are.
         from_batch: samples a step that the hyper-parameters are for.
         to_batch: samples a step wanted, in the same unit.
-        rule: ``"decoupled"``, ``"sqrt"``, ``"linear"`` or ``"constant"``: see the module.
+        rule: ``"decoupled"``, ``"sqrt"``, ``"linear"`` or ``"constant"``: see the package.
         beta_form: how decays change, in place of the rule's own form: ``"linear"``,
             1 - kappa (1 - beta), needs kappa <= 1 / (1 - beta); ``"power"``, beta ** kappa, has
             no limit, and makes bias corrections a function of the samples seen alone.
@@ -67,13 +54,15 @@ def rescale(
         A new dictionary with the same keys.
 
     Raises:
-        ValueError: for batch sizes that are not positive, an unknown rule or form, or a decay
-            that is or would become less than 0, or 1 or more.
+        ValueError: for batch sizes that are not positive, an unknown rule or form, a decay that
+            is or would become less than 0, or 1 or more, or the square-root rule for a denominator
+            that it does not hold for: a variance, or the root of a virtual batch's second moment.
     """
     kappa = _ratio(from_batch, to_batch)
     change = _decay_change(rule, beta_form, kappa)
+    _check_fits(rule, hyper_parameters)
     scaled = dict(hyper_parameters)
-    factor = {"decoupled": kappa, "sqrt": math.sqrt(kappa), "linear": kappa, "constant": 1.0}[rule]
+    factor = _lr_factor(rule, kappa)
     if change is not None:
         if "betas" in scaled:
             names = (f"betas[{i}]" for i in range(len(scaled["betas"])))
@@ -83,14 +72,17 @@ def rescale(
         # 0 is no momentum at all, and stays that.
         if scaled.get("momentum", 0) != 0:
             old, scaled["momentum"] = scaled["momentum"], change("momentum", scaled["momentum"])
-            factor = factor * (1.0 - scaled["momentum"]) / (1.0 - old)
-    if "lr" in scaled:
-        scaled["lr"] = scaled["lr"] * factor
+            if scaled.get("momentum_form") != "ema":
+                factor = factor * (1.0 - scaled["momentum"]) / (1.0 - old)
+    for name in ("lr", "initial_lr"):
+        if name in scaled:
+            scaled[name] = scaled[name] * factor
     if rule == "sqrt" and "eps" in scaled:
         scaled["eps"] = scaled["eps"] / math.sqrt(kappa)
     return scaled
 
 
+@torch.no_grad()
 def rescale_(
     optimizer: Optimizer,
     from_batch: float,
@@ -99,31 +91,39 @@ def rescale_(
     *,
     beta_form: str | None = None,
 ) -> None:
-    """Apply ``rescale`` to every parameter group; tensors are written in place.
+    """Apply ``rescale`` to every parameter group, and take the state along.
 
-    Call it before the first step and before a scheduler is made: a scheduler holds the lr that it
-    found, and bias corrections count the steps there have been as if all had the new batch size
-    (early in a run, steps then are too long). For a captured CUDA graph, call
-    ``optimizer.push_hyperparameters()`` afterwards.
+    Call it between two steps, before the first or in the middle of a run: step counts, second
+    moments and momentum buffers become what they would be after as many samples in batches of the
+    new size (``fusedopt.scaling.states`` says how). Tensors are written in place.
+
+    A scheduler of torch's holds on to the lr that it found: make it after the last call, or use
+    ``samples_schedule``, which reads the ``initial_lr`` that is rescaled here with lr. For a
+    captured CUDA graph, call ``optimizer.push_hyperparameters()`` afterwards.
 
     Args:
-        optimizer: of torch.optim or of fusedopt.
+        optimizer: SGD, RMSprop, Adam or AdamW of torch.optim or of fusedopt, or, before its first
+            step, any other.
         from_batch: samples a step that the hyper-parameters are for.
         to_batch: samples a step wanted.
         rule: as for ``rescale``.
         beta_form: as for ``rescale``.
 
     Raises:
-        ValueError: as ``rescale``, or where groups share one lr tensor and need it to differ. No
-            group has changed then.
+        ValueError: as ``rescale``, where groups share one lr tensor and need it to differ, or for a
+            state of which it is not known what to do. Nothing has changed then.
     """
     groups = optimizer.param_groups
     # All of them first: an error must not leave half of the groups scaled, nor a tensor that groups
     # share, as they do when it was the constructor's lr, be scaled once for each.
     scaled = [rescale(g, from_batch, to_batch, rule, beta_form=beta_form) for g in groups]
     _check_shared(groups, scaled)
+    kappa = _ratio(from_batch, to_batch)
+    batches = Batches(kappa, _lr_factor(rule, kappa), rule in _OWN_FORM, rule == "sqrt")
+    check_states(optimizer, batches)
+    rescale_states(optimizer, scaled, batches)
     for group, new in zip(groups, scaled, strict=True):
-        for name in ("lr", "alpha", "momentum", "eps"):
+        for name in ("lr", "initial_lr", "alpha", "momentum", "eps"):
             if name in group:
                 group[name] = _written(group[name], new[name])
         if "betas" in group:
@@ -132,10 +132,14 @@ def rescale_(
 
 
 def _ratio(from_batch: float, to_batch: float) -> float:
-    for name, value in (("from_batch", from_batch), ("to_batch", to_batch)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    check_positive("from_batch", from_batch)
+    check_positive("to_batch", to_batch)
     return to_batch / from_batch
+
+
+def _lr_factor(rule: str, kappa: float) -> float:
+    """Return what lr is multiplied by, apart from a change of momentum."""
+    return {"decoupled": kappa, "sqrt": math.sqrt(kappa), "linear": kappa, "constant": 1.0}[rule]
 
 
 def _decay_change(rule: str, form: str | None, kappa: float) -> Callable[[str, Any], Any] | None:
@@ -151,8 +155,7 @@ def _decay_change(rule: str, form: str | None, kappa: float) -> Callable[[str, A
     form = form or _OWN_FORM[rule]
 
     def change(name: str, decay: Any) -> Any:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"{name} must be in [0, 1), got {decay}")
+        check_decay(name, decay)
         new = _BETA_FORMS[form](decay, kappa)
         if not 0.0 <= new < 1.0:
             remedy = ': beta_form="power", beta**kappa, always is' if form == "linear" else ""
@@ -165,15 +168,44 @@ def _decay_change(rule: str, form: str | None, kappa: float) -> Callable[[str, A
     return change
 
 
+def _check_fits(rule: str, hyper_parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError for options that are unknown, or that the rule does not hold for."""
+    form = hyper_parameters.get("momentum_form", "torch")
+    if form not in MOMENTUM_FORMS:
+        names = ", ".join(MOMENTUM_FORMS)
+        raise ValueError(f"momentum_form must be one of {names}, got {form!r}")
+    if rule != "sqrt":
+        return
+    if hyper_parameters.get("denominator", "std") == "variance":
+        raise ValueError(
+            'rule="sqrt" is for a denominator that is a standard deviation: with'
+            ' denominator="variance" and noise that dominates, the steps grow with the batch by'
+            " themselves"
+        )
+    if hyper_parameters.get("virtual_batch_size") is not None:
+        raise ValueError(
+            'rule="sqrt" is for a second moment that falls as the batch grows, and that of a'
+            ' virtual batch does not: use rule="decoupled"'
+        )
+
+
 def _check_shared(groups: list[dict[str, Any]], scaled: list[dict[str, Any]]) -> None:
     values: dict[int, float] = {}
-    for group, new in zip(groups, scaled, strict=True):
-        lr = group.get("lr")
-        if isinstance(lr, Tensor) and values.setdefault(id(lr), float(new["lr"])) != new["lr"]:
+    for old, new in _learning_rates(groups, scaled):
+        if isinstance(old, Tensor) and values.setdefault(id(old), float(new)) != new:
             raise ValueError(
                 "groups of different momentum share one lr tensor, and need different values of it:"
                 " give each group a tensor of its own"
             )
+
+
+def _learning_rates(
+    groups: list[dict[str, Any]], scaled: list[dict[str, Any]]
+) -> Iterator[tuple[Any, Any]]:
+    for group, new in zip(groups, scaled, strict=True):
+        for name in ("lr", "initial_lr"):
+            if name in group:
+                yield group[name], new[name]
 
 
 def _written(old: Any, new: Any) -> Any:

@@ -1,0 +1,162 @@
+"""What an optimizer has gathered so far, as if in batches of another size.
+
+With kappa = new batch size / old, mu and mu' the old and the new momentum:
+
+=================  ====================================================================
+state              in the middle of a run
+=================  ====================================================================
+step               t / kappa, where decays change: t steps were t / kappa of the new
+exp_avg, grad_avg  unchanged: averages of gradients, whose mean the batch does not alter
+second moments     divided by kappa with "sqrt", else unchanged
+momentum_buffer    so that the steps per sample, where gradients stay, do not jump
+=================  ====================================================================
+
+**Step counts** enter bias corrections as beta^t. As beta becomes beta^kappa and t becomes t / kappa
+this stays: corrections depend on the samples seen and not on their batches. A count may be a
+fraction.
+
+**Second moments** are ``exp_avg_sq``, ``max_exp_avg_sq`` and ``square_avg``. The square-root rule
+holds where they are all noise, sigma^2 / B (Malladi et al., arXiv 2205.10287, whose theorem 4.2
+follows u = v / sigma^2): a batch kappa times as large has 1 / kappa of it. A centred RMSprop knows
+the square of the mean and divides the variance alone, which also keeps that positive.
+
+**Momentum buffers.** Gradients that stay at d fill them to
+
+* SGD, as torch has it: d / (1 - mu), a sum of gradients: multiplied by (1 - mu) / (1 - mu').
+* SGD, velocity: lr d / (1 - mu), which is what the step is: multiplied as lr / (1 - mu) is, by the
+  rule's factor of lr.
+* SGD, ema: d, an average: unchanged.
+* RMSprop: (d / root) / (1 - mu), a sum of ratios, where root = sqrt(s) + eps: as SGD, but with
+  "sqrt" the root shrinks by sqrt(kappa) and ratios grow by it, so that the sum of those in the
+  buffer is multiplied by sqrt(kappa) (1 - mu) / (1 - mu'). The step lr b grows by kappa then, as
+  lr (1 - mu') / (1 - mu) sqrt(kappa) is its learning rate: the step per sample stays. To first
+  order in 1 - mu this also keeps what the gradients already seen have yet to move the parameter by,
+  lr b mu / (1 - mu), so that noise in the buffer, too, acts as if nothing had been changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+_KNOWN = {"step", "exp_avg", "grad_avg", "momentum_buffer", *_SECOND_MOMENTS}
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A change of the batch size under a rule.
+
+    Attributes:
+        kappa: new batch size / old.
+        lr_factor: what the rule multiplies lr by, apart from a change of momentum.
+        decays: whether the rule changes decays.
+        noise: whether second moments are in proportion to 1 / batch size.
+    """
+
+    kappa: float
+    lr_factor: float
+    decays: bool
+    noise: bool
+
+
+def check_states(optimizer: Optimizer, batches: Batches) -> None:
+    """Raise ValueError for a state of which it is not known what to do."""
+    for group in optimizer.param_groups:
+        for state in _states(optimizer, group):
+            for name, value in state.items():
+                problem = _problem(name, value) if batches.decays else None
+                if problem is not None:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} has a state {name!r} {problem}: rescale"
+                        " before the first step"
+                    )
+
+
+def _problem(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if name not in _KNOWN:
+        return "of which it is not known how it depends on the batch size"
+    if name == "step" and isinstance(value, Tensor) and not value.is_floating_point():
+        return f"of type {value.dtype}, which cannot count fractions of a step"
+    return None
+
+
+def rescale_states(
+    optimizer: Optimizer, scaled: Sequence[dict[str, Any]], batches: Batches
+) -> None:
+    """Rescale the states of all groups in place; ``check_states`` has passed.
+
+    Args:
+        optimizer: with the hyper-parameters for the old batch size.
+        scaled: for each group, the hyper-parameters for the new one.
+        batches: the change.
+    """
+    counted: set[int] = set()
+    for group, new in zip(optimizer.param_groups, scaled, strict=True):
+        factor = _buffer_factor(group, new, batches)
+        for state in _states(optimizer, group):
+            if batches.noise:
+                _reduce_noise(group, state, batches.kappa)
+            if state.get("momentum_buffer") is not None:
+                state["momentum_buffer"].mul_(factor)
+            if batches.decays and "step" in state:
+                _rescale_step(state, batches.kappa, counted)
+
+
+def _states(optimizer: Optimizer, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the states of a group; that of a parameter which is listed twice, once."""
+    for parameter in {id(p): p for p in group["params"]}.values():
+        yield optimizer.state.get(parameter, {})
+
+
+def _buffer_factor(group: dict[str, Any], new: dict[str, Any], batches: Batches) -> Any:
+    if not group.get("momentum", 0):
+        return 1.0
+    form = group.get("momentum_form", "torch")
+    if form == "ema":
+        return 1.0
+    if form == "velocity":
+        return batches.lr_factor
+    fill = (1.0 - group["momentum"]) / (1.0 - new["momentum"])
+    sums_ratios = "alpha" in group
+    return fill * math.sqrt(batches.kappa) if sums_ratios and batches.noise else fill
+
+
+def _reduce_noise(group: dict[str, Any], state: dict[str, Any], kappa: float) -> None:
+    for name in _SECOND_MOMENTS:
+        if state.get(name) is None:
+            continue
+        if name == "square_avg" and group.get("centered"):
+            _reduce_variance(state, kappa)
+        else:
+            state[name].div_(kappa)
+
+
+def _reduce_variance(state: dict[str, Any], kappa: float) -> None:
+    square, mean = _real(state["square_avg"]), _real(state["grad_avg"])
+    signal = mean * mean
+    # Rounding may have made the variance negative, which a smaller batch would make worse.
+    square.sub_(signal).clamp_(min=0).div_(kappa).add_(signal)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _rescale_step(state: dict[str, Any], kappa: float, counted: set[int]) -> None:
+    step = state["step"]
+    if not isinstance(step, Tensor):
+        state["step"] = step / kappa
+        return
+    # Parameters may share one count: a checkpoint keeps what was shared when it was made.
+    if id(step) not in counted:
+        counted.add(id(step))
+        step.div_(kappa)
