@@ -13,7 +13,7 @@ UNFINISHED := $(VENV)/.unfinished
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test bench bench-per-sample experiments codegen lint format clean
+.PHONY: help env demo test bench bench-per-sample experiments codegen table lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,12 +49,15 @@ bench: $(STAMP) ## Run the microbenchmarks
 bench-per-sample: $(STAMP) ## Time per-sample squares against the plain gradient on a GPU
 	$(BIN)/python -m bench.per_sample $(ARGS)
 
-# All of them take some minutes: make experiments ARGS='digits --reduced'
+# All of them take about half an hour: make experiments ARGS='digits --reduced'
 experiments: $(STAMP) ## Run the experiments on batch sizes; JSON and PNG in bench/results
 	$(BIN)/python -m bench.experiments $(ARGS)
 
 codegen: $(STAMP) ## Compile every kernel variant for TARGETS, without a GPU, and check the budgets
 	$(BIN)/python -m fusedopt codegen $(TARGETS:%=--target %)
+
+table: $(STAMP) ## Write the README's table of algorithms
+	$(BIN)/python -m docs.algorithm_table --write
 
 # The conventions that only a pattern can check are pre-commit hooks; those need the git checkout.
 lint: $(STAMP) ## Check style, format, types and conventions

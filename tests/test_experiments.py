@@ -16,7 +16,19 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["digits", "ablations", "order", "noise_scale", "char_gpt"]
+NAMES = [
+    "digits",
+    "ablations",
+    "order",
+    "noise_scale",
+    "char_gpt",
+    "svag",
+    "temperature",
+    "denominator",
+    "bias_corrections",
+    "square_root",
+    "noise_signal",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,6 +122,7 @@ def test_char_gpt_as_a_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "new" / "char_gpt.json").read_text())
     assert (tmp_path / "new" / "char_gpt.png").stat().st_size > 10_000
+    assert done.stdout.splitlines()[-1] == "char_gpt: of 2 claims all HOLD"
     assert result["reduced"] and result["settings"]["device"] == "cpu"
     assert result["environment"]["torch"] == torch.__version__
     assert result["environment"]["device"]
@@ -118,13 +131,17 @@ def test_char_gpt_as_a_command(tmp_path: Path) -> None:
             assert losses[0][-1] < losses[0][0] < 5.0
 
 
-def test_failed_claim_is_exit_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_claim_is_exit_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     noise_scale = module("noise_scale")
     monkeypatch.setattr(noise_scale, "run", lambda *_: {})
     monkeypatch.setattr(noise_scale, "claims", lambda _: [("x", 2.0, 1.0, False)])
     monkeypatch.setattr(noise_scale, "draw", lambda _: module("output").Figure())
     arguments = ["noise_scale", "--reduced", "--out", str(tmp_path)]
     assert module("__main__").main(arguments) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "noise_scale: of 1 claims 1 DO NOT HOLD: x"
 
 
 def test_unknown_experiment(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,4 +5,16 @@ progress)``, which returns all its figures as plain values; ``claims(result)``, 
 as (text, measured, bound, holds); and ``draw(result)``, a picture of them.
 """
 
-NAMES = ("digits", "ablations", "order", "noise_scale", "char_gpt")
+NAMES = (
+    "digits",
+    "ablations",
+    "order",
+    "noise_scale",
+    "char_gpt",
+    "svag",
+    "temperature",
+    "denominator",
+    "bias_corrections",
+    "square_root",
+    "noise_signal",
+)

@@ -1,0 +1,86 @@
+"""The README's table of algorithms against the code that it speaks of."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from fusedopt.kernels.rules import REGISTRY
+
+ROOT = Path(__file__).resolve().parents[1]
+# bench is not installed. Last, so that it hides nothing that is.
+sys.path.append(str(ROOT))
+
+
+def _load():
+    spec = spec_from_file_location("algorithm_table", ROOT / "docs" / "algorithm_table.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    # A dataclass looks its module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+algorithm_table = _load()
+ROWS = algorithm_table.ROWS
+OWN_RULES = [r for r in REGISTRY.values() if r.update.fn.__module__.startswith("fusedopt.kernels")]
+
+# Of the documents that the project is built on, and the two of its own.
+NAMES = [
+    *(f"000-{x}" for x in "abcdefgh"),
+    *(f"002-{x}" for x in "abcdefg"),
+    *(f"003-{x}" for x in "abc"),
+    *(f"004-{x}" for x in "abcde"),
+    "2402.18824",
+    "new",
+]
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+def test_every_algorithm_has_a_row() -> None:
+    # Catches an algorithm that is lost from the table, and one that is there twice.
+    assert [row.name for row in ROWS] == NAMES
+
+
+def test_readme_has_the_table_as_it_is() -> None:
+    # Catches a README that says what was true once: python -m docs.algorithm_table --write.
+    text = algorithm_table.README.read_text(encoding="utf-8")
+    assert algorithm_table.within(text) == text
+
+
+@rows
+def test_row_is_in_the_code(row) -> None:
+    # Catches a name that has gone, and a variant that no test, verify or codegen runs.
+    assert row.rule or row.lives
+    for file in algorithm_table.files(row):
+        assert (ROOT / file).is_file(), file
+    if row.rule is not None:
+        assert algorithm_table.example(row) is not None, f"no example group of {row.rule}"
+
+
+@rows
+def test_row_has_checks_that_exist(row) -> None:
+    # Catches a test that was renamed or taken out.
+    assert row.checks
+    for check in row.checks:
+        if check.startswith("bench."):
+            name = check.rpartition(".")[2]
+            assert name in importlib.import_module("bench.experiments").NAMES
+        else:
+            file, _, function = check.partition("::")
+            tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))
+            assert function in {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("rule", OWN_RULES, ids=lambda rule: rule.name)
+def test_every_rule_has_a_row(rule) -> None:
+    # Catches a family of updates that the table forgets.
+    rules = [REGISTRY[row.rule] for row in ROWS if row.rule]
+    families = set(map(algorithm_table.file_of_rule, rules))
+    assert algorithm_table.file_of_rule(rule) in families
