@@ -198,7 +198,7 @@ ROWS = (
         "2402.18824", "batch-size invariant Adam, micro-batches",
         "Wang and Aitchison 2024, arXiv 2402.18824",
         "BatchDecoupledAdam(statistics=MicroBatchSquares())",
-        ("test_statistics_pitfalls::test_pitfall_e_micro_batches", "bench.experiments.digits"),
+        ("test_variants_statistics::test_micro_batches", "bench.experiments.digits"),
         rule="BatchDecoupledAdam",
         lives=("fusedopt.MicroBatchSquares", "fusedopt.scaling.rescale"),
     ),
