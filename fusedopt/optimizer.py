@@ -381,17 +381,22 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: for groups that do not fit, or have no meaning; nothing has changed then.
         """
-        super().load_state_dict(self._completed(state_dict))
         # Clipping spans groups: a checkpoint holds one bound, written into each of them.
-        saved = [group.pop("clip") for group in self.param_groups if "clip" in group]
-        if not saved:
+        bounds = [group["clip"] for group in state_dict["param_groups"] if "clip" in group]
+        if bounds and bounds[0] is not None:
+            # Before anything is loaded: it may be no bound.
+            GlobalNorm(**bounds[0])
+        super().load_state_dict(self._completed(state_dict))
+        for group in self.param_groups:
+            group.pop("clip", None)
+        if not bounds:
             return
-        if saved[0] is None:
+        if bounds[0] is None:
             self.clip = None
         elif self.clip is None:
-            self.clip = GlobalNorm(**saved[0])
+            self.clip = GlobalNorm(**bounds[0])
         else:
-            self.clip.configure(saved[0])
+            self.clip.configure(bounds[0])
 
     def _completed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the state with the options of this class's own that it lacks; check them."""
@@ -422,6 +427,9 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            # Pickles of before an option had what comes first.
+            for name, allowed in self.choices.items():
+                group.setdefault(name, next(iter(allowed)))
         for values in self.state.values():
             if "step" in values and not isinstance(values["step"], Tensor):
                 values["step"] = new_step() + float(values["step"])

@@ -54,8 +54,8 @@ class SGD(FusedOptimizer):
             ``"velocity"``: inside, so that the buffer keeps what it was given when lr changes.
             ``"ema"``: outside, and the buffer is an average of gradients, in which lr has the
             meaning that it has without momentum; no dampening then. The buffers of these forms are
-            not of one unit: what is loaded into torch's class, or into another form, is to be
-            converted first.
+            not of one unit: before it is loaded into torch's class or into another form, or the
+            form is changed in the middle of a run, a buffer has to be converted.
         **common: ``backend``, ``clip``: see ``FusedOptimizer``.
 
     Raises:
@@ -103,8 +103,12 @@ class SGD(FusedOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a parameter group that has no meaning."""
         super().check_group(group)
-        if group["momentum_form"] == "ema" and group["dampening"] != 0:
-            raise ValueError('momentum_form="ema" has weights of its own: dampening must be 0')
+        if group["momentum_form"] == "ema":
+            if group["dampening"] != 0:
+                raise ValueError('momentum_form="ema" has weights of its own: dampening must be 0')
+            _require(
+                group["momentum"] < 1.0, "momentum", "below 1, for an average", group["momentum"]
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by this class or by ``torch.optim.SGD``.
@@ -206,6 +210,8 @@ class RMSprop(FusedOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a parameter group that has no meaning."""
         super().check_group(group)
+        if group["bias_correction"]:
+            _require(group["alpha"] < 1.0, "alpha", "below 1, for a correction", group["alpha"])
         if group["bias_correction"] and group["centered"]:
             raise ValueError(
                 "bias_correction=True and centered=True: the variance of the first gradient alone"

@@ -15,6 +15,20 @@ from .optimizer import FusedOptimizer
 from .scaling import rescale_
 from .source import MissingInput, Source
 
+# Beyond it, weights of nearly 10^6 cost float32 most of the digits that their sum of 1 leaves.
+_LARGEST = 10**6
+# The entry of the parameter groups that says for which ell their hyper-parameters are.
+_MARK = "svag_ell"
+# Entries of the parameter groups, and the values for which the differential equation is known.
+_COVERED: dict[str, tuple[Any, ...]] = {
+    "momentum": (0,),
+    "centered": (False,),
+    "amsgrad": (False,),
+    "denominator": ("std",),
+    # Adam's, and RMSprop's switch.
+    "bias_correction": ("adam", None, False, True),
+}
+
 
 class SVAG:
     """Stochastic variance amplified gradient, around an optimizer.
@@ -41,7 +55,8 @@ class SVAG:
     methods). Decoupled decay is not in either; over the ell^2 steps it adds up to what it was.
 
     The optimizer's hyper-parameters and state are rescaled at once, in place (parameter groups have
-    to be there by then). Both gradients are read, mixed and used in the one launch of the update::
+    to be there by then). Both gradients are read, mixed and used in the one launch of the update;
+    the first is kept in memory from ``hold()`` to ``step()``::
 
         svag = fusedopt.SVAG(fusedopt.Adam(model.parameters()), ell=2)
         for first, second in pairs_of_batches:
@@ -86,6 +101,8 @@ class SVAG:
             raise ValueError(f"ell must be from 1 to {_LARGEST:,}, got {ell}")
         _check_kind(optimizer, self._RULES)
         _check_covered(optimizer)
+        if any(_MARK in group for group in optimizer.param_groups):
+            raise ValueError("the hyper-parameters are those of another SVAG's optimizer already")
         adaptive = optimizer.rule is not SGD
         self.optimizer = optimizer
         self.ell = ell
@@ -93,7 +110,9 @@ class SVAG:
         root = math.sqrt(2 * self.steps_per_step - 1)
         self.weights = (1 + root) / 2, (1 - root) / 2
         _rescale_(optimizer, ell, adaptive)
-        self._pair = _Pair(self.weights, len(optimizer.param_groups))
+        for group in optimizer.param_groups:
+            group[_MARK] = ell
+        self._pair = _Pair(self.weights, ell)
         optimizer._feed(self._RULES[optimizer.rule.name], self._pair)
 
     def hold(self) -> None:
@@ -116,6 +135,7 @@ class SVAG:
 
         Raises:
             RuntimeError: for a parameter with one gradient only; nothing has changed then.
+            ValueError: for groups that were changed to what SVAG does not cover.
         """
         if closure is None:
             self.optimizer.step()
@@ -173,10 +193,10 @@ class _Pair(Source):
 
     names = ("gradient", "gradient held")
 
-    def __init__(self, weights: tuple[float, float], groups: int) -> None:
+    def __init__(self, weights: tuple[float, float], ell: float) -> None:
         super().__init__()
         self.weights = weights
-        self.groups = groups
+        self.ell = ell
         self.held: dict[Tensor, Tensor] = {}
 
     def hold(self) -> None:
@@ -194,8 +214,12 @@ class _Pair(Source):
         """Raise where a parameter has one gradient only, or a group is not what it was."""
         for optimizer in filter(None, (ref() for ref in self._optimizers)):
             _check_covered(optimizer)
-            if len(optimizer.param_groups) != self.groups:
-                raise ValueError("a parameter group came after SVAG, and is not rescaled")
+            if any(group.get(_MARK) != self.ell for group in optimizer.param_groups):
+                raise ValueError(
+                    f"a parameter group was added or loaded that is not rescaled for ell ="
+                    f" {self.ell}: groups have to be there before SVAG, and states are loaded into"
+                    " the SVAG"
+                )
         if not self.held:
             raise RuntimeError(
                 "SVAG's step takes two gradients: call hold() after the first backward, and then"
@@ -232,10 +256,6 @@ class _Pair(Source):
             self.held.pop(p, None)
 
 
-# Beyond it, weights of 10^6 leave nothing of gradients in float32 but their noise.
-_LARGEST = 10**6
-
-
 def _check_kind(optimizer: Any, rules: dict[str, Rule]) -> None:
     """Raise for an optimizer without a form of its own for two gradients."""
     kind = type(optimizer).__name__
@@ -255,19 +275,8 @@ def _check_covered(optimizer: FusedOptimizer) -> None:
         for name, covered in _COVERED.items():
             if name in group and group[name] not in covered:
                 raise ValueError(
-                    f"SVAG's theory does not cover {name}={group[name]!r}, but {covered[0]!r}"
+                    f"SVAG's theory covers only {name}={covered[0]!r}, got {group[name]!r}"
                 )
-
-
-# Entries of the parameter groups, and the values for which the differential equation is known.
-_COVERED: dict[str, tuple[Any, ...]] = {
-    "momentum": (0,),
-    "centered": (False,),
-    "amsgrad": (False,),
-    "denominator": ("std",),
-    # Adam's, and RMSprop's switch.
-    "bias_correction": ("adam", None, False, True),
-}
 
 
 def _rescale_(optimizer: FusedOptimizer, ell: float, adaptive: bool) -> None:
@@ -279,6 +288,3 @@ def _rescale_(optimizer: FusedOptimizer, ell: float, adaptive: bool) -> None:
         rescale_(optimizer, ell, 1, "linear")
         return
     rescale_(optimizer, ell**2, 1, "sqrt")
-    for group in optimizer.param_groups:
-        if group.get("decoupled_weight_decay"):
-            group["weight_decay"] = group["weight_decay"] / ell

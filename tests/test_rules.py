@@ -30,6 +30,7 @@ from trajectory import (
 
 from fusedopt import backends
 from fusedopt.backends import Slot
+from fusedopt.cli.verify import another
 from fusedopt.kernels.lang import jit, tl
 from fusedopt.kernels.rule import Rule
 from fusedopt.kernels.rules import REGISTRY
@@ -83,6 +84,14 @@ def _ordinary(like: Tensor, dtype: torch.dtype) -> Tensor:
 def _spread(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradients of very different sizes, the smallest about as small as eps."""
     return _signed(torch.logspace(-6, 1, like.numel()), like, dtype)
+
+
+def _inputs(rule: Rule, gradient: Tensor, compute: torch.dtype) -> tuple[Tensor, ...]:
+    """What ``statistics_for(rule)`` makes of a gradient."""
+    return tuple(
+        another(gradient, i).to(compute) if degree == 1 else gradient.to(compute).square()
+        for i, degree in enumerate(rule.degrees)
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -182,7 +191,7 @@ def test_kernel_is_its_source_to_the_bit(
         zero = torch.zeros_like(start[i], dtype=compute)
         p, states = source(
             start[i].to(compute),
-            tuple(gradients[i].to(compute) ** degree for degree in rule.degrees),
+            _inputs(rule, gradients[i], compute),
             tuple(zero for _ in names),
             as_scalars(rule.coefficients(group, 1.0), compute, device),
             rule.options(group),
@@ -201,7 +210,7 @@ def test_source_against_twin_in_float64(rule: Rule, group: Mapping[str, Any]) ->
     states = tuple(torch.zeros_like(p) for _ in rule.states(group))
     for step in range(1, 8):
         gradient = _spread(p, torch.float64)
-        inputs = tuple(gradient**degree for degree in rule.degrees)
+        inputs = _inputs(rule, gradient, torch.float64)
         numbers = rule.coefficients(group, float(step))
         got_p, got = source(p, inputs, states, as_scalars(numbers, torch.float64), options)
         # A twin may overwrite parameter and states, and nothing else.

@@ -11,6 +11,9 @@ import torch
 import fusedopt
 from fusedopt import scaling
 
+# What is tested is the arithmetic, of torch's optimizers, too.
+pytestmark = pytest.mark.filterwarnings('ignore:rule="decoupled" is for:UserWarning')
+
 ADAM = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": True}
 UNCHANGED = {"weight_decay": 0.1, "amsgrad": True}
 
@@ -233,6 +236,8 @@ def test_next_step_uses_the_new_values() -> None:
         else:
             for group in optimizer.param_groups:
                 group |= {"lr": group["lr"] * 2, "betas": (0.6, 0.996), "eps": group["eps"] / 2}
+                # Decoupled: lr * weight_decay goes with kappa.
+                group["weight_decay"] *= 2
         for _ in range(3):
             for group in optimizer.param_groups:
                 group["params"][0].grad = torch.tensor([1.0, -2.0])

@@ -14,6 +14,9 @@ from torch.optim import lr_scheduler as lrs
 import fusedopt
 from fusedopt import scaling
 
+# What is tested is the arithmetic, of torch's optimizers, too.
+pytestmark = pytest.mark.filterwarnings('ignore:rule="decoupled" is for:UserWarning')
+
 FACTORIES = {
     "lambda": lambda o: lrs.LambdaLR(o, [lambda t: 0.93**t, lambda t: 1 / (1 + t)]),
     "multiplicative": lambda o: lrs.MultiplicativeLR(o, lambda t: 0.93),

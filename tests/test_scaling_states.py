@@ -13,6 +13,9 @@ from torch.nn import Parameter
 import fusedopt
 from fusedopt import scaling
 
+# What is tested is the arithmetic, of torch's optimizers, too.
+pytestmark = pytest.mark.filterwarnings('ignore:rule="decoupled" is for:UserWarning')
+
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
 
@@ -421,3 +424,49 @@ def test_sharded_states() -> None:
         optimizer.step()
     finally:
         dist.destroy_process_group()
+
+
+def test_names_do_not_make_a_state_known() -> None:
+    # Catches Muon's average, called momentum_buffer, taken for a sum.
+    p = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = torch.optim.Muon([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="Muon"):
+        scaling.rescale_(optimizer, 8, 16, "decoupled")
+    assert optimizer.param_groups[0]["lr"] == before["param_groups"][0]["lr"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_moment_of_the_batch_is_warned_of() -> None:
+    # Catches "decoupled" on an optimizer whose second moment is not, in silence.
+    p = torch.nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="depend on the batch"):
+        scaling.rescale_(fusedopt.AdamW([p]), 8, 16, "decoupled")
+    scaling.rescale_(fusedopt.SGD([p]), 8, 16, "decoupled")
+    samples = fusedopt.GradSampleSquares()
+    scaling.rescale_(fusedopt.BatchDecoupledAdam([p], statistics=samples), 8, 16, "decoupled")
+
+
+def test_bound_of_the_norm_falls_with_the_noise() -> None:
+    # Catches a bound that clips noise at one batch size and does not at another.
+    p = torch.nn.Parameter(torch.ones(3))
+    for rule, expected in (("sqrt", 0.5), ("decoupled", 1.0)):
+        optimizer = fusedopt.AdamW([p], betas=(0.9, 0.99), clip=fusedopt.GlobalNorm(1.0))
+        scaling.rescale_(optimizer, 8, 32, rule)
+        assert optimizer.clip.max_norm == expected
+
+
+@pytest.mark.parametrize("module", [torch.optim, fusedopt], ids=["torch", "fusedopt"])
+def test_decoupled_decay_per_sample_stays(module) -> None:
+    # Catches weights that AdamW shrinks less over an epoch of larger batches, and a coupled decay,
+    # which is part of the gradient, that follows.
+    p = torch.nn.Parameter(torch.ones(3))
+    adamw, adam = (
+        cls([p], betas=(0.9, 0.99), weight_decay=0.1) for cls in (module.AdamW, module.Adam)
+    )
+    for optimizer in (adamw, adam):
+        scaling.rescale_(optimizer, 8, 32, "sqrt")
+    assert adamw.param_groups[0]["weight_decay"] == pytest.approx(0.2)
+    assert adam.param_groups[0]["weight_decay"] == 0.1

@@ -132,7 +132,7 @@ def test_hyper_parameters(name: str, ell: float) -> None:
     svag = SVAG(optimizer, ell)
     assert svag.optimizer is optimizer
     after, expected = _options(optimizer), rescaled(name, ell, before)
-    assert after.keys() == before.keys()
+    assert after.keys() == {*before, "svag_ell"}
     for key, value in expected.items():
         if isinstance(value, (bool, str, type(None))):
             assert after[key] == value, key

@@ -331,3 +331,25 @@ def test_wrapped_twice() -> None:
     svag = SVAG(fusedopt.Adam(new_params([(3,)])), 2)
     with pytest.raises(TypeError, match="already"):
         SVAG(svag.optimizer, 2)
+
+
+def test_states_loaded_past_it() -> None:
+    # Catches hyper-parameters of the plain optimizer beside gradients mixed for another noise.
+    params = new_params([(3,)])
+    optimizer = fusedopt.Adam(params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    svag = SVAG(optimizer, 4)
+    svag.optimizer.load_state_dict(saved)
+    give(params, draw(params, 1))
+    svag.hold()
+    give(params, draw(params, 2))
+    with pytest.raises(ValueError, match="ell"):
+        svag.step()
+    assert not optimizer.state
+
+
+def test_rescaled_twice() -> None:
+    # Catches a copy, whose hyper-parameters are rescaled, that is wrapped again.
+    svag = SVAG(fusedopt.Adam(new_params([(3,)])), 2)
+    with pytest.raises(ValueError, match="already"):
+        SVAG(copy.deepcopy(svag.optimizer), 2)

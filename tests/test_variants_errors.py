@@ -249,3 +249,39 @@ def test_torchs_checkpoint_keeps_the_constructors_option(
     values = [o.param_groups[0]["params"][0].detach() for o in (ours, twin, plain)]
     assert_same_bits(values[0], values[1])
     assert (values[0] - values[2]).abs().min() > 1e-3
+
+
+def test_averages_forget() -> None:
+    # Catches weights of an average that are no weights: nan, or a parameter that ascends.
+    p = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    with pytest.raises(ValueError, match="alpha"):
+        fusedopt.RMSprop([p], alpha=1.0, bias_correction=True)
+    with pytest.raises(ValueError, match="momentum"):
+        fusedopt.SGD([p], momentum=1.0, momentum_form="ema")
+
+
+def test_bad_bound_in_a_checkpoint_changes_nothing() -> None:
+    # Catches a bound that is found to be none after the rest was loaded.
+    p = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = fusedopt.Adam([p])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] |= {"lr": 5.0, "clip": {"max_norm": -1.0}}
+    with pytest.raises(ValueError, match="max_norm"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nesterov_with_dampening_in_a_group(backend: str) -> None:
+    # torch refuses the pair in its constructor only. Catches the weight of d in the buffer, which
+    # is dampened, for that in the step.
+    pairs = [torch.nn.Parameter(torch.ones(3, device=DEVICE)) for _ in range(2)]
+    group = {"dampening": 0.5, "nesterov": True, "momentum": 0.9, "lr": 0.1}
+    ours = fusedopt.SGD([{"params": [pairs[0]], **group}], backend=backend)
+    theirs = torch.optim.SGD([{"params": [pairs[1]], **group}])
+    for step in range(5):
+        for p in pairs:
+            p.grad = torch.full_like(p, 1.0 + step)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(pairs[0], pairs[1])

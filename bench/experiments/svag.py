@@ -123,7 +123,7 @@ def claims(result: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
     distance = max(noise["distance"].values()) / noise["spread"]
     at_most("digits: distance of l > 1 from l = 1 over the seeds' spread", distance, 1.0)
     ratio = signal["distance"][2] / signal["spread"]
-    text = "digits: the same at a batch whose signal dominates"
+    text = "digits: the same at a batch that noise does not dominate"
     stated.append((f"{text}, at least", ratio, 3.0, ratio >= 3.0))
     return stated
 

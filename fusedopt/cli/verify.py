@@ -115,14 +115,20 @@ class PowersOfGradients(Statistics):
         self, parameters: list[Tensor], gradients: list[Tensor], plain: bool
     ) -> list[list[Tensor]]:
         """Return gradients and squares as the rule asks for them."""
+        squares = [self._squares(p) for p in parameters] if 2 in self.rule.degrees else []
         return [
-            gradients if degree == 1 else [self._squares(p) for p in parameters]
-            for degree in self.rule.degrees
+            [another(g, i) for g in gradients] if degree == 1 else squares
+            for i, degree in enumerate(self.rule.degrees)
         ]
 
     def factors(self, virtual_batch_size: float, count: int) -> dict[str, float]:
         """Leave the factors that the parameter group states."""
         return {}
+
+
+def another(gradient: Tensor, i: int) -> Tensor:
+    """Return what input i is if its degree is 1: no two the same, or weights could be exchanged."""
+    return gradient * (1 + i)
 
 
 def statistics_for(rule: Rule) -> Statistics | None:

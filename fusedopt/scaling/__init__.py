@@ -7,7 +7,7 @@ hyper-parameters were tuned at. With kappa = to_batch / from_batch, and as many 
 rule          lr              decay of an average   eps              weight decay
 ============  ==============  ====================  ===============  ============
 "decoupled"   lr kappa        beta ** kappa         unchanged        unchanged
-"sqrt"        lr sqrt(kappa)  1 - kappa (1 - beta)  eps/sqrt(kappa)  unchanged
+"sqrt"        lr sqrt(kappa)  1 - kappa (1 - beta)  eps/sqrt(kappa)  see below
 "linear"      lr kappa        unchanged             unchanged        unchanged
 "constant"    unchanged       unchanged             unchanged        unchanged
 ============  ==============  ====================  ===============  ============
@@ -15,9 +15,9 @@ rule          lr              decay of an average   eps              weight deca
 "decoupled" is for optimizers whose second moment does not depend on the batch, as that of
 ``BatchDecoupledAdam``, and for plain SGD (Wang and Aitchison, arXiv 2402.18824, with ``beta **
 kappa`` for their 1 - kappa (1 - beta), to which it is equal to first order). "sqrt" is for Adam and
-RMSprop where gradient noise dominates (Malladi et al., arXiv 2205.10287). It leaves the weight
-decay alone, as there: decay that is decoupled as AdamW's shrinks weights by lr * weight_decay a
-step, and so, over an epoch, less by sqrt(kappa).
+RMSprop where gradient noise dominates (Malladi et al., arXiv 2205.10287). Coupled decay is part of
+the gradient, and stays. Decoupled decay, as AdamW's, shrinks weights by lr weight_decay a step,
+which has to become kappa times as much: weight_decay is multiplied by sqrt(kappa).
 
 In the middle of a run the optimizer's state has to follow: see ``states``. ``rescale`` is for
 hyper-parameters before a run, ``rescale_`` for an optimizer at any time, ``BatchSizeWarmup`` calls

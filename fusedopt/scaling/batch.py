@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -51,7 +52,8 @@ def rescale(
             no limit, and makes bias corrections a function of the samples seen alone.
 
     Returns:
-        A new dictionary with the same keys.
+        A new dictionary with the same keys. ``weight_decay`` changes with "sqrt" alone, and where
+        ``decoupled_weight_decay`` is there and true.
 
     Raises:
         ValueError: for batch sizes that are not positive, an unknown rule or form, a decay that
@@ -79,6 +81,8 @@ def rescale(
             scaled[name] = scaled[name] * factor
     if rule == "sqrt" and "eps" in scaled:
         scaled["eps"] = scaled["eps"] / math.sqrt(kappa)
+    if rule == "sqrt" and scaled.get("decoupled_weight_decay"):
+        scaled["weight_decay"] = scaled["weight_decay"] * math.sqrt(kappa)
     return scaled
 
 
@@ -95,7 +99,8 @@ def rescale_(
 
     Call it between two steps, before the first or in the middle of a run: step counts, second
     moments and momentum buffers become what they would be after as many samples in batches of the
-    new size (``fusedopt.scaling.states`` says how). Tensors are written in place.
+    new size (``fusedopt.scaling.states`` says how). Tensors are written in place. With "sqrt" the
+    bound of ``clip=GlobalNorm(...)`` is divided by sqrt(kappa), as norms are where noise dominates.
 
     A scheduler of torch's holds on to the lr that it found: make it after the last call, or use
     ``samples_schedule``, which reads the ``initial_lr`` that is rescaled here with lr. For a
@@ -103,7 +108,7 @@ def rescale_(
 
     Args:
         optimizer: SGD, RMSprop, Adam or AdamW of torch.optim or of fusedopt, or, before its first
-            step, any other.
+            step, another whose lr, betas, alpha and momentum are what they are in these.
         from_batch: samples a step that the hyper-parameters are for.
         to_batch: samples a step wanted.
         rule: as for ``rescale``.
@@ -121,14 +126,34 @@ def rescale_(
     kappa = _ratio(from_batch, to_batch)
     batches = Batches(kappa, _lr_factor(rule, kappa), rule in _OWN_FORM, rule == "sqrt")
     check_states(optimizer, batches)
+    if rule == "decoupled":
+        _warn_of_dependence(optimizer)
     rescale_states(optimizer, scaled, batches)
+    clip = getattr(optimizer, "clip", None)
+    if rule == "sqrt" and clip is not None:
+        # The norm of noise falls with the batch, as eps has to beside the root of its square.
+        clip.max_norm = clip.max_norm / math.sqrt(kappa)
     for group, new in zip(groups, scaled, strict=True):
-        for name in ("lr", "initial_lr", "alpha", "momentum", "eps"):
+        for name in ("lr", "initial_lr", "alpha", "momentum", "eps", "weight_decay"):
             if name in group:
                 group[name] = _written(group[name], new[name])
         if "betas" in group:
             pairs = zip(group["betas"], new["betas"], strict=True)
             group["betas"] = tuple(_written(old, value) for old, value in pairs)
+
+
+def _warn_of_dependence(optimizer: Optimizer) -> None:
+    """Warn where the second moment is that of the batch, so that "decoupled" does not hold."""
+    for group in optimizer.param_groups:
+        if ("betas" in group or "alpha" in group) and group.get("virtual_batch_size") is None:
+            warnings.warn(
+                f'rule="decoupled" is for a second moment that does not depend on the batch, and'
+                f" that of {type(optimizer).__name__} does: take fusedopt.BatchDecoupledAdam, or"
+                ' rule="sqrt" where noise dominates',
+                UserWarning,
+                stacklevel=4,
+            )
+            return
 
 
 def _ratio(from_batch: float, to_batch: float) -> float:

@@ -12,8 +12,9 @@ momentum_buffer    so that the steps per sample, where gradients stay, do not ju
 =================  ====================================================================
 
 **Step counts** enter bias corrections as beta^t. As beta becomes beta^kappa and t becomes t / kappa
-this stays: corrections depend on the samples seen and not on their batches. A count may be a
-fraction.
+this stays: corrections depend on the samples seen and not on their batches. With the linear form,
+1 - kappa (1 - beta), it stays to first order in kappa (1 - beta): a switch within the first
+1 / (1 - beta) steps is better made with ``beta_form="power"``. A count may be a fraction.
 
 **Second moments** are ``exp_avg_sq``, ``max_exp_avg_sq`` and ``square_avg``. The square-root rule
 holds where they are all noise, sigma^2 / B (Malladi et al., arXiv 2205.10287, whose theorem 4.2
@@ -45,6 +46,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..kernels.rules import REGISTRY
+
+_TORCHS = (torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam, torch.optim.AdamW)
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 _KNOWN = {"step", "exp_avg", "grad_avg", "momentum_buffer", *_SECOND_MOMENTS}
 
@@ -68,6 +72,11 @@ class Batches:
 
 def check_states(optimizer: Optimizer, batches: Batches) -> None:
     """Raise ValueError for a state of which it is not known what to do."""
+    if batches.decays and any(optimizer.state.values()) and not _is_known(optimizer):
+        raise ValueError(
+            f"it is not known how the state of {type(optimizer).__name__} depends on the batch"
+            " size: rescale before the first step"
+        )
     for group in optimizer.param_groups:
         for state in _states(optimizer, group):
             for name, value in state.items():
@@ -77,6 +86,12 @@ def check_states(optimizer: Optimizer, batches: Batches) -> None:
                         f"{type(optimizer).__name__} has a state {name!r} {problem}: rescale"
                         " before the first step"
                     )
+
+
+def _is_known(optimizer: Any) -> bool:
+    """Whether names of states mean what they do here; Muon's momentum_buffer is an average."""
+    rule = getattr(optimizer, "rule", None)
+    return type(optimizer) in _TORCHS or (rule is not None and REGISTRY.get(rule.name) is rule)
 
 
 def _problem(name: str, value: Any) -> str | None:

@@ -90,14 +90,28 @@ class BatchSizeWarmup:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the samples seen and the batch size that the optimizer is scaled to."""
-        return {"samples": self.samples, "batch_size": self.batch_size}
+        return {
+            "samples": self.samples,
+            "batch_size": self.batch_size,
+            "milestones": dict(self.milestones),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where another warm-up was. The optimizer's own state has what was rescaled.
 
         Args:
             state_dict: what ``state_dict()`` returned.
+
+        Raises:
+            ValueError: where the milestones up to there were others.
         """
+        passed = state_dict["samples"]
+        theirs, ours = (
+            {samples: size for samples, size in milestones.items() if samples <= passed}
+            for milestones in (state_dict["milestones"], self.milestones)
+        )
+        if theirs != ours:
+            raise ValueError(f"the state has passed the milestones {theirs}, and these are {ours}")
         self.samples = state_dict["samples"]
         self.batch_size = state_dict["batch_size"]
 

@@ -10,8 +10,8 @@ The learning rate can stand elsewhere (``momentum_form``), with d and the step a
     m = mu m + (1 - mu) d                "ema": p = p - lr m, from m = 0
 
 v is lr b and m is (1 - mu) b as long as lr and mu stay what they are. When lr changes, b and m
-follow at once and v does within 1 / (1 - mu) steps. Nesterov momentum adds the newest d once more
-with the weight that it has in the buffer.
+follow at once and v does within 1 / (1 - mu) steps. Nesterov momentum adds the newest d once more:
+lr d + mu v, and lr ((1 - mu) d + mu m).
 
 Polyak 1964; Nesterov momentum in the form of Sutskever et al., ICML 2013, as ``torch.optim.SGD``
 states it; velocity of McAllester, TTIC 31230, "SGD with Momentum"; average of Aitchison, EMAT31530
@@ -32,32 +32,33 @@ MOMENTUM_FORMS = ("torch", "velocity", "ema")
 
 
 def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
-    """Sign of the gradient, weight decay, momentum, weight of the new gradient, learning rate.
+    """Sign, weight decay, momentum, weight of d in the buffer and in the step, learning rate.
 
-    The last is that of the step: 1 where the buffer has it inside.
+    The weight in the step is that of Nesterov momentum; the learning rate is 1 where the buffer has
+    it inside.
     """
     sign = -1.0 if group["maximize"] else 1.0
     lr, momentum = group["lr"], group["momentum"]
     # A buffer at its first step is zero, so weight 1 makes it the gradient, undampened.
-    keep = 1.0 - group["dampening"] * (step > 1)
+    keep, newest = 1.0 - group["dampening"] * (step > 1), 1.0
     if group["momentum_form"] == "velocity":
         # Without a buffer lr stays outside. Not a branch: momentum may live on the device.
         has_buffer = 1.0 * (momentum**2 > 0)
-        keep, lr = keep * lr, has_buffer + (1.0 - has_buffer) * lr
+        keep, newest, lr = keep * lr, lr, has_buffer + (1.0 - has_buffer) * lr
     elif group["momentum_form"] == "ema":
-        keep = 1.0 - momentum
-    return sign, group["weight_decay"], momentum, keep, lr
+        keep = newest = 1.0 - momentum
+    return sign, group["weight_decay"], momentum, keep, newest, lr
 
 
 @jit
 def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     """Update one block; OPTIONS is (momentum, nesterov)."""
-    sign, l2, momentum, keep, lr = coefficients
+    sign, l2, momentum, keep, newest, lr = coefficients
     d = inputs[0] * sign
     d = where(l2 != 0.0, d + l2 * p, d)
     if OPTIONS[0]:
         buffer = momentum * states[0] + keep * d
-        d = keep * d + momentum * buffer if OPTIONS[1] else buffer
+        d = newest * d + momentum * buffer if OPTIONS[1] else buffer
         return p - lr * d, (buffer,)
     else:
         return p - lr * d, states
@@ -71,13 +72,13 @@ def twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
-    sign, l2, momentum, keep, lr = coefficients
+    sign, l2, momentum, keep, newest, lr = coefficients
     has_momentum, nesterov = options
     d = T.add_if(T.scale(inputs[0], sign), p, l2)
     if has_momentum:
         buffer = T.add_(T.scale_(states[0], momentum), d, keep)
         # A copy: where the weight is 1, d may be the gradient itself.
-        d = T.add_(T.scale_(d.clone(), keep), buffer, momentum) if nesterov else buffer
+        d = T.add_(T.scale_(d.clone(), newest), buffer, momentum) if nesterov else buffer
     return T.add_(p, d, -lr), states
 
 
@@ -95,7 +96,7 @@ SGD = Rule(
     options=lambda group: (group["momentum"] != 0, bool(group["nesterov"])),
     option_names=("momentum", "nesterov"),
     hyper=("lr", "momentum", "dampening", "weight_decay"),
-    n_coefficients=5,
+    n_coefficients=6,
     counts_steps=False,
     example_groups=(
         _DEFAULTS,
