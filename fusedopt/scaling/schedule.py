@@ -28,20 +28,21 @@ def samples_schedule(
     step of the scheduler, as with batches of `from_batch`, lr is that of torch's to the bit::
 
         optimizer = fusedopt.AdamW(model.parameters(), lr=3e-4)
-        fusedopt.scaling.rescale_(optimizer, from_batch=32, to_batch=512, rule="sqrt")
         schedule = fusedopt.scaling.samples_schedule(
-            lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=10_000),
+            lambda o: torch.optim.lr_scheduler.OneCycleLR(
+                o, max_lr=3e-4, total_steps=10_000, cycle_momentum=False),
             optimizer, from_batch=32, batch_size=512)
+        fusedopt.scaling.rescale_(optimizer, 32, 512, rule="sqrt", beta_form="power")
         for x, y in loader:
             criterion(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
 
-    The optimizer's lr has to be for the batches that are in use, as ``rescale`` makes it: a
-    schedule only says what becomes of it over time. A ``rescale_`` in the middle of a run changes
-    all that follows by as much as lr. The host runs torch's scheduler once for each `from_batch`
-    samples.
+    In this order, what the scheduler has in absolute numbers (``max_lr``, ``eta_min``) is for
+    batches of `from_batch`, and ``rescale_``, then or in the middle of a run, changes it as lr.
+    Made after ``rescale_``, it has to be for the batches that are in use. The host runs torch's
+    scheduler once for each `from_batch` samples.
 
     Args:
         scheduler_factory: called once, with an optimizer that has the learning rates of
