@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .geometry import SIZES
 from .lang import COMPILE_OPTIONS, tl, triton
 from .per_sample.shapes import matrix_instruction
 
 # Bytes of an element, by Triton's name of its type.
-DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+DTYPES = SIZES
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def variants(target: Any) -> Iterator[Variant]:
     from . import aot_variants
     from .per_sample import aot_variants as per_sample
 
-    yield from aot_variants.variants()
+    yield from aot_variants.variants(architecture(target))
     yield from per_sample.variants(target)
 
 
@@ -137,6 +138,11 @@ def parse_target(text: str) -> Any:
         # Compute cards (gfx9) have wavefronts of 64, graphics cards of 32.
         return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
     raise ValueError(f"a target is cuda:<capability> or hip:gfx<number>, got {text!r}")
+
+
+def architecture(target: Any) -> str:
+    """Name a target as ``parse_target`` reads it."""
+    return f"{target.backend}:{target.arch}"
 
 
 def capability(target: Any) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from . import multi_tensor, norms
 from .aot import DTYPES, Budget, Variant, element_type
+from .geometry import update_geometry
 from .lang import tl
 from .rule import Rule
 from .rules import REGISTRY
@@ -24,8 +25,12 @@ LAYOUTS = (
 )
 
 
-def variants() -> Iterator[Variant]:
-    """Every variant that the registry's rules and the norm kernels can need."""
+def variants(architecture: str = "") -> Iterator[Variant]:
+    """Every variant that the registry's rules and the norm kernels can need.
+
+    Args:
+        architecture: for which, as in ``geometry.update_geometry``.
+    """
     for rule in REGISTRY.values():
         seen = set()
         for group in rule.example_groups:
@@ -37,7 +42,8 @@ def variants() -> Iterator[Variant]:
                 # Squares are kept in float32, whatever the gradient is.
                 squares = "fp64" if param == "fp64" else "fp32"
                 inputs = [gradient if degree == 1 else squares for degree in rule.degrees]
-                yield update_tensors(rule, key[0], (param, *inputs, *[state] * key[1]), aligned)
+                types = (param, *inputs, *[state] * key[1])
+                yield update_tensors(rule, key[0], types, aligned, architecture)
     for infinity_norm in (False, True):
         for dtype in DTYPES:
             yield partial_norms(dtype, infinity_norm)
@@ -46,7 +52,11 @@ def variants() -> Iterator[Variant]:
 
 
 def update_tensors(
-    rule: Rule, options: tuple[bool, ...], dtypes: tuple[str, ...], aligned: bool = True
+    rule: Rule,
+    options: tuple[bool, ...],
+    dtypes: tuple[str, ...],
+    aligned: bool = True,
+    architecture: str = "",
 ) -> Variant:
     """The update kernel with a rule, for one mix of types.
 
@@ -61,7 +71,7 @@ def update_tensors(
     sizes = [DTYPES[d] for d in dtypes]
     inputs = sum(sizes[1 : 1 + len(rule.degrees)])
     is_adamw = rule.name == "Adam" and not any(options) and set(dtypes) == {"fp32"}
-    block = multi_tensor.block_size(aligned)
+    launch = update_geometry(architecture, rule.name, dtypes, aligned)
     return Variant(
         name=f"{rule.label(options)} {names}{_suffix(aligned)}",
         kernel=multi_tensor.update_tensors,
@@ -78,10 +88,10 @@ def update_tensors(
             "N_COEFFICIENTS": rule.n_coefficients,
             "COMPUTE": _compute(types),
             "ALIGNED": aligned,
-            "BLOCK": block,
+            "BLOCK": launch.block,
         },
-        threads=multi_tensor.THREADS,
-        block=block,
+        threads=launch.threads,
+        block=launch.block,
         budget=Budget(
             bytes_per_element=2 * sum(sizes) - inputs if aligned else None,
             registers=64 if is_adamw else None,

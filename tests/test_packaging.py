@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("packaging")
 
 ROOT = Path(__file__).resolve().parents[1]
 # Directories of the repository that must not become top-level packages of a user's environment.
-PRIVATE = ["bench", "cmake", "docs", "examples", "kernels", "tests"]
+PRIVATE = ["bench", "cmake", "docs", "examples", "kernels", "native", "tests"]
 # What a tree without git leaves out of a copy; with git, .gitignore decides.
 GENERATED = [".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"]
 
@@ -127,7 +127,7 @@ def sdist(checkout, tmp_path_factory):
 
 LOOK = """
 import importlib.metadata, importlib.resources, importlib.util, json, sys
-import fusedopt, fusedopt.kernels
+import fusedopt, fusedopt.kernels.geometry
 if importlib.util.find_spec("triton"):
     import fusedopt.kernels.multi_tensor
 entries = importlib.metadata.entry_points(group="console_scripts", name="fusedopt")
@@ -137,6 +137,7 @@ print(json.dumps({
     "version": fusedopt.__version__,
     "installed version": importlib.metadata.version("fusedopt"),
     "typed": importlib.resources.files("fusedopt").joinpath("py.typed").is_file(),
+    "geometries": fusedopt.kernels.geometry.load(fusedopt.kernels.geometry.TUNED),
     "commands": [callable(entry.load()) for entry in entries],
     "exposed": [name for name in sys.argv[1:] if importlib.util.find_spec(name)],
 }))
@@ -174,6 +175,12 @@ def test_types_are_announced(installed):
     assert seen["typed"]
 
 
+def test_the_table_of_geometries_is_installed(installed, checkout):
+    seen, _ = installed
+    table = checkout / "kernels" / "tuned.json"
+    assert seen["geometries"] == json.loads(table.read_text())["entries"]
+
+
 def test_command_is_installed(installed):
     seen, _ = installed
     assert seen["commands"] == [True]
@@ -196,6 +203,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, checkout):
     linked = python_files(checkout, "kernels") | python_files(checkout, "examples")
     assert len(linked) > 1
     assert {f"fusedopt/{name}" for name in linked} <= names
+    assert "fusedopt/kernels/tuned.json" in names
     assert not [name for name in names if "tests" in name.split("/") or name.endswith(".pyc")]
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..codecs import compute_dtype, real_dtype
 from ..coefficients import Table, upload
-from ..kernels import multi_tensor, norms
-from ..kernels.lang import COMPILE_OPTIONS, tl
+from ..kernels import geometry, multi_tensor, norms
+from ..kernels.lang import COMPILE_OPTIONS, INTERPRETED, tl, triton
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
 from ..layout import (
@@ -199,8 +199,9 @@ class Cohort:
         host_table = _host([self._numels, self._row_of, *addresses])
         self.table = torch.empty(host_table.shape, dtype=torch.int64, device=device)
         upload(self.table, host_table)
-        block = multi_tensor.block_size(key.aligned)
-        self.chunk_tensor, self.chunk_index = chunk_map(self._numels, block, device)
+        shape = _geometry(rule, device, key)
+        self._threads = shape.threads
+        self.chunk_tensor, self.chunk_index = chunk_map(self._numels, shape.block, device)
         self._norm_chunks: tuple[Tensor, Tensor] | None = None
         self._meta: dict[str, Any] = {
             "RULE": rule.update,
@@ -210,7 +211,7 @@ class Cohort:
             "N_COEFFICIENTS": rule.n_coefficients,
             "COMPUTE": TRITON_DTYPES[compute_dtype(key.dtypes)],
             "ALIGNED": key.aligned,
-            "BLOCK": multi_tensor.block_size(key.aligned),
+            "BLOCK": shape.block,
         }
         self._kernel: Any = multi_tensor.update_tensors
         self._extra: tuple[Tensor, ...] = ()
@@ -264,12 +265,28 @@ class Cohort:
         for tensor, buffer in self._staged_memory:
             buffer.copy_(tensor)
         launch(
-            self._kernel, len(self.chunk_tensor), multi_tensor.THREADS, self.device,
+            self._kernel, len(self.chunk_tensor), self._threads, self.device,
             self.table, self.width, self.chunk_tensor, self.chunk_index, table.values, control,
             *self._extra, **self._meta,
         )  # fmt: skip
         for tensor, buffer in self._staged_memory:
             tensor.copy_(buffer)
+
+
+def _geometry(rule: Rule, device: torch.device, key: CohortKey) -> geometry.Geometry:
+    if key.counts is not None:
+        return geometry.default(key.aligned)
+    names = [str(TRITON_DTYPES[t]) for t in key.dtypes]
+    return geometry.update_geometry(_architecture(device), rule.name, names, key.aligned)
+
+
+def _architecture(device: torch.device) -> str:
+    """Name what Triton compiles for, as ``codegen`` takes it; nothing for the interpreter."""
+    if INTERPRETED:
+        return ""
+    with _device_guard(device):
+        target = triton.runtime.driver.active.get_current_target()
+    return f"{target.backend}:{target.arch}"
 
 
 def chunk_map(numels: Sequence[int], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
