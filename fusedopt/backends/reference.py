@@ -69,8 +69,9 @@ class ReferencePart:
         order = float("inf") if infinity_norm else 2.0
         norms = []
         for memory in self.memories:
-            gradient = decode(real_view(inputs[0][memory.position]), memory.compute)
-            norms.append(torch.linalg.vector_norm(gradient, order).double())
+            for piece in _pieces(real_view(inputs[0][memory.position])):
+                gradient = decode(piece, memory.compute)
+                norms.append(torch.linalg.vector_norm(gradient, order).double())
         if not norms:
             return torch.zeros(1, dtype=torch.float64, device=self.device)
         partials = torch.stack(norms) * inverse_scale
@@ -128,6 +129,21 @@ class ReferencePart:
             encode(target, new)
         for target, before in zip(tensors, old, strict=False):
             torch.where(skip, before, target, out=target)
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Cut what is to be summed in float32 on a processor.
+
+    There torch adds so many squares to one number that, from ten million on, most of a square is
+    rounded off: the norm of forty million is 0.3 % too small.
+    """
+    if tensor.device.type != "cpu" or tensor.numel() <= PIECE_OF_THREAD:
+        yield tensor
+        return
+    flat = tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
+    for piece in flat.split(PIECE_OF_THREAD):
+        # Of neighbours in memory, eight at a time are added to numbers of their own.
+        yield piece.contiguous()
 
 
 def reduce_samples(parameter: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

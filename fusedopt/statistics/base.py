@@ -232,7 +232,9 @@ class Statistics(Source):
         total = torch.zeros_like(mean)
         for p in parameters:
             squares = self._squares(p)
-            norm = torch.linalg.vector_norm(self._mean(p, squares.dtype, count))
+            # In float64: on a CPU, torch loses 0.3 % of the norm of forty million float32.
+            gradient = self._mean(p, squares.dtype, count)
+            norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
             mean += norm.to(device, torch.float64).square()
             total += squares.sum(dtype=torch.float64).to(device) * (self.weight(count) ** 2 / count)
         signal = (count * mean - total) / (count - 1)
