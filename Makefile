@@ -5,6 +5,9 @@ PYTHON ?= python3
 # Passed to the tool behind a target: make test ARGS='-k adam -x'
 ARGS ?=
 TARGETS ?= cuda:80 cuda:90 cuda:100 hip:gfx942
+# Where the results of make gpu go, and the C library is built.
+OUT ?= bench/out/gpu
+BUILD ?= build
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,11 +16,12 @@ UNFINISHED := $(VENV)/.unfinished
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test bench bench-per-sample experiments codegen table lint format clean
+.PHONY: help env demo test gpu bench bench-per-sample experiments regression codegen native table \
+  lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON (to make .venv with), ARGS (for demo, test, bench, experiments), TARGETS (for codegen)"
+	@echo "Variables: PYTHON (to make .venv with), ARGS (for demo, test, gpu, bench, ...), TARGETS (for codegen, native)"
 
 env: $(STAMP) ## Create or update .venv with the versions in constraints.txt
 
@@ -42,6 +46,10 @@ demo: $(STAMP) ## Run the main job of the README
 test: $(STAMP) ## Run the whole test suite in parallel
 	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
 
+# Without .venv: the Python of a machine with a GPU has a PyTorch for it, and Triton.
+gpu: ## On a machine with a GPU, in under eight minutes: tests, verify, benchmark, sanitizer; results in OUT
+	PYTHONPATH="$(CURDIR)" $(PYTHON) -m bench.gpu --out "$(OUT)" $(ARGS)
+
 bench: $(STAMP) ## Run the microbenchmarks
 	$(BIN)/pytest bench $(ARGS)
 
@@ -53,11 +61,22 @@ bench-per-sample: $(STAMP) ## Time per-sample squares against the plain gradient
 experiments: $(STAMP) ## Run the experiments on batch sizes; JSON and PNG in bench/results
 	$(BIN)/python -m bench.experiments $(ARGS)
 
-codegen: $(STAMP) ## Compile every kernel variant for TARGETS, without a GPU, and check the budgets
-	$(BIN)/python -m fusedopt codegen $(TARGETS:%=--target %)
+regression: $(STAMP) ## Hold the host's share of a step to its committed baseline
+	$(BIN)/python -m bench.regression host $(ARGS)
 
-table: $(STAMP) ## Write the README's table of algorithms
+codegen: $(STAMP) ## Compile every kernel variant for TARGETS, without a GPU; check budgets and baseline
+	$(BIN)/python -m fusedopt codegen $(TARGETS:%=--target %) --baseline bench/baselines/codegen.json $(ARGS)
+
+# Of the targets, NVIDIA's: the library has code for no other.
+space := $(subst ,, )
+native: $(STAMP) ## Build the C library for TARGETS in BUILD, without a GPU, and test it
+	cmake -S . -B "$(BUILD)" -DFUSEDOPT_TARGETS="$(subst $(space),;,$(strip $(filter cuda:%,$(TARGETS))))"
+	cmake --build "$(BUILD)"
+	ctest --test-dir "$(BUILD)" --output-on-failure --exclude-regex codegen
+
+table: $(STAMP) ## Write the README's tables, of algorithms and of benchmarks
 	$(BIN)/python -m docs.algorithm_table --write
+	$(BIN)/python -m docs.benchmark_table --write
 
 # The conventions that only a pattern can check are pre-commit hooks; those need the git checkout.
 lint: $(STAMP) ## Check style, format, types and conventions

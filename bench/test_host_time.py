@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from pairs import make_params, ratio
+from pairs import make_params, ratio, without_launches
 
 import fusedopt
-from fusedopt.backends import triton as backend
 
 SHAPES = [(16,)] * 1000
 
@@ -21,13 +22,10 @@ def _fusedopt() -> torch.optim.Optimizer:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def launches() -> Iterator[list[int]]:
     """Replace the launch by a record of how many programs it would have run."""
-    calls: list[int] = []
-    monkeypatch.setattr(
-        backend, "launch", lambda kernel, programs, *_, **__: calls.append(programs)
-    )
-    return calls
+    with without_launches() as programs:
+        yield programs
 
 
 @pytest.mark.parametrize("make", [_torch_fused, _fusedopt])

@@ -11,6 +11,8 @@ COMMANDS = {
     "info": "environment, devices, and the backend chosen for each and why",
     "verify": "kernels against reference on this machine, in ulps",
     "codegen": "compile every kernel variant without a GPU and check the budgets",
+    "precompile": "fill a Triton cache, so that the first step on a GPU compiles nothing",
+    "bench": "time optimizer steps against PyTorch's and other libraries'",
     "demo": "train a small GPT with torch.optim.AdamW and with fusedopt.AdamW",
 }
 

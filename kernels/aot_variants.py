@@ -9,6 +9,7 @@ from . import multi_tensor, norms
 from .aot import DTYPES, Budget, Variant, element_type
 from .geometry import update_geometry
 from .lang import tl
+from .option_sets import option_sets
 from .rule import Rule
 from .rules import REGISTRY
 
@@ -32,12 +33,8 @@ def variants(architecture: str = "") -> Iterator[Variant]:
         architecture: for which, as in ``geometry.update_geometry``.
     """
     for rule in REGISTRY.values():
-        seen = set()
-        for group in rule.example_groups:
+        for group in option_sets(rule):
             key = rule.options(group), len(rule.states(group))
-            if key in seen:
-                continue
-            seen.add(key)
             for param, gradient, state, aligned in LAYOUTS:
                 # Squares are kept in float32, whatever the gradient is.
                 squares = "fp64" if param == "fp64" else "fp32"

@@ -153,7 +153,8 @@ def test_a_broken_budget_makes_the_command_fail(monkeypatch, capsys):
     for broken, status in ((row["broken"], 1), ([], 0)):
         rows = [{**row, "broken": broken}]
         monkeypatch.setattr(codegen, "_compile_all", lambda *_, rows=rows, **__: iter(rows))
-        options = type("Options", (), {"target": ["cuda:90"], "json": True, "jobs": 1})
+        chosen = {"target": ["cuda:90"], "json": True, "jobs": 1}
+        options = type("Options", (), {**chosen, "baseline": None, "record": None})
         assert codegen.run(options) == status
         assert json.loads(capsys.readouterr().out)["broken"] == status
 

@@ -14,6 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bench.environment import environment
+
 from . import NAMES, output
 
 BENCH = Path(__file__).resolve().parents[1]
@@ -62,7 +64,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "title": module.TITLE,
         "reduced": options.reduced,
         "settings": settings,
-        "environment": output.environment(options.device),
+        "environment": environment(options.device),
         "seconds": time.perf_counter() - begin,
         "figures": figures,
     }

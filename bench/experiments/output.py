@@ -1,58 +1,15 @@
-"""Where a result was measured, and how it is written down."""
+"""How a result is written down."""
 
 from __future__ import annotations
 
 import json
 import math
-import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Return the versions, the device by its maker's name, and the commit if git knows it."""
-    return {
-        **{name: _version(name) for name in ("fusedopt", "torch", "triton", "scikit-learn")},
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
-        "threads": torch.get_num_threads(),
-        "commit": _git("rev-parse", "HEAD"),
-        # Results of an earlier experiment do not make this one's code another.
-        "uncommitted_changes": bool(
-            _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-        ),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(ROOT), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def write(result: dict[str, Any], figure: Figure, folder: Path) -> None:

@@ -67,6 +67,19 @@ def run(options: argparse.Namespace, device: str) -> int:
     return 1 if result["failed"] or missed else 0
 
 
+def collect(arguments: Sequence[str], device: str, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Measure without writing; yield the result after every case, as far as it has come."""
+    from . import output
+    from .aims import aims
+
+    options = _parse(arguments)
+    settings = _settings(options, device)
+    result = output.new(settings, device, not options.quick, NOTE if options.quick else "")
+    for _ in _parts(result, settings, progress):
+        result["aims"] = aims(result)
+        yield result
+
+
 def _parts(result: dict[str, Any], settings: dict[str, Any], progress: Progress) -> Iterator[None]:
     """Fill the result in, case by case."""
     from . import linear, training

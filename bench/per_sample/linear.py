@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import clock
+from bench import clock
+
 from .agreement import check_results
 from .cases import ARITHMETIC, Shape
 from .contenders import BASE, CONTENDERS, OURS, Operands, Result, Run

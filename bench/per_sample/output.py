@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-import fusedopt
+from bench.environment import environment
 from bench.experiments import output
-from fusedopt.kernels.lang import triton
 
 from .aims import aims
 from .figure import draw
@@ -32,25 +31,13 @@ def new(settings: dict[str, Any], device: str, measurement: bool, note: str) -> 
 
 
 def _environment(device: str) -> dict[str, Any]:
-    """Return what ran, by the modules themselves: a checkout need not be installed."""
-    facts = output.environment(device) | {
-        "fusedopt": fusedopt.__version__,
-        "torch": torch.__version__,
-        "triton": None if triton is None else triton.__version__,
+    """Return what ran, with what decides how torch forms products of many factors."""
+    return environment(device) | {
         "opt_einsum": torch.backends.opt_einsum.is_available(),
         "bf16_reduced_precision_reduction": (
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
         ),
     }
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {
-            "cuda": torch.version.cuda or torch.version.hip,
-            "capability": list(torch.cuda.get_device_capability()),
-            "processors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-        }
-    return facts
 
 
 def keep(result: dict[str, Any], folder: Path) -> None:

@@ -18,7 +18,7 @@ def report(result: dict[str, Any], console: Console) -> None:
         console.print(_training(result["training"]))
     console.print(_aims(result["aims"]))
     for failure in result["failed"]:
-        console.print(f"[bold red]FAILED[/bold red] {failure}", soft_wrap=True)
+        console.print(f"FAILED {failure}", style="bold red", markup=False, soft_wrap=True)
 
 
 def _linear(case: dict[str, Any]) -> Table:

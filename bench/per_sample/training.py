@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 import fusedopt
+from bench import clock
 
-from . import clock
 from .agreement import Mismatch, check
 from .cases import ARITHMETIC
 from .gpt import GPT, Size

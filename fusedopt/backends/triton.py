@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..codecs import compute_dtype, real_dtype
 from ..coefficients import Table, upload
+from ..compilations import settle
 from ..kernels import geometry, multi_tensor, norms
 from ..kernels.lang import COMPILE_OPTIONS, INTERPRETED, tl, triton
 from ..kernels.per_sample import materialised
@@ -48,6 +49,7 @@ def launch(
     kernel: Any, programs: int, threads: int, device: torch.device, *arguments: Any, **meta: Any
 ) -> None:
     """Launch a kernel: the one place where this library hands work to Triton."""
+    settle(kernel)
     with _device_guard(device):
         warps = threads // _warp_size(device)
         kernel[(programs,)](*arguments, num_warps=warps, **COMPILE_OPTIONS, **meta)
@@ -182,6 +184,7 @@ class Cohort:
     ) -> None:
         self.device = device
         self.key = key
+        settle(rule.update)
         self.positions = [m.position for m in members]
         self.width = len(members)
         # For each input, the columns whose tensors go through a buffer.

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import cpu_count, get_context
+from pathlib import Path
 from typing import Any
 
+from fusedopt.cli import codegen_baseline
 from fusedopt.kernels import lang
 
 DEFAULT_TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
@@ -26,22 +28,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="machine-readable output, nothing else")
     parser.add_argument("--jobs", type=int, default=cpu_count(), help="processes to compile with")
+    parser.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="hold every variant to what it used then"
+    )
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="write a baseline, if no budget is broken"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compile, print a table, and return 1 if a budget is broken."""
+    """Compile, print a table, and return 1 if a budget is broken or more is used than was."""
     targets = options.target or list(DEFAULT_TARGETS)
     problem = _unusable(targets)
     if problem:
         print(f"codegen: {problem}", file=sys.stderr)
         return 2
+    try:
+        known = codegen_baseline.load(options.baseline) if options.baseline else None
+    except ValueError as error:
+        print(f"codegen: {error}", file=sys.stderr)
+        return 2
     rows = list(_compile_all(targets, options.jobs, quiet=options.json))
-    broken = [row for row in rows if row["broken"]]
+    broken = sum(bool(row["broken"]) for row in rows)
+    result: dict[str, Any] = {"variants": rows, "broken": broken}
+    if known is not None:
+        result["baseline"] = codegen_baseline.compare(rows, known, _triton_version())
+        result["regressed"] = sum(bool(row.get("regressed")) for row in rows)
     if options.json:
-        print(json.dumps({"variants": rows, "broken": len(broken)}, indent=2))
+        print(json.dumps(result, indent=2))
     else:
         _print_tables(rows, targets)
-    return 1 if broken else 0
+        if known is not None:
+            _print_comparison(result)
+    if options.record and broken:
+        print(f"codegen: {options.record} is not written: budgets are broken", file=sys.stderr)
+    elif options.record:
+        codegen_baseline.record(options.record, rows, _triton_version())
+        print(f"codegen: wrote {options.record}", file=sys.stderr)
+    return 1 if broken or result.get("regressed") else 0
+
+
+def _triton_version() -> str:
+    return str(lang.triton.__version__)
 
 
 def _unusable(targets: Sequence[str]) -> str | None:
@@ -139,14 +167,29 @@ def _print_tables(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> Non
         for column in ("registers", "stack", "shared", "B/element", "128-bit ld/st"):
             table.add_column(column, justify="right")
         table.add_column("matrix")
-        table.add_column("broken budgets")
+        table.add_column("broken budgets, and more than the baseline")
         for row in (r for r in rows if r["target"] == target):
-            table.add_row(row["variant"], *_cells(row), "; ".join(row["broken"]) or "-")
+            complaints = [*row["broken"], *row.get("regressed", [])]
+            table.add_row(row["variant"], *_cells(row), "; ".join(complaints) or "-")
         console.print(table)
     broken = sum(bool(row["broken"]) for row in rows)
     console.print(
         f"{len(rows)} variants compiled for {len(targets)} targets, {broken} break a budget. "
         "B/element: bytes that whole chunks of aligned tensors move."
+    )
+
+
+def _print_comparison(result: dict[str, Any]) -> None:
+    found = result["baseline"]
+    if found["note"]:
+        print(found["note"])
+        return
+    for what in ("new", "removed"):
+        for name in found[what]:
+            print(f"{name}: {'not in' if what == 'new' else 'only in'} the baseline")
+    print(
+        f"{found['compared']} variants compared with the baseline of Triton {found['triton']}:"
+        f" {result['regressed']} use more"
     )
 
 

@@ -1,4 +1,4 @@
-"""Time on the device and memory at its peak."""
+"""Time on the device, memory at its peak, and the bandwidth of a copy."""
 
 from __future__ import annotations
 
@@ -31,38 +31,54 @@ class Clock:
         """
         if not self.on_gpu:
             return
-        host = max(self.measure(function)[1] for function in functions.values())
-        flush = min(self._elapsed(self._flush)[0] for _ in range(3)) / self.flushes
+        # Twice, since the first call may have to wait for new memory.
+        host = max(min(self.measure(f)[1] for _ in range(2)) for f in functions.values())
+        flush = min(self._elapsed(self._flush) for _ in range(3)) / self.flushes
         self.flushes = max(1, min(100, math.ceil(1.5 * host / flush)))
 
     def measure(self, function: Callable[[], object]) -> tuple[float, float]:
-        """Run a function with nothing of its operands in the cache."""
+        """Run a function twice, the second time with nothing of its operands in the cache.
+
+        The allocator then holds blocks that fit, which the function before may have split.
+        """
         if not self.on_gpu:
-            begin = time.perf_counter()
             function()
-            milliseconds = 1e3 * (time.perf_counter() - begin)
+            milliseconds = _seconds(function) * 1e3
             return milliseconds, milliseconds
         torch.cuda.synchronize()
+        # Not behind the flushes: whoever asks for a value, or fills the queue of launches, would
+        # wait for them.
+        host = _seconds(function) * 1e3
+        torch.cuda.synchronize()
         self._flush()
-        return self._elapsed(function)
+        return self._elapsed(function), host
 
     def _flush(self) -> None:
         for _ in range(self.flushes):
             self._buffer.zero_()
 
-    def _elapsed(self, function: Callable[[], object]) -> tuple[float, float]:
+    def _elapsed(self, function: Callable[[], object]) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        begin = time.perf_counter()
         function()
-        host = 1e3 * (time.perf_counter() - begin)
         stop.record()
         stop.synchronize()
-        return start.elapsed_time(stop), host
+        return start.elapsed_time(stop)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
 
 
 def in_turn(
-    functions: Functions, clock: Clock, rounds: int, seconds: float, least: int = 3
+    functions: Functions,
+    clock: Clock,
+    rounds: int,
+    seconds: float,
+    least: int = 3,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[tuple[float, float]]]:
     """Measure functions A B C A B C ..., so that a clock that drifts hits all.
 
@@ -72,6 +88,7 @@ def in_turn(
         rounds: times that each is measured.
         seconds: after which a slow function is not measured again.
         least: times that it is measured whatever it takes.
+        before: called before each round, outside of all times.
 
     Returns:
         Times by name, on the device and on the host. The i-th of any two are of one round.
@@ -81,12 +98,11 @@ def in_turn(
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     spent = dict.fromkeys(functions, 0.0)
     for i in range(rounds):
+        before()
         for name, function in functions.items():
             if i >= least and spent[name] > seconds:
                 continue
             begin = time.perf_counter()
-            # The allocator then holds blocks that fit, which the function before may have split.
-            function()
             times[name].append(clock.measure(function))
             spent[name] += time.perf_counter() - begin
     return times
@@ -101,6 +117,14 @@ def summary(times: Sequence[tuple[float, float]]) -> dict[str, Any]:
         "quartiles": quartiles(device),
         "host_median": statistics.median(on_host for _, on_host in times),
     }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Return median, and the tenths below and above which a tenth of the values lie."""
+    if len(values) < 2:
+        return dict.fromkeys(("median", "p10", "p90"), values[0])
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1]}
 
 
 def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,3 +165,22 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
     peak = torch.cuda.max_memory_allocated() - before
     del result
     return peak
+
+
+class Copy:
+    """A device copy, the most that a kernel which does nothing but move memory can reach.
+
+    Args:
+        device: of the memory.
+        size: bytes of the source; read and written are twice as many.
+    """
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.device, self.bytes = device, size
+
+    def gbps(self, clock: Clock, rounds: int = 20) -> list[float]:
+        """Return GB/s of several copies, read and written bytes both counted."""
+        source = torch.ones(self.bytes, dtype=torch.int8, device=self.device)
+        target = torch.empty_like(source)
+        times = [clock.measure(lambda: target.copy_(source))[0] for _ in range(rounds)]
+        return [2 * self.bytes / (1e6 * t) for t in times]

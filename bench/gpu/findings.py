@@ -1,0 +1,136 @@
+"""Key figures of each stage, from what its commands printed and wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from .processes import Outcome
+from .result import newest, summary
+
+if TYPE_CHECKING:
+    from .stages import Setting
+
+
+class Bad(Exception):
+    """Something is wrong, although the commands may not have failed.
+
+    Args:
+        message: what.
+        figures: those that there are.
+    """
+
+    def __init__(self, message: str, figures: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.figures = figures
+
+
+def info(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return device and versions."""
+    facts = json.loads(outcomes[0].output)
+    device = facts["devices"][-1]
+    kept = {name: facts[name] for name in ("fusedopt", "python", "torch", "triton", "cuda", "rocm")}
+    figures = {"device": device["name"], "backend": device["backend"], **kept}
+    if device["backend"] != "triton":
+        raise Bad(f"the backend is {device['backend']}: {device['why']}", figures)
+    return figures
+
+
+def precompile(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return how many variants were compiled."""
+    found = json.loads(outcomes[0].output)
+    (counts,) = found["targets"]
+    kept = {name: counts[name] for name in ("compiled", "there", "failed", "bytes")}
+    figures = {**kept, "C modules": found["c_modules"]["built"]}
+    if counts["failed"] or not counts["compiled"] + counts["there"]:
+        raise Bad(f"{counts['failed']} variants failed to compile", figures)
+    return figures
+
+
+def tests(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return how many tests passed, failed and were skipped."""
+    suites = ElementTree.parse(setting.out / "junit.xml").getroot().iter("testsuite")
+    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    for suite in suites:
+        for name in counts:
+            counts[name] += int(suite.get(name, 0))
+    failed = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - failed - counts["skipped"]
+    figures = {"passed": passed, "failed": failed, "skipped": counts["skipped"]}
+    if failed or not passed:
+        raise Bad(f"{failed} tests failed, {passed} passed", figures)
+    return figures
+
+
+def verify(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return the worst distance in each type."""
+    found = json.loads(outcomes[0].output)
+    figures: dict[str, Any] = {"compared": len(found["rows"]) + len(found["operations"])}
+    for row in found["rows"]:
+        name = f"{row['dtype']} ulps"
+        figures[name] = max(figures.get(name, 0.0), row["worst_ulps"])
+    rows = [*found["rows"], *found["operations"]]
+    failed = [row.get("rule", row.get("operation")) for row in rows if not row["passed"]]
+    if failed or not rows:
+        raise Bad(f"{len(failed)} of {len(rows)} comparisons failed: {', '.join(failed)}", figures)
+    return figures
+
+
+def bench(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return AdamW's figures."""
+    result = newest(setting.out)
+    if result is None:
+        raise Bad("no measurement was written", {})
+    figures = summary(result)
+    if result["failed"]:
+        raise Bad(f"{len(result['failed'])} failed: {'; '.join(result['failed'])}", figures)
+    return figures
+
+
+def sanitizer(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return the number of errors that each tool reports."""
+    figures: dict[str, Any] = {}
+    complaints = []
+    for outcome in outcomes:
+        name = f"{outcome.command.name} errors"
+        if not outcome.begun:
+            continue
+        text = outcome.output + outcome.errors
+        if "Device not supported" in text:
+            complaints.append(f"{outcome.command.name}: the tool does not support this device")
+            continue
+        count = re.search(r"ERROR SUMMARY: (\d+) error", text) or re.search(
+            r"RACECHECK SUMMARY: (\d+) hazard", text
+        )
+        figures[name] = int(count[1]) if count else None
+        if figures[name] is None:
+            complaints.append(f"{outcome.command.name} printed no summary")
+        elif figures[name]:
+            complaints.append(f"{outcome.command.name} reports {count[1]} errors")
+        compared = re.search(r"(\d+) comparisons with the reference, (\d+) failed", text)
+        if compared is None:
+            complaints.append(f"the program under {outcome.command.name} did not come to its end")
+        elif int(compared[2]) or not int(compared[1]):
+            complaints.append(f"under {outcome.command.name}, {compared[0]}")
+    if complaints:
+        raise Bad("; ".join(complaints), figures)
+    return figures
+
+
+def native(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return how many tests of the C library passed."""
+    text = outcomes[-1].output
+    count = re.search(r"(\d+) tests? failed out of (\d+)", text)
+    if count is None:
+        raise ValueError("ctest printed no count")
+    failed, total = int(count[1]), int(count[2])
+    skipped = len(re.findall(r"\*\*\*Skipped", text))
+    figures = {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+    if failed or not figures["passed"]:
+        raise Bad(f"{failed} of {total} tests failed, {skipped} were skipped", figures)
+    if re.search(r"step_on_gpu\b.*\*\*\*Skipped", text):
+        raise Bad("step_on_gpu was skipped, as if there were no GPU", figures)
+    return figures

@@ -1,0 +1,162 @@
+"""What is run on the machine, in which order, and for how long at most."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import findings
+from .processes import Command, Outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the stages' commands depend on.
+
+    Attributes:
+        out: the folder of the results.
+        work: a folder for what nobody keeps.
+        target: what Triton compiles for, ``cuda:90``.
+        tests: ``gpu`` for the tests that need one, ``all`` for the whole suite.
+        bench: further arguments of the benchmark.
+    """
+
+    out: Path
+    work: Path
+    target: str
+    tests: str = "gpu"
+    bench: str = ""
+
+
+class LeftOut(Exception):
+    """A stage cannot be run here, and that is no failure; the message says why."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run.
+
+    Attributes:
+        name: what ``--stages`` calls it.
+        limit: seconds at most.
+        commands: one after the other; raises LeftOut.
+        read: key figures from what the commands printed and wrote. Raises ``findings.Bad`` where
+            they say that something is wrong; any other exception means that they cannot be read.
+    """
+
+    name: str
+    limit: float
+    commands: Callable[[Setting], Sequence[Command]]
+    read: Callable[[Setting, Sequence[Outcome]], dict[str, Any]]
+
+
+def python(*arguments: str) -> tuple[str, ...]:
+    """Return a command line of this Python."""
+    return (sys.executable, *arguments)
+
+
+def fusedopt(*arguments: str) -> tuple[str, ...]:
+    """Return a command line of the package."""
+    return python("-m", "fusedopt", *arguments)
+
+
+def _info(setting: Setting) -> list[Command]:
+    commands = [Command("info", fusedopt("info", "--json"))]
+    for tool in ("nvidia-smi", "rocm-smi"):
+        if shutil.which(tool):
+            commands.append(Command(tool, (tool,), required=False))
+    return commands
+
+
+def _precompile(setting: Setting) -> list[Command]:
+    return [Command("precompile", fusedopt("precompile", "--target", setting.target, "--json"))]
+
+
+def _tests(setting: Setting) -> list[Command]:
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10"]
+    # A file that cannot be imported is an error, and keeps the others from nothing.
+    arguments += ["--continue-on-collection-errors"]
+    if setting.tests == "gpu":
+        arguments += ["-m", "gpu"]
+    elif importlib.util.find_spec("xdist"):
+        # Each worker has a context on the GPU: more of them would wait for each other.
+        arguments += ["-n", "8", "--dist", "loadgroup"]
+    arguments += [f"--junitxml={setting.out / 'junit.xml'}", "tests"]
+    return [Command("pytest", python(*arguments), {"FUSEDOPT_TEST_DEVICE": "cuda"})]
+
+
+def _verify(setting: Setting) -> list[Command]:
+    return [Command("verify", fusedopt("verify", "--device", "cuda", "--json"))]
+
+
+def _bench(setting: Setting) -> list[Command]:
+    further = shlex.split(setting.bench)
+    return [Command("bench", fusedopt("bench", "--core", "--out", str(setting.out), *further))]
+
+
+def _sanitizer(setting: Setting) -> list[Command]:
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if tool is None:
+        raise LeftOut("compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin")
+    # Every tensor is an allocation of its own, of exactly its size.
+    exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    step = python("-m", "bench.gpu.small_step", "--device", "cuda")
+
+    def check(name: str, kind: str, *parts: str, least: float = 0.0) -> Command:
+        # A process that the program starts is a tool's of Triton's, not a program on the GPU.
+        options = ["--tool", kind, "--error-exitcode=99", "--target-processes=application-only"]
+        # PyTorch may be imported for longer than the tool waits for a program by itself. And
+        # libraries ask the driver for what it may lack, and go on without.
+        options += ["--launch-timeout=0", "--report-api-errors=no"]
+        return Command(name, (tool, *options, *step, *parts), exact, least=least)
+
+    return [
+        check("memcheck", "memcheck", "rules"),
+        check("racecheck", "racecheck", "rules", least=20),
+        check("memcheck of samples", "memcheck", "samples", least=20),
+    ]
+
+
+def _native(setting: Setting) -> list[Command]:
+    missing = [tool for tool in ("cmake", "ctest") if not shutil.which(tool)]
+    missing += [] if any(map(shutil.which, ("cc", "gcc", "clang"))) else ["a C compiler"]
+    if missing:
+        raise LeftOut(f"there is no {' and no '.join(missing)}")
+    if not setting.target.startswith("cuda:"):
+        raise LeftOut(f"the C library is for NVIDIA alone, not for {setting.target}")
+    build = str(setting.work / "native")
+    configure = [
+        "cmake", "-S", str(ROOT), "-B", build, f"-DFUSEDOPT_TARGETS={setting.target}",
+        f"-DPython3_EXECUTABLE={sys.executable}",
+    ]  # fmt: skip
+    # codegen compiles every variant for every target, which no GPU is needed for.
+    test = ["ctest", "--test-dir", build, "--output-on-failure", "--exclude-regex", "codegen"]
+    return [
+        Command("configure", configure),
+        Command("build", ("cmake", "--build", build, "--parallel")),
+        Command("ctest", test),
+    ]
+
+
+# The most valuable first. Their limits add up to more than there is: what a stage may take is
+# worked out when it begins, from what is left and kept for those behind it.
+STAGES = (
+    Stage("info", 20, _info, findings.info),
+    Stage("precompile", 100, _precompile, findings.precompile),
+    Stage("tests", 90, _tests, findings.tests),
+    Stage("verify", 60, _verify, findings.verify),
+    Stage("bench", 240, _bench, findings.bench),
+    Stage("sanitizer", 90, _sanitizer, findings.sanitizer),
+    Stage("native", 60, _native, findings.native),
+)
+NAMES = tuple(stage.name for stage in STAGES)

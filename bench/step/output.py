@@ -1,0 +1,69 @@
+"""The result as it is kept: written whole after every group, so that a run cut short keeps it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from bench.environment import environment, slug
+
+SCHEMA = 1
+
+
+def new(settings: dict[str, Any], device: str, measurement: bool, note: str) -> dict[str, Any]:
+    """Return a result without figures."""
+    return {
+        "schema": SCHEMA,
+        "kind": "bench",
+        "measurement": measurement,
+        "note": note,
+        "environment": environment(device),
+        "settings": settings,
+        "copy": None,
+        "missing": [],
+        "rows": [],
+        "host": [],
+        "first_step": [],
+        "per_sample": None,
+        "training": None,
+        "failed": [],
+    }
+
+
+class File:
+    """Where a result goes.
+
+    Args:
+        folder: made if need be.
+        result: whose device and commit name the files.
+    """
+
+    def __init__(self, folder: Path, result: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.stem = folder / slug(result["environment"])
+        self.json = self.path(".json")
+
+    def path(self, ending: str) -> Path:
+        """Return the path of one of the files."""
+        return self.stem.with_name(self.stem.name + ending)
+
+    def keep(self, result: dict[str, Any]) -> None:
+        """Write what there is; whoever reads meanwhile sees the file before or the file after."""
+        partial = self.path(".json.part")
+        text = json.dumps(plain(result), indent=1, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, self.json)
+
+
+def plain(value: Any) -> Any:
+    """Return what strict JSON can say, with no more digits than mean something."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,133 @@
+"""Steps of every kind that an optimizer can take, on small tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cli.verify import statistics_for
+from ..clipping import GlobalNorm
+from ..kernels.aot import DTYPES
+from ..kernels.aot_variants import LAYOUTS
+from ..kernels.option_sets import option_sets
+from ..kernels.rule import Group, Rule
+from ..kernels.rules import REGISTRY
+from ..layout import ALIGNMENT
+from ..optimizer import FusedOptimizer
+from ..statistics import GradSampleSquares, Statistics
+
+TORCH_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+# Parameter, gradient, and whether addresses are aligned: what codegen looks at, and besides every
+# type with addresses that are not. States have the parameter's type.
+STEP_LAYOUTS = tuple(
+    dict.fromkeys(
+        [(param, gradient, aligned) for param, gradient, _, aligned in LAYOUTS]
+        + [(dtype, dtype, False) for dtype in DTYPES]
+    )
+)
+
+# Parameter and per-sample gradients: besides, what autocast makes of them.
+SAMPLE_LAYOUTS = tuple(
+    dict.fromkeys(
+        [*STEP_LAYOUTS]
+        + [("fp32", samples, aligned) for samples in ("bf16", "fp16") for aligned in (True, False)]
+    )
+)
+
+CLIPS: tuple[float | None, ...] = (None, 2.0, math.inf)
+
+NUMEL = 4 * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to run under a stand-in for a GPU.
+
+    Attributes:
+        name: unique; by it cases travel between processes.
+        rule: name of the rule, or None for what belongs to no rule.
+        types: element types of the tensors, in Triton's spelling.
+        run: does it. What it computes is of no meaning.
+    """
+
+    name: str
+    rule: str | None
+    types: frozenset[str]
+    run: Callable[[], None]
+
+    def is_chosen(self, rules: Collection[str], types: Collection[str]) -> bool:
+        """Whether filters let the case pass; an empty one lets everything pass."""
+        in_rules = not rules or self.rule is None or self.rule in rules
+        return in_rules and (not types or self.types <= set(types))
+
+
+def all_cases() -> Iterator[Case]:
+    """Every kind of step of every registered rule."""
+    for rule in REGISTRY.values():
+        for number, group in enumerate(option_sets(rule)):
+            for layout in STEP_LAYOUTS:
+                yield _case("step", rule, number, group, layout, take_steps)
+            # What GradSampleSquares makes is a gradient and its squares.
+            if rule.degrees == (1, 2):
+                for layout in SAMPLE_LAYOUTS:
+                    yield _case("samples", rule, number, group, layout, take_steps_from_samples)
+
+
+def _case(
+    kind: str,
+    rule: Rule,
+    number: int,
+    group: Group,
+    layout: tuple[str, str, bool],
+    run: Callable[[Rule, Group, str, str, bool], None],
+) -> Case:
+    param, gradient, aligned = layout
+    types = param if param == gradient else f"{param}/{gradient} gradient"
+    name = f"{rule.label(rule.options(group))} {kind} {number} {types}"
+    name += "" if aligned else " unaligned"
+    types_of = frozenset((param, gradient))
+    return Case(name, rule.name, types_of, lambda: run(rule, group, *layout))
+
+
+def take_steps(rule: Rule, group: Group, param: str, gradient: str, aligned: bool) -> None:
+    """Take a step without clipping and with either norm."""
+    for norm in CLIPS:
+        p = _parameter(param, NUMEL, aligned)
+        p.grad_dtype = None
+        p.grad = torch.zeros_like(p, dtype=TORCH_DTYPES[gradient])
+        _step(rule, group, p, norm, statistics_for(rule))
+
+
+def take_steps_from_samples(
+    rule: Rule, group: Group, param: str, samples: str, aligned: bool
+) -> None:
+    """Take steps on per-sample gradients that lie in memory; clipping takes another way."""
+    for norm in CLIPS:
+        # Samples lie one behind the other: their size decides, too.
+        p = _parameter(param, NUMEL if aligned else NUMEL + 1, aligned)
+        p.grad_sample = torch.zeros(3, p.numel(), dtype=TORCH_DTYPES[samples])  # type: ignore[attr-defined]
+        _step(rule, group, p, norm, GradSampleSquares())
+
+
+def _parameter(dtype: str, numel: int, aligned: bool) -> Any:
+    memory = torch.zeros(numel + 1, dtype=TORCH_DTYPES[dtype], device="cpu")
+    return torch.nn.Parameter(memory[:-1] if aligned else memory[1:])
+
+
+def _step(
+    rule: Rule, group: Group, p: Tensor, norm: float | None, statistics: Statistics | None
+) -> None:
+    kind = type(rule.name, (FusedOptimizer,), {"rule": rule})
+    clip = None if norm is None else GlobalNorm(1.0, norm_type=norm)
+    kind([p], dict(group), backend="triton", clip=clip, statistics=statistics).step()

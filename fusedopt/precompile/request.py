@@ -1,0 +1,33 @@
+"""What is to be compiled, and where to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# Called with what goes on, and how many of how many variants are done.
+Step = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for, checked.
+
+    Attributes:
+        targets: as ``aot.parse_target`` reads them.
+        rules: names of rules; none means all.
+        types: names of element types; none means all.
+        cache: an absolute path, writable.
+        imports: modules that register rules.
+        statistics: whether per-sample squares are wanted.
+        jobs: processes.
+    """
+
+    targets: tuple[str, ...]
+    rules: tuple[str, ...]
+    types: tuple[str, ...]
+    cache: Path
+    imports: tuple[str, ...]
+    statistics: bool
+    jobs: int
