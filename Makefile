@@ -72,7 +72,7 @@ space := $(subst ,, )
 native: $(STAMP) ## Build the C library for TARGETS in BUILD, without a GPU, and test it
 	cmake -S . -B "$(BUILD)" -DFUSEDOPT_TARGETS="$(subst $(space),;,$(strip $(filter cuda:%,$(TARGETS))))"
 	cmake --build "$(BUILD)"
-	ctest --test-dir "$(BUILD)" --output-on-failure --exclude-regex codegen
+	ctest --test-dir "$(BUILD)" --output-on-failure --label-exclude codegen
 
 table: $(STAMP) ## Write the README's tables, of algorithms and of benchmarks
 	$(BIN)/python -m docs.algorithm_table --write

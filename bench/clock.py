@@ -32,7 +32,7 @@ class Clock:
         if not self.on_gpu:
             return
         # Twice, since the first call may have to wait for new memory.
-        host = max(min(self.measure(f)[1] for _ in range(2)) for f in functions.values())
+        host = max(min(self._host(f) for _ in range(2)) for f in functions.values())
         flush = min(self._elapsed(self._flush) for _ in range(3)) / self.flushes
         self.flushes = max(1, min(100, math.ceil(1.5 * host / flush)))
 
@@ -45,13 +45,16 @@ class Clock:
             function()
             milliseconds = _seconds(function) * 1e3
             return milliseconds, milliseconds
-        torch.cuda.synchronize()
         # Not behind the flushes: whoever asks for a value, or fills the queue of launches, would
         # wait for them.
-        host = _seconds(function) * 1e3
+        host = self._host(function)
         torch.cuda.synchronize()
         self._flush()
         return self._elapsed(function), host
+
+    def _host(self, function: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        return _seconds(function) * 1e3
 
     def _flush(self) -> None:
         for _ in range(self.flushes):

@@ -8,6 +8,7 @@ their variants in modules of their own, named in ``variants``.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -143,6 +144,13 @@ def parse_target(text: str) -> Any:
 def architecture(target: Any) -> str:
     """Name a target as ``parse_target`` reads it."""
     return f"{target.backend}:{target.arch}"
+
+
+def processors() -> int:
+    """How many processes to compile with: those that may be used, not those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def capability(target: Any) -> int:

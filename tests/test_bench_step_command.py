@@ -124,7 +124,7 @@ def test_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["steps"], "PART: there is no 'steps', but step, host"),
+        (["steps"], "PART: there is no 'steps', but step, training"),
         (["--case", "gpt3"], "--case: there is no 'gpt3', but gpt2"),
         (["--rule", "Lion"], "--rule: there is no 'Lion'"),
         (["--types", "fp8"], "--types: there is no 'fp8', but fp32, bf16"),
@@ -323,12 +323,22 @@ def test_sets() -> None:
             assert set(choice.types) <= set(module("step.codecs").CODECS)
 
 
+@pytest.mark.parametrize("name", ["core", "full"])
+def test_what_may_break_the_process_comes_last(name: str) -> None:
+    sets = module("step.sets")
+    cases = [group.case.name for group in sets.groups(name, sets.Filters())]
+    assert set(cases[cases.index("huge") :]) == {"huge"}
+
+
 def test_parts_without_a_gpu() -> None:
     run = module("step.run")
     chosen = run._settings(options(Path(), parts=[], quick=False), "cpu", "cpu")
     assert chosen["parts"] == ["step", "host"] and chosen["set"] == "cpu"
     chosen = run._settings(options(Path(), parts=["training", "step"]), "cuda", "core")
     assert chosen["parts"] == ["step", "training"]
+    # What a processor can take as well comes last.
+    chosen = run._settings(options(Path(), parts=[], quick=False), "cuda", "core")
+    assert chosen["parts"] == ["step", "training", "first-step", "host"]
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -157,6 +158,22 @@ def test_a_broken_budget_makes_the_command_fail(monkeypatch, capsys):
         options = type("Options", (), {**chosen, "baseline": None, "record": None})
         assert codegen.run(options) == status
         assert json.loads(capsys.readouterr().out)["broken"] == status
+
+
+def test_a_compiler_that_ends_its_process_is_one_line(monkeypatch, capsys):
+    # LLVM does so for a capability that it has no instructions for.
+    from fusedopt.cli import codegen
+
+    def compile_all(*_, **__):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(codegen, "_unusable", lambda targets: None)
+    monkeypatch.setattr(codegen, "_compile_all", compile_all)
+    chosen = {"target": ["cuda:130"], "json": True, "jobs": 1}
+    options = type("Options", (), {**chosen, "baseline": None, "record": None})
+    assert codegen.run(options) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and "cuda:130" in printed.err and printed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("target", ["cuda", "cuda:sm90", "hip:90", "tpu:4"])

@@ -21,6 +21,8 @@ from .stages import NAMES, ROOT, STAGES, LeftOut, Setting, Stage
 DEADLINE = 460.0
 # The longest deadline with which everything is over within eight minutes.
 LONGEST = 470.0
+# Seconds for the first import of torch, from a disk that has not been read yet.
+PATIENCE = 150
 
 # In a process of its own, so that no memory of the GPU is held by this one.
 PROBE = """
@@ -64,9 +66,11 @@ def probe() -> dict[str, str] | None:
     """Return the GPU's name and what Triton compiles for it, or None where there is no GPU."""
     command = [sys.executable, "-c", PROBE]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=PATIENCE
+        )
     except subprocess.TimeoutExpired:
-        print("torch did not say within 60 s whether there is a GPU", file=sys.stderr)
+        print(f"torch did not say within {PATIENCE} s whether there is a GPU", file=sys.stderr)
         return None
     if done.returncode != 0:
         print(done.stderr, file=sys.stderr)
@@ -110,7 +114,8 @@ def _run(
         "deadline": options.deadline,
     }
     with (
-        tempfile.TemporaryDirectory() as work,
+        # A process that was left behind may still write there.
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work,
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
     ):
         cache = (options.cache or Path(work) / "cache").resolve()

@@ -86,9 +86,10 @@ def _tests(setting: Setting) -> list[Command]:
     arguments += ["--continue-on-collection-errors"]
     if setting.tests == "gpu":
         arguments += ["-m", "gpu"]
-    elif importlib.util.find_spec("xdist"):
+    if importlib.util.find_spec("xdist"):
         # Each worker has a context on the GPU: more of them would wait for each other.
-        arguments += ["-n", "8", "--dist", "loadgroup"]
+        workers = "4" if setting.tests == "gpu" else "8"
+        arguments += ["-n", workers, "--dist", "loadgroup"]
     arguments += [f"--junitxml={setting.out / 'junit.xml'}", "tests"]
     return [Command("pytest", python(*arguments), {"FUSEDOPT_TEST_DEVICE": "cuda"})]
 
@@ -151,11 +152,11 @@ def _native(setting: Setting) -> list[Command]:
 # The most valuable first. Their limits add up to more than there is: what a stage may take is
 # worked out when it begins, from what is left and kept for those behind it.
 STAGES = (
-    Stage("info", 20, _info, findings.info),
+    Stage("info", 30, _info, findings.info),
     Stage("precompile", 100, _precompile, findings.precompile),
     Stage("tests", 90, _tests, findings.tests),
     Stage("verify", 60, _verify, findings.verify),
-    Stage("bench", 240, _bench, findings.bench),
+    Stage("bench", 230, _bench, findings.bench),
     Stage("sanitizer", 90, _sanitizer, findings.sanitizer),
     Stage("native", 60, _native, findings.native),
 )

@@ -41,7 +41,7 @@ clip, scaler        whether the gradient norm is clipped, and a loss scale divid
                     (by torch's GradScaler, whose search for an overflow is part of the time)
 status              "measured", "failed", "skipped" or "does not fit", and "reason"
 device_ms           {"median", "p10", "p90"} of the device; on a CPU wall time
-host_ms             until step() returns
+host_ms             until step() returns, on a device that has nothing else to do
 launches            kernels in one profiled step, and "copies"; null on a CPU
 bytes_per_parameter what the contender's operations read and write: ``traffic``
 gbps                of those bytes; "percent_of_copy" of the copy that was measured before the case
@@ -51,5 +51,6 @@ ratio_to_ours       time over ours at the same clip and scaler; "ratio_quartiles
 =================== ================================================================================
 """
 
-PARTS = ("step", "host", "first-step", "per-sample", "training")
+# What needs a quiet GPU first, for a run may be cut short.
+PARTS = ("step", "training", "first-step", "host", "per-sample")
 OURS = "fusedopt"

@@ -7,13 +7,14 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
-from multiprocessing import cpu_count, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from fusedopt.cli import codegen_baseline
-from fusedopt.kernels import lang
+from fusedopt.kernels import aot, lang
 
 DEFAULT_TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"cuda:<capability> or hip:gfx<number>, repeatable; default {DEFAULT_TARGETS}",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable output, nothing else")
-    parser.add_argument("--jobs", type=int, default=cpu_count(), help="processes to compile with")
+    parser.add_argument(
+        "--jobs", type=int, default=aot.processors(), help="processes to compile with"
+    )
     parser.add_argument(
         "--baseline", type=Path, metavar="FILE", help="hold every variant to what it used then"
     )
@@ -48,7 +51,15 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"codegen: {error}", file=sys.stderr)
         return 2
-    rows = list(_compile_all(targets, options.jobs, quiet=options.json))
+    try:
+        rows = list(_compile_all(targets, options.jobs, quiet=options.json))
+    except BrokenProcessPool:
+        print(
+            f"codegen: a compiling process has ended by itself: does Triton {_triton_version()}"
+            f" compile for {', '.join(targets)}? Otherwise memory ran out: try fewer --jobs",
+            file=sys.stderr,
+        )
+        return 1
     broken = sum(bool(row["broken"]) for row in rows)
     result: dict[str, Any] = {"variants": rows, "broken": broken}
     if known is not None:
@@ -77,8 +88,6 @@ def _unusable(targets: Sequence[str]) -> str | None:
         return "Triton is not installed"
     if lang.INTERPRETED:
         return "TRITON_INTERPRET=1 replaces the compiler: unset it"
-    from fusedopt.kernels import aot
-
     try:
         for target in targets:
             aot.parse_target(target)
@@ -90,8 +99,6 @@ def _unusable(targets: Sequence[str]) -> str | None:
 def _compile_all(targets: Sequence[str], jobs: int, quiet: bool) -> Iterator[dict[str, Any]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    from fusedopt.kernels import aot
 
     work = [
         (target, variant.name)
@@ -116,8 +123,6 @@ def _compile_all(targets: Sequence[str], jobs: int, quiet: bool) -> Iterator[dic
 
 @cache
 def _variants(target: str) -> dict[str, Any]:
-    from fusedopt.kernels import aot
-
     return {variant.name: variant for variant in aot.variants(aot.parse_target(target))}
 
 
@@ -126,8 +131,6 @@ def compile_row(work: tuple[str, str]) -> dict[str, Any]:
 
     Variants travel between processes by name: a kernel cannot be pickled.
     """
-    from fusedopt.kernels import aot
-
     target_name, name = work
     target = aot.parse_target(target_name)
     variant = _variants(target_name)[name]

@@ -16,14 +16,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import cpu_count
 from pathlib import Path
 
 import torch
 
 from fusedopt import FusedOptimizer
 from fusedopt.cli import precompile_report as report
-from fusedopt.kernels import lang
+from fusedopt.kernels import aot, lang
 from fusedopt.kernels.rules import REGISTRY
 from fusedopt.precompile.request import Request, Step
 
@@ -66,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="per-sample squares of usual layers, too; their kernels depend on shapes",
     )
-    parser.add_argument("--jobs", type=int, default=cpu_count(), help="processes to compile with")
+    parser.add_argument(
+        "--jobs", type=int, default=aot.processors(), help="processes to compile with"
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable output, nothing else")
 
 
@@ -89,8 +90,9 @@ def run(options: argparse.Namespace) -> int:
         return 2
     except BrokenProcessPool:
         print(
-            "precompile: a compiling process ended by itself, for want of memory perhaps: try"
-            " fewer --jobs; what was compiled until then stays",
+            "precompile: a compiling process has ended by itself: does this Triton compile for"
+            f" {', '.join(request.targets)}? Otherwise memory ran out: try fewer --jobs. What was"
+            " compiled until then stays",
             file=sys.stderr,
         )
         return 1
@@ -120,8 +122,6 @@ def _check(options: argparse.Namespace) -> Request:
         raise Problem(f"--jobs must be at least 1, got {options.jobs}")
     _import(options.imports or [])
     targets = list(dict.fromkeys(options.target or _own_targets()))
-    from fusedopt.kernels import aot
-
     for target in targets:
         try:
             aot.parse_target(target)

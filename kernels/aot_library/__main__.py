@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..aot import processors
+
 if TYPE_CHECKING:
     from .images import Image
 
@@ -18,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="aot_library", description=__doc__)
     parser.add_argument("--target", action="append", required=True, metavar="cuda:90")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument("--jobs", type=int, default=processors(), metavar="N")
     parser.add_argument("--check", action="store_true", help="only say whether targets are good")
     options = parser.parse_args(arguments)
     problem = _unusable(options)
