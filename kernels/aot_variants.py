@@ -64,7 +64,8 @@ def update_tensors(
     types = tuple(element_type(d) for d in dtypes)
     core = (*dtypes[:2], *dtypes[1 + len(rule.degrees) :])
     names = "/".join(dict.fromkeys(core))
-    names = names if len(set(core)) == 1 else f"{names} gradient"
+    if len(set(core)) > 1:
+        names += " states" if core[0] == core[1] else " gradient"
     sizes = [DTYPES[d] for d in dtypes]
     inputs = sum(sizes[1 : 1 + len(rule.degrees)])
     is_adamw = rule.name == "Adam" and not any(options) and set(dtypes) == {"fp32"}

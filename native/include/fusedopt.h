@@ -57,7 +57,8 @@ typedef enum fusedopt_type {
 /* The kernels and buffers of one device. */
 typedef struct fusedopt_context fusedopt_context;
 
-/* CUstream and cudaStream_t; NULL is the default stream. */
+/* CUstream and cudaStream_t; NULL is the legacy default stream, also where the caller was compiled
+ * with a default stream for each thread. */
 typedef struct CUstream_st *fusedopt_stream;
 
 /* Make a context on GPU number `device`, as CUDA counts (CUDA_VISIBLE_DEVICES applies).

@@ -25,7 +25,7 @@ size_t type_bytes(fusedopt_type type)
 
 static const char *type_name(fusedopt_type type)
 {
-    static const char *const names[] = {"none", "float32", "bfloat16", "float16", "float64"};
+    static const char *const names[] = {"no", "float32", "bfloat16", "float16", "float64"};
     return (unsigned)type < sizeof names / sizeof *names ? names[type] : "unknown";
 }
 
@@ -245,20 +245,27 @@ static fusedopt_status check_set(const struct step *step, size_t index)
     return check_tensors(step, index);
 }
 
+static bool has_states(const struct step *step)
+{
+    for (size_t group = 0; group < step->n_groups; group++)
+        if (layout_of_group(step, group)->n_states > 0)
+            return true;
+    return false;
+}
+
 /* Types are checked even where a set has no tensor that needs them, so that a mistake shows early. */
-static fusedopt_status check_types(const struct step *step, size_t index)
+static fusedopt_status check_types(const struct step *step, size_t index, bool states)
 {
     const fusedopt_tensors *set = &step->sets[index];
     const struct {
         const char *name;
         fusedopt_type type;
-        int may_lack;
-    } types[] = {{"param_type", set->param_type, 0},
-                 {"grad_type", set->grad_type, 0},
-                 {"state_type", set->state_type, 1}};
+        bool matters;
+    } types[] = {{"param_type", set->param_type, true},
+                 {"grad_type", set->grad_type, true},
+                 {"state_type", set->state_type, states && set->state_type != FUSEDOPT_NO_TYPE}};
     for (size_t i = 0; i < sizeof types / sizeof *types; i++)
-        if (type_bytes(types[i].type) == 0 &&
-            !(types[i].may_lack && types[i].type == FUSEDOPT_NO_TYPE))
+        if (types[i].matters && type_bytes(types[i].type) == 0)
             return fail(FUSEDOPT_ERROR_TYPE, "sets[%zu].%s is %d, which is no type of a tensor",
                         index, types[i].name, (int)types[i].type);
     return FUSEDOPT_OK;
@@ -277,8 +284,9 @@ fusedopt_status check_step(const struct step *step)
         TRY(check_group(step, group));
     if (step->control != NULL)
         TRY(check_control(step->control));
+    const bool states = has_states(step);
     for (size_t i = 0; i < step->n_sets; i++) {
-        TRY(check_types(step, i));
+        TRY(check_types(step, i, states));
         TRY(check_set(step, i));
     }
     return FUSEDOPT_OK;

@@ -100,6 +100,9 @@ static fusedopt_status make_resources(fusedopt_context *context)
     CALL(&context->driver, cuMemAlloc, &context->constants, sizeof constants);
     CALL(&context->driver, cuMemcpyHtoD, context->constants, constants, sizeof constants);
     CALL(&context->driver, cuEventCreate, &context->latest, CU_EVENT_DISABLE_TIMING);
+    /* A copy of pageable memory may return before the device has it, and a stream that is not
+     * blocking does not wait for the default stream: the first step waits for this event. */
+    CALL(&context->driver, cuEventRecord, context->latest, NULL);
     return FUSEDOPT_OK;
 }
 

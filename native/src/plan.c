@@ -20,7 +20,7 @@ static fusedopt_status reserve(void **pointer, size_t *capacity, size_t count, s
     const size_t wanted = count > 2 * *capacity ? count : 2 * *capacity;
     void *fresh = wanted > SIZE_MAX / bytes ? NULL : malloc(wanted * bytes);
     if (fresh == NULL)
-        return fail(FUSEDOPT_ERROR_MEMORY, "no host memory is left");
+        return fail(FUSEDOPT_ERROR_MEMORY, "no host memory is left; the tensors are unchanged");
     free(*pointer);
     *pointer = fresh;
     *capacity = wanted;

@@ -66,6 +66,8 @@ void device_free(CUdeviceptr address)
 void device_write(CUdeviceptr to, const void *from, size_t bytes)
 {
     need(driver.cuMemcpyHtoD(to, from, bytes), "cuMemcpyHtoD");
+    /* The next step may be on a stream that does not wait for the default stream. */
+    device_wait();
 }
 
 void device_read(void *to, CUdeviceptr from, size_t bytes)

@@ -8,7 +8,12 @@ function(run)
 endfunction()
 
 file(REMOVE_RECURSE "${SCRATCH}")
-run("${CMAKE_COMMAND}" --install "${BUILD}" --prefix "${SCRATCH}/first" --config "${CONFIG}")
+# As the documentation says it; only a generator of several configurations must be told which.
+set(which "")
+if(GENERATOR MATCHES "Multi-Config")
+  set(which --config "${CONFIG}")
+endif()
+run("${CMAKE_COMMAND}" --install "${BUILD}" --prefix "${SCRATCH}/first" ${which})
 file(RENAME "${SCRATCH}/first" "${SCRATCH}/moved")
 foreach(file IN ITEMS include/fusedopt.h share/fusedopt/manifest.json)
   if(NOT EXISTS "${SCRATCH}/moved/${file}")

@@ -76,11 +76,16 @@ EXPORT cuMemcpyHtoD(CUdeviceptr to, const void *from, size_t bytes)
 {
     ENTER_IN_CONTEXT();
     run_everything();
-    void *host = at_device(to, bytes);
-    if (host == NULL)
+    if (at_device(to, bytes) == NULL)
         return CUDA_ERROR_INVALID_VALUE;
-    memcpy(host, from, bytes);
-    return CUDA_SUCCESS;
+    /* As of pageable memory: taken before the call returns, but on the device only when the default
+     * stream comes to it. */
+    void *taken = malloc(bytes);
+    if (taken == NULL)
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    memcpy(taken, from, bytes);
+    return enqueue(NULL, &(struct operation){.kind = COPY_IN, .to = to, .host = taken,
+                                             .taken = taken, .bytes = bytes});
 }
 
 EXPORT cuMemcpyDtoH(void *to, CUdeviceptr from, size_t bytes)

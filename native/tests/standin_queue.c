@@ -77,6 +77,7 @@ void run_stream(CUstream stream, size_t count)
             queue->last = NULL;
         queue->done++;
         run(operation);
+        free(operation->taken);
         free(operation);
     }
 }

@@ -11,6 +11,7 @@ struct operation {
     struct operation *next;
     CUdeviceptr to, from;
     const void *host;
+    void *taken; /* host memory that is freed once the operation has run, or NULL */
     size_t bytes;
     unsigned char byte;
     struct launch launch;

@@ -130,7 +130,7 @@ static void check_init_failures(void)
     static const char *const functions[] = {
         "cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute",
         "cuDriverGetVersion", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2", "cuMemAlloc_v2",
-        "cuMemcpyHtoD_v2", "cuEventCreate", "cuCtxPopCurrent_v2",
+        "cuMemcpyHtoD_v2", "cuEventCreate", "cuEventRecord", "cuCtxPopCurrent_v2",
     };
     for (size_t f = 0; f < sizeof functions / sizeof *functions; f++) {
         fusedopt_context *made = (fusedopt_context *)&made;
