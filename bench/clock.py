@@ -131,13 +131,11 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ratio of two summaries' medians, and the quartiles of that within a round."""
+    """Return median and quartiles of the ratio of two summaries' times within a round."""
     # The slower may have been measured less often, always from the first round on.
     pairs = zip(ours["milliseconds"], theirs["milliseconds"], strict=False)
-    return {
-        "ratio": ours["median"] / theirs["median"],
-        "ratio_quartiles": quartiles([a / b for a, b in pairs]),
-    }
+    ratios = [a / b for a, b in pairs]
+    return {"ratio": statistics.median(ratios), "ratio_quartiles": quartiles(ratios)}
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

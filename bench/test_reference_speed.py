@@ -14,7 +14,8 @@ SHAPES = [(5000, 1000)] * 5
 def test_not_slower_than_the_for_loop():
     ours = fusedopt.AdamW(make_params(SHAPES), backend="reference")
     theirs = torch.optim.AdamW(make_params(SHAPES), foreach=False)
-    measured = ratio(ours.step, theirs.step, rounds=7)
+    # The fastest of many: other processes take memory bandwidth, now from one, now from the other.
+    measured = ratio(ours.step, theirs.step, rounds=15, of=min)
     print(f"\nCPU step(), fusedopt reference over torch for-loop, 25 M: {measured:.3f}")
     # Same work, or the ratio means nothing.
     for p, q in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):

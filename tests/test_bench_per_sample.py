@@ -210,12 +210,13 @@ def test_functions_are_measured_in_turn() -> None:
     assert [len(measured) for measured in times.values()] == [3, 3]
 
 
-def test_ratios_are_of_medians_and_within_rounds() -> None:
+def test_ratios_are_within_rounds() -> None:
     clock = importlib.import_module("bench.clock")
     ours, theirs = (clock.summary([(t, 0.0) for t in times]) for times in ([2, 4, 9], [1, 2, 3, 8]))
     assert ours["median"] == 4 and ours["quartiles"] == [3, 6.5]
     found = clock.ratio(ours, theirs)
-    assert found == {"ratio": 1.6, "ratio_quartiles": [2, 2.5]}
+    # Of the pairs 2, 2 and 3; the medians' would be 1.6, outside of its own quartiles.
+    assert found == {"ratio": 2, "ratio_quartiles": [2, 2.5]}
 
 
 def test_aims() -> None:

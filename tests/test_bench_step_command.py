@@ -121,6 +121,17 @@ def test_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(r["case"], r["rule"], r["clip"]) for r in printed["rows"]] == [("conv", "SGD", False)]
 
 
+def test_nothing_to_time_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peers = importlib.import_module("bench.step.peers")
+    monkeypatch.setattr(peers.Peer, "reason_missing", lambda self: "not installed")
+    arguments = ["bench", "step", "--quick", "--contender", "optimi", "--device", "cpu"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 2
+    assert "optimi is not installed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

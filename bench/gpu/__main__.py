@@ -72,6 +72,10 @@ def probe() -> dict[str, str] | None:
     except subprocess.TimeoutExpired:
         print(f"torch did not say within {PATIENCE} s whether there is a GPU", file=sys.stderr)
         return None
+    if "No module named 'torch'" in done.stderr:
+        advice = "take one that has: make gpu PYTHON=.venv/bin/python, say"
+        print(f"{sys.executable} has no torch; {advice}", file=sys.stderr)
+        return None
     if done.returncode != 0:
         print(done.stderr, file=sys.stderr)
         return None

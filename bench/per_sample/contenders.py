@@ -101,6 +101,13 @@ def _installed(name: str) -> ModuleType | None:
         return None
 
 
+def missing() -> list[dict[str, str]]:
+    """List the libraries whose formula is measured in their place."""
+    reason = "not installed, or not for this torch; its formula is measured instead"
+    known = (("opacus", _OPACUS), ("backpack", _BACKPACK))
+    return [{"contender": name, "reason": reason} for name, found in known if found is None]
+
+
 _OPACUS = _installed("opacus.grad_sample.linear")
 _BACKPACK = _installed("backpack.extensions.firstorder.sum_grad_squared.linear")
 

@@ -47,7 +47,8 @@ bytes_per_parameter what the contender's operations read and write: ``traffic``
 gbps                of those bytes; "percent_of_copy" of the copy that was measured before the case
 extra_peak_bytes    allocated in a step, beyond what was before; null on a CPU
 error               {"ulps", "relative", "bound_ulps"} against float64, in units of the stored type
-ratio_to_ours       time over ours at the same clip and scaler; "ratio_quartiles" within rounds
+ratio_to_ours       time over ours at the same clip and scaler: the median within a round of both;
+                    "ratio_quartiles" besides
 =================== ================================================================================
 """
 

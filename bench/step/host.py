@@ -96,7 +96,7 @@ def rows(row: Row, count: int, moved: bool, settings: dict[str, Any]) -> Iterato
     summaries = {name: clock.summary(measured) for name, measured in times.items()}
     for name, summary in summaries.items():
         against = {
-            f"ratio_to_{key}": clock.ratio(summary, summaries[base])["ratio"]
+            f"ratio_to_{key}": summary["median"] / summaries[base]["median"]
             if base in summaries
             else None
             for key, base in (("torch_fused", "torch-fused"), ("ours", OURS))

@@ -26,7 +26,7 @@ def report(result: dict[str, Any], console: Console) -> None:
         show(_copy(result["copy"]))
     for case in dict.fromkeys(row["case"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["case"] == case]
-        console.print(_case(case, rows))
+        console.print(_case(case, rows, result["copy"]))
         for line in _unmeasured(rows):
             show(line, highlight=False)
     for print_part in (_host, _first_step, _training):
@@ -70,9 +70,11 @@ _COLUMNS: tuple[tuple[str, Callable[[Entry], str]], ...] = (
 )
 
 
-def _case(case: str, rows: list[Entry]) -> Table:
+def _case(case: str, rows: list[Entry], copy: Entry | None) -> Table:
     first = rows[0]
     title = f"{case}: {first['tensors']:,} tensors, {first['parameters']:,} parameters"
+    if copy is not None and case in copy["by_case"]:
+        title += f"; a copy just before: {copy['by_case'][case]:.4g} GB/s"
     table = Table(title=title)
     for column in ("update", "contender"):
         table.add_column(column, no_wrap=True)

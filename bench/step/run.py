@@ -53,6 +53,12 @@ def run(options: argparse.Namespace) -> int:
             # What is stepped here is too small to share out among threads.
             torch.set_num_threads(1)
     _missing(result, settings)
+    if settings["parts"] == ["step"] and not _groups(result, settings):
+        what = ", ".join(
+            f"{entry['contender']} is {entry['reason']}" for entry in result["missing"]
+        )
+        console.print(f"bench: nothing is left to time: {what or 'no row is like that'}")
+        return 2
     _run(result, settings, file, console)
     figures.write(result, file)
     if options.json:
@@ -90,6 +96,12 @@ def _settings(options: argparse.Namespace, device: str, chosen: str) -> dict[str
 
 def _missing(result: dict[str, Any], settings: dict[str, Any]) -> None:
     """Note which of the contenders that are asked for cannot run."""
+    if "per-sample" in settings["parts"]:
+        from bench.per_sample.contenders import missing
+
+        result["missing"] += missing()
+    if not {"step", "first-step"} & set(settings["parts"]):
+        return
     for name, peer in PEERS.items():
         if settings["contenders"] and name not in settings["contenders"]:
             continue
@@ -147,6 +159,9 @@ def _step(
     for group in groups:
         name = group.case.name
         progress.update(task, description=f"{name} {group.rule} {group.types}")
+        if not progress.console.is_terminal:
+            # A log has no bar.
+            progress.console.print(f"{name} {group.rule} {group.types}")
         if name not in by_case:
             # Again before each case, so that a clock that drifts shows.
             speeds += copy.gbps(clock.Clock(device), rounds=10)

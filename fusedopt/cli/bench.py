@@ -48,10 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const="core",
         default="core",
-        help="what matters most, in three minutes on an H100 (the default)",
+        help="what matters most, in three minutes on an H100 by estimate (the default); without a"
+        " GPU, a few cases on the CPU in about as long",
     )
     which.add_argument(
-        "--full", dest="set", action="store_const", const="full", help="everything, in hours"
+        "--full",
+        dest="set",
+        action="store_const",
+        const="full",
+        help="everything, in hours by estimate",
     )
     which.add_argument(
         "--quick", action="store_true", help="everything tiny, without a GPU too; no measurement"

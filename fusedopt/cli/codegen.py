@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedopt.cli import codegen_baseline
+from fusedopt.cli.targets import problem as target_problem
 from fusedopt.kernels import aot, lang
 
 DEFAULT_TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
@@ -88,12 +89,7 @@ def _unusable(targets: Sequence[str]) -> str | None:
         return "Triton is not installed"
     if lang.INTERPRETED:
         return "TRITON_INTERPRET=1 replaces the compiler: unset it"
-    try:
-        for target in targets:
-            aot.parse_target(target)
-    except ValueError as error:
-        return str(error)
-    return None
+    return target_problem(targets)
 
 
 def _compile_all(targets: Sequence[str], jobs: int, quiet: bool) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,7 @@ import torch
 
 from fusedopt import FusedOptimizer
 from fusedopt.cli import precompile_report as report
+from fusedopt.cli.targets import problem as target_problem
 from fusedopt.kernels import aot, lang
 from fusedopt.kernels.rules import REGISTRY
 from fusedopt.precompile.request import Request, Step
@@ -122,11 +123,9 @@ def _check(options: argparse.Namespace) -> Request:
         raise Problem(f"--jobs must be at least 1, got {options.jobs}")
     _import(options.imports or [])
     targets = list(dict.fromkeys(options.target or _own_targets()))
-    for target in targets:
-        try:
-            aot.parse_target(target)
-        except ValueError as error:
-            raise Problem(str(error)) from None
+    wrong = target_problem(targets)
+    if wrong is not None:
+        raise Problem(wrong)
     rules = [_rule(name) for name in options.rule or []]
     unknown = [name for name in options.types or [] if name not in aot.DTYPES]
     if unknown:
