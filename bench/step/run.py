@@ -23,7 +23,10 @@ from .report import report
 
 BENCH = ROOT / "bench"
 QUICK = "tiny tensors, which show that the benchmark works and nothing else"
-NO_GPU = "no GPU: the reference backend and torch on a processor, and no figure of a GPU"
+NO_GPU = (
+    "no GPU: the reference backend and torch on a processor, whose caches move more than memory"
+    " does, and no figure of a GPU"
+)
 SIZES = {"quick": 2**16, "cpu": 2**28, "core": 2**31, "full": 2**31}
 # Seconds of the other parts on a GPU, about.
 SECONDS = {"host": 20.0, "first-step": 50.0, "per-sample": 240.0, "training": 20.0}
