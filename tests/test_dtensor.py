@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from contract import BACKENDS, DEVICE, PLAIN, Case, gradient_like, groups_of, ids, new_params
+from ranks import in_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
@@ -196,10 +197,8 @@ def test_replicated_gradients_are_clipped(backend: str, mesh: DeviceMesh) -> Non
 # Two processes
 
 
-def _two_processes(rank: int, meeting: str) -> None:
+def _two_processes(rank: int) -> None:
     """Uneven shards, one of them empty, under two processes."""
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (2,))
     for case in (SGD, ADAMW):
         values = new_params(((5, 3), (1, 4)))
@@ -214,11 +213,8 @@ def _two_processes(rank: int, meeting: str) -> None:
         assert short.to_local().numel() == (4 if rank == 0 else 0)
         if "step" in ours.state[short]:
             assert ours.state[short]["step"].item() == 3
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file")
 def test_two_processes(tmp_path: Path) -> None:
-    # By a file: a port that was free a moment ago may be taken by another worker of the suite.
-    meeting = f"file://{tmp_path / 'meeting'}"
-    torch.multiprocessing.spawn(_two_processes, args=(meeting,), nprocs=2)
+    in_ranks(2, tmp_path, _two_processes)

@@ -10,6 +10,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing import Manager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from per_sample import (
     to,
     token_mean,
 )
+from ranks import in_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -249,45 +251,40 @@ def test_pitfall_f_formula_over_ranks() -> None:
     assert_near(_two_ranks_by_hand(model, x), mean_square_of(rows), 1e-12, "two ranks")
 
 
-def _rank(rank: int, meeting: str, tied: bool, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+def _rank(rank: int, tied: bool, results: Any) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(tied=tied).double()
+    x = randint(7, 8, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=tied)
+    statistics = PerSampleSquares(model)
+    optimizer = _adam(model.parameters(), statistics, virtual_batch_size=2)
+    mine = x[4 * rank : 4 * rank + 4].chunk(2)
+    with parallel.no_sync():
+        (parallel(mine[0]).square().sum() / 4).backward()
+    (parallel(mine[1]).square().sum() / 4).backward()
+    before = [p.detach().clone() for p in model.parameters()]
     try:
-        torch.manual_seed(0)
-        model = LanguageModel(tied=tied).double()
-        x = randint(7, 8, 3)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=tied)
-        statistics = PerSampleSquares(model)
-        optimizer = _adam(model.parameters(), statistics, virtual_batch_size=2)
-        mine = x[4 * rank : 4 * rank + 4].chunk(2)
-        with parallel.no_sync():
-            (parallel(mine[0]).square().sum() / 4).backward()
-        (parallel(mine[1]).square().sum() / 4).backward()
-        before = [p.detach().clone() for p in model.parameters()]
-        try:
-            optimizer.step()
-            refused = "it was not"
-        except RuntimeError as error:
-            refused = str(error)
-        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-        statistics.all_reduce()
-        squares = {n: statistics.mean_square(p).clone() for n, p in model.named_parameters()}
-        samples = statistics.samples
         optimizer.step()
-        after = {n: p.detach().clone() for n, p in model.named_parameters()}
-        # A second step: what was reduced once is not taken for this one.
-        optimizer.zero_grad()
-        parallel(mine[0]).square().mean().backward()
-        try:
-            optimizer.step()
-            again = "it was not"
-        except RuntimeError as error:
-            again = str(error)
-        results[rank] = (refused, same, samples, squares, after, again)
-    finally:
-        dist.destroy_process_group()
+        refused = "it was not"
+    except RuntimeError as error:
+        refused = str(error)
+    same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    statistics.all_reduce()
+    squares = {n: statistics.mean_square(p).clone() for n, p in model.named_parameters()}
+    samples = statistics.samples
+    optimizer.step()
+    after = {n: p.detach().clone() for n, p in model.named_parameters()}
+    # A second step: what was reduced once is not taken for this one.
+    optimizer.zero_grad()
+    parallel(mine[0]).square().mean().backward()
+    try:
+        optimizer.step()
+        again = "it was not"
+    except RuntimeError as error:
+        again = str(error)
+    results[rank] = (refused, same, samples, squares, after, again)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -300,11 +297,9 @@ def test_pitfall_f_two_processes(tied: bool, tmp_path: Path) -> None:
     Catches a forgotten 1/R**2, squares of the reduced gradient, counts of one rank alone, and a
     step that runs on unreduced squares.
     """
-    import torch.multiprocessing as mp
-
-    with mp.Manager() as manager:
+    with Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank, (f"file://{tmp_path}/meeting", tied, results), nprocs=2)
+        in_ranks(2, tmp_path, _rank, tied, results)
         ranks = [results[0], results[1]]
     torch.manual_seed(0)
     model = LanguageModel(tied=tied).double()
