@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 import fusedopt
 from bench import clock
-from bench.per_sample.gpt import GPT, Size
+from bench.per_sample.gpt import GPT, Size, backward
 from bench.step import OURS
 from bench.step.contenders import backend_of
 
@@ -41,11 +40,7 @@ class Arm:
     def backward(self, codes: Tensor) -> Tensor:
         """Form the gradients of codes ``[batch, length + 1]``; return the loss."""
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
-            logits = self.model(codes[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), codes[:, 1:].flatten())
-        loss.backward()
-        return loss.detach()
+        return backward(self.model, codes)
 
     def update(self) -> None:
         """Clip and step."""

@@ -71,3 +71,13 @@ class GPT(nn.Module):
         """Map codes ``[batch, length]`` to logits ``[batch, length, vocabulary]``."""
         places = torch.arange(codes.shape[1], device=codes.device).expand(codes.shape)
         return self.head(self.norm(self.blocks(self.tokens(codes) + self.positions(places))))
+
+
+def backward(model: GPT, codes: Tensor) -> Tensor:
+    """Form gradients from ``[batch, length + 1]`` codes, in bfloat16 on a GPU; return the loss."""
+    kind = codes.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
+        logits = model(codes[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), codes[:, 1:].flatten())
+    loss.backward()
+    return loss.detach()

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 import fusedopt
 from bench import clock
 
 from .agreement import Mismatch, check
 from .cases import ARITHMETIC
-from .gpt import GPT, Size
+from .gpt import GPT, Size, backward
 
 # Before times are taken or memory is counted: states are made in the first step.
 WARM_UP = 3
@@ -45,11 +44,7 @@ class Arm:
     def backward(self, codes: Tensor) -> Tensor:
         """Form the gradients of codes ``[batch, length + 1]``; return the loss."""
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
-            logits = self.model(codes[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), codes[:, 1:].flatten())
-        loss.backward()
-        return loss.detach()
+        return backward(self.model, codes)
 
     def step(self, codes: Tensor) -> None:
         """Train on a batch."""
