@@ -117,6 +117,7 @@ def test_our_bytes_are_the_budgets_of_the_compiled_kernels() -> None:
     from fusedopt.kernels.aot_variants import update_tensors
 
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    names |= {torch.float16: "fp16", torch.float64: "fp64"}
     for rule, row in module("rules").RULES.items():
         for types, codec in module("codecs").CODECS.items():
             own = problem(rule, types)
@@ -197,14 +198,18 @@ def run_group(rule: str, types: str, *keys: Any, shapes: Any = ((40_000,), (3, 5
     [
         (nothing, "fp32", "ulps"),
         (nothing, "bf16", "ulps"),
+        (nothing, "fp16", "ulps"),
         (all_but_the_tail, "fp32", "ulps"),
         (all_but_the_tail, "bf16", "ulps"),
         (all_but_a_chunk, "fp32", "1 runs of elements have not moved"),
+        (all_but_the_tail, "fp16", "ulps"),
         (all_but_a_chunk, "bf16", "1 runs of elements have not moved"),
         (one_not_a_number, "fp32", "inf ulps"),
         (wrong("betas", (0.9, 0.951)), "fp32", "ulps"),
         (wrong("betas", (0.901, 0.95)), "fp32", "ulps"),
+        (wrong("betas", (0.9, 0.95 + 1e-9)), "fp64", "ulps"),
         (wrong("weight_decay", 0.0), "bf16", "ulps"),
+        (wrong("weight_decay", 0.0), "fp16", "ulps"),
         (wrong("lr", 0.1001), "fp32", "ulps"),
         (without_gradients, "fp32", "takes gradients away"),
     ],
@@ -292,6 +297,19 @@ def test_every_rule_in_all_types() -> None:
                 bandwidth = row["bytes_per_parameter"] * 615 / (1e6 * row["device_ms"]["median"])
                 assert row["gbps"] == pytest.approx(bandwidth)
                 assert row["percent_of_copy"] == pytest.approx(10 * bandwidth)
+
+
+@pytest.mark.parametrize("rule", ["RMSprop-centered", "AdamW"])
+def test_half_precision_leaves_torch_something_to_divide_by(rule: str) -> None:
+    """Of a gradient near zero, square and eps are both zero in float16: torch makes it a nan."""
+    names = ("fusedopt", "torch-for-loop", "torch-foreach")
+    keys = [(name, clip, False) for name in names for clip in (False, True)]
+    rows = run_group(rule, "fp16", *keys)
+    assert [row["status"] for row in rows] == ["measured"] * len(keys), rows
+    own = problem(rule, "fp16")
+    own.new_gradients(1, 8.0)
+    magnitudes = own.checked(own.gradients).abs()
+    assert 0.79 < magnitudes.min() < 0.82 and magnitudes.max() > 8
 
 
 def test_launches_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP64, FP32, FP16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,11 @@ class Codec:
             operation of foreach; a step that is left out is thousands of ulps of float32 and tens
             of bfloat16.
         rewritten: the same where torch clips on a CPU, whose float32 norm of 40 million elements is
-            0.3 % off. Of bfloat16 gradients, norm, factor and product each are rounded to that
+            0.3 % off. Of 16-bit gradients, norm, factor and product each are rounded to that
             type, on any device.
+        floor: standard deviations that no gradient is smaller than. The square of a smaller one is
+            nothing in float16, whose smallest number is 6e-8, and neither is eps, which torch's
+            eager steps add in that type: what such an element does is no question of correctness.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Codec:
     state: torch.dtype
     bound: float
     rewritten: float
+    floor: float = 0.0
 
     def bound_of(self, clips: bool, device: torch.device) -> float:
         """Return what a contender may be off.
@@ -41,7 +45,7 @@ class Codec:
             clips: whether torch's clipping comes before its step.
             device: of the tensors.
         """
-        loose = clips and (device.type == "cpu" or self.gradient == BF16)
+        loose = clips and (device.type == "cpu" or self.gradient in (BF16, FP16))
         return self.rewritten if loose else self.bound
 
 
@@ -50,5 +54,7 @@ _ROWS = (
     Codec("bf16", BF16, BF16, BF16, 12.0, 12.0),
     Codec("bf16+fp32-states", BF16, BF16, FP32, 12.0, 12.0),
     Codec("fp32+bf16-gradients", FP32, BF16, FP32, 256.0, 2.0**17),
+    Codec("fp16", FP16, FP16, FP16, 12.0, 12.0, floor=0.1),
+    Codec("fp64", FP64, FP64, FP64, 256.0, 256.0),
 )
 CODECS = {codec.name: codec for codec in _ROWS}

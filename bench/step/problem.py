@@ -117,6 +117,9 @@ class Problem:
     def new_gradients(self, seed: int, deviation: float) -> None:
         """Draw gradients, and squares of samples of that size."""
         self.gradients.draw(seed, deviation)
+        if self.codec.floor:
+            gradients = self.gradients.flat
+            gradients.add_(gradients.sign(), alpha=self.codec.floor * deviation)
         if self.squares is not None:
             self.squares.draw(seed + 1000)
             self.squares.flat.abs_().add_(0.5).mul_(deviation**2 / SAMPLES)
