@@ -110,6 +110,55 @@ def test_different_numbers_fail_the_run(
     assert shapes == (["3x1x8x8"] if part == "squares" else [])
 
 
+def test_another_library_that_fails_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(_: Any) -> Any:
+        raise AttributeError("no such sampler")
+
+    def late(_: Any) -> Any:
+        def broken() -> None:
+            raise TypeError("another signature")
+
+        return broken
+
+    contenders = module("contenders").CONTENDERS
+    for name, prepare in (("opacus", unknown), ("opacus_fused", late), ("backpack", per_token)):
+        foreign = dataclasses.replace(contenders[name], prepare=prepare, source="a library")
+        monkeypatch.setitem(contenders, name, foreign)
+    status, result = run(tmp_path, "linear", "--types", "fp32", "--shapes", "4x5x24x16")
+    assert status == 0 and result["failed"] == []
+    found = result["linear"][0]["contenders"]
+    reasons = {name: entry["reason"] for name, entry in found.items() if "reason" in entry}
+    assert set(reasons) == {"opacus", "opacus_fused", "backpack"}
+    assert reasons["opacus"] == "AttributeError: no such sampler"
+    assert reasons["opacus_fused"] == "TypeError: another signature"
+    assert reasons["backpack"].startswith("squares of backpack differs from ours")
+    assert all((entry["status"] == "failed") == (n in reasons) for n, entry in found.items())
+    assert "milliseconds" not in found["opacus"] and "milliseconds" in found["vmap"]
+    assert "failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", [(0, 0), (-1, -1), (7, -8)])
+def test_ours_is_compared_with_float64(
+    place: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with the others alone, who may all make the same mistake."""
+    right = module("contenders").fused
+
+    def wrong(x: Any) -> Callable[[], Any]:
+        gradient, squares = right(x)()
+        squares[place] *= 1.1
+        return lambda: (gradient, squares)
+
+    for name in module("contenders").CONTENDERS:
+        if name != "plain":
+            replace(monkeypatch, name, wrong)
+    status, result = run(tmp_path, "linear", "--types", "fp32", "--shapes", "4x5x24x20")
+    assert status == 1 and result["linear"] == []
+    assert "squares of fused differs from float64" in result["failed"][0]
+
+
 def test_observed_gradients_that_differ_fail_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,14 @@ def distance(found: Tensor, wanted: Tensor) -> Distance:
     return Distance(rms, maximum)
 
 
-def check(what: str, found: Tensor, wanted: Tensor, kind: str, arithmetic: Arithmetic) -> Distance:
+def check(
+    what: str,
+    found: Tensor,
+    wanted: Tensor,
+    kind: str,
+    arithmetic: Arithmetic,
+    other: str = "ours",
+) -> Distance:
     """Return the distance; raise Mismatch where it is more than rounding."""
     if found.shape != wanted.shape:
         raise Mismatch(f"{what} is {tuple(found.shape)}, not {tuple(wanted.shape)}")
@@ -47,7 +54,7 @@ def check(what: str, found: Tensor, wanted: Tensor, kind: str, arithmetic: Arith
     # Not the other way round, for which nan would pass.
     if not (result.rms <= bound and result.maximum <= MAXIMUM * bound):
         raise Mismatch(
-            f"{what} differs from ours by {result.rms:.2g} (at most {bound:.2g}) in the mean and"
+            f"{what} differs from {other} by {result.rms:.2g} (at most {bound:.2g}) in the mean and"
             f" {result.maximum:.2g} (at most {MAXIMUM * bound:.2g}) in one element, in units of"
             " the root mean square"
         )
@@ -55,11 +62,16 @@ def check(what: str, found: Tensor, wanted: Tensor, kind: str, arithmetic: Arith
 
 
 def check_results(
-    name: str, found: Result, ours: Result, kind: str, arithmetic: Arithmetic
+    name: str,
+    found: Result,
+    wanted: Result,
+    kind: str,
+    arithmetic: Arithmetic,
+    other: str = "ours",
 ) -> dict[str, dict[str, float]]:
-    """Compare gradient and squares, if there are any, with ours."""
+    """Compare gradient and squares, if there are any, with others', by default ours."""
     distances = {}
-    for part, x, y in zip(("gradient", "squares"), found, ours, strict=True):
+    for part, x, y in zip(("gradient", "squares"), found, wanted, strict=True):
         if x is not None and y is not None:
-            distances[part] = asdict(check(f"{part} of {name}", x, y, kind, arithmetic))
+            distances[part] = asdict(check(f"{part} of {name}", x, y, kind, arithmetic, other))
     return distances

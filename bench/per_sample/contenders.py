@@ -22,6 +22,7 @@ Result = tuple[Tensor, Tensor | None]
 Run = Callable[[], Result]
 
 OURS, BASE = "fused", "plain"
+FORMULA = "its formula"
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,19 @@ class Contender:
         title: for tables.
         prepare: from the operands to the function that is timed.
         applies: whether the way exists for a shape, and is not another one's.
-        source: whose code runs.
+        source: whose code runs: a library's, ``"torch"``, ``"fusedopt"``, or ``"its formula"``
+            where the library is missing.
     """
 
     title: str
     prepare: Callable[[Operands], Run]
     applies: Callable[[Shape], bool] = lambda _: True
     source: str = "torch"
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another library's code runs, which may fail in its own ways."""
+        return self.source not in ("torch", "fusedopt", FORMULA)
 
 
 def plain(x: Operands) -> Run:
@@ -175,8 +182,8 @@ def backpack_ordered(x: Operands) -> Run:
     return run
 
 
-_OPACUS_SOURCE = "its formula" if _OPACUS is None else "opacus"
-_BACKPACK_SOURCE = "its formula" if _BACKPACK is None else "backpack"
+_OPACUS_SOURCE = FORMULA if _OPACUS is None else "opacus"
+_BACKPACK_SOURCE = FORMULA if _BACKPACK is None else "backpack"
 
 CONTENDERS = {
     BASE: Contender("plain gradient", plain),
@@ -188,6 +195,6 @@ CONTENDERS = {
     "opacus_fused": Contender("Opacus, fusedopt reduces", opacus_fused, source=_OPACUS_SOURCE),
     "backpack": Contender("BackPACK", backpack, source=_BACKPACK_SOURCE),
     "backpack_ordered": Contender(
-        "BackPACK, best order", backpack_ordered, lambda s: s.length > 1, "its formula"
+        "BackPACK, best order", backpack_ordered, lambda s: s.length > 1, FORMULA
     ),
 }

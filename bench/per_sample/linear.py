@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import clock
+from bench.step.peers import first_line
 
-from .agreement import check_results
+from .agreement import Mismatch, check_results
 from .cases import ARITHMETIC, Shape
-from .contenders import BASE, CONTENDERS, OURS, Operands, Result, Run
+from .contenders import BASE, CONTENDERS, OURS, Contender, Operands, Result, Run
 
-T = TypeVar("T")
-
-UNFIT = "does not fit"
+MEASURED, UNFIT, FAILED = "measured", "does not fit", "failed"
+# Of the weight's rows and columns, how many at either end are compared with float64.
+EDGE = 8
 
 
 def operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -39,7 +41,7 @@ def measure(
     """Return everything about a shape and a type of arithmetic.
 
     Raises:
-        Mismatch: where two contenders differ by more than rounding.
+        Mismatch: where ours differs from float64, or from torch, by more than rounding.
         torch.OutOfMemoryError: where operands and results alone do not fit.
     """
     device, arithmetic = torch.device(settings["device"]), ARITHMETIC[kind]
@@ -61,35 +63,70 @@ def measure(
 def _admit(
     shape: Shape, kind: str, x: Operands, advance: Callable[[], None]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Run]]:
-    """Run each contender that fits once, compare it with ours, and note its memory."""
+    """Run each contender that can once, compare it with ours, and note its memory."""
     contenders = {name: c for name, c in CONTENDERS.items() if c.applies(shape)}
     # All of them first: what one holds on to is missing to the others when times are taken.
-    runs = {name: _unless_full(partial(c.prepare, x)) for name, c in contenders.items()}
+    prepared = {name: _prepare(c, x) for name, c in contenders.items()}
     ours = CONTENDERS[OURS].prepare(x)()
+    _check_exactly(x, ours, kind)
     found: dict[str, dict[str, Any]] = {}
     fits: dict[str, Run] = {}
     for name, contender in contenders.items():
         entry: dict[str, Any] = {"title": contender.title, "source": contender.source}
-        run = runs[name]
-        if run is not None and _unless_full(run) is not None:
-            entry["status"] = "measured"
-            entry |= _facts(name, run, ours, kind, x.a.device)
-            fits[name] = run
-        else:
-            entry["status"] = UNFIT
-        found[name] = entry
+        run, why = prepared[name]
+        if run is not None:
+            facts, why = _attempt(contender, partial(_facts, name, run, ours, kind, x.a.device))
+            if facts is not None:
+                entry |= facts
+                fits[name] = run
+        found[name] = entry | why
         clock.release()
         advance()
     return found, fits
 
 
-def _unless_full(function: Callable[[], T]) -> T | None:
-    """Call a function; return None where the device lacks the memory for it."""
+def _prepare(contender: Contender, x: Operands) -> tuple[Run | None, dict[str, Any]]:
+    return _attempt(contender, partial(contender.prepare, x))
+
+
+def _attempt(
+    contender: Contender, function: Callable[[], Any]
+) -> tuple[Any | None, dict[str, Any]]:
+    """Call a function; return what it returned or None, and the status with its reason.
+
+    Raises:
+        Exception: of any kind, where it is not another library's.
+    """
     try:
-        return function()
+        return function(), {"status": MEASURED}
     except torch.OutOfMemoryError:
         # Nothing more here: the error holds on to the frames, and so to what did fit.
-        return None
+        return None, {"status": UNFIT}
+    except Exception as error:
+        if not contender.foreign:
+            raise
+        text = str(error) if isinstance(error, Mismatch) else first_line(error)
+        return None, {"status": FAILED, "reason": text}
+
+
+def _check_exactly(x: Operands, ours: Result, kind: str) -> None:
+    """Compare the corners of our result with float64: it is what the others are compared with.
+
+    Raises:
+        Mismatch: where it differs by more than rounding.
+    """
+    rows, columns = (_ends(size, x.a.device) for size in x.weight.shape)
+    samples = torch.bmm(x.e[..., rows].double().transpose(1, 2), x.a[..., columns].double())
+    exact = samples.sum(0), samples.square().sum(0)
+    gradient, squares = (None if t is None else t[rows][:, columns] for t in ours)
+    assert gradient is not None
+    check_results(OURS, (gradient, squares), exact, kind, ARITHMETIC[kind], "float64")
+
+
+def _ends(size: int, device: torch.device) -> Tensor:
+    """Return the first and the last places of a dimension."""
+    places = torch.arange(size, device=device)
+    return places if size <= 2 * EDGE else torch.cat([places[:EDGE], places[-EDGE:]])
 
 
 def _facts(

@@ -27,7 +27,7 @@ def _linear(case: dict[str, Any]) -> Table:
     table = Table(*columns, title=title)
     for entry in case["contenders"].values():
         if "median" not in entry:
-            table.add_row(entry["title"], entry["status"])
+            table.add_row(entry["title"], entry["status"], entry.get("reason"))
             continue
         low, high = entry["ratio_quartiles"]
         table.add_row(

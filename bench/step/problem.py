@@ -119,7 +119,9 @@ class Problem:
         self.gradients.draw(seed, deviation)
         if self.codec.floor:
             gradients = self.gradients.flat
-            gradients.add_(gradients.sign(), alpha=self.codec.floor * deviation)
+            # With the sign of a zero, too, which a half-precision draw has among millions.
+            least = torch.full_like(gradients[:1], self.codec.floor * deviation)
+            gradients.add_(torch.copysign(least, gradients))
         if self.squares is not None:
             self.squares.draw(seed + 1000)
             self.squares.flat.abs_().add_(0.5).mul_(deviation**2 / SAMPLES)
