@@ -307,9 +307,28 @@ def test_half_precision_leaves_torch_something_to_divide_by(rule: str) -> None:
     rows = run_group(rule, "fp16", *keys)
     assert [row["status"] for row in rows] == ["measured"] * len(keys), rows
     own = problem(rule, "fp16")
+    # Of some millions drawn in half precision, one is zero.
+    own.gradients.drawn(1)[:2] = torch.tensor([0.0, -0.0])
     own.new_gradients(1, 8.0)
     magnitudes = own.checked(own.gradients).abs()
     assert 0.79 < magnitudes.min() < 0.82 and magnitudes.max() > 8
+
+
+def test_what_torch_rounds_in_a_gradient_is_no_failure() -> None:
+    """Nesterov's foreach adds the momentum to a bfloat16 gradient in place."""
+    names = ("torch-for-loop", "torch-foreach")
+    keys = [(name, clip, False) for name in names for clip in (False, True)]
+    rows = run_group("SGD-nesterov", "fp32+bf16-gradients", *keys, shapes=((700_000,),))
+    assert [row["status"] for row in rows] == ["measured"] * len(keys), rows
+    codec = module("codecs").CODECS["fp32+bf16-gradients"]
+    assert codec.bound_of(True, True, CPU) == codec.bound_of(True, False, CPU) == 256
+
+
+def test_torchs_scaler_refuses_float16() -> None:
+    scaled = [("fusedopt", True, True), ("torch-fused", False, True), ("torch-fused", True, True)]
+    rows = run_group("AdamW", "fp16", *scaled, ("torch-foreach", False, True))
+    assert [row["status"] for row in rows] == ["measured", "measured", "skipped", "skipped"]
+    assert "GradScaler does not unscale float16" in rows[2]["reason"]
 
 
 def test_launches_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

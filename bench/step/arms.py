@@ -55,6 +55,9 @@ def protocol(
         scaler: of the loss, or None.
     """
 
+    if scaler is not None and _unscales(optimizer, max_norm) and _has_half(params):
+        raise Unsupported("torch's GradScaler does not unscale float16 gradients")
+
     def clip() -> None:
         torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=True)
 
@@ -72,6 +75,15 @@ def protocol(
         scaler.update()
 
     return Arm(run if scaler is None else run_scaled, optimizer, scaler)
+
+
+def _unscales(optimizer: torch.optim.Optimizer, max_norm: float | None) -> bool:
+    """Whether the scaler, and not the step, divides gradients by the scale."""
+    return max_norm is not None or not getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _has_half(params: Sequence[Tensor]) -> bool:
+    return any(p.grad is not None and p.grad.dtype == torch.float16 for p in params)
 
 
 def seed_states(

@@ -123,7 +123,7 @@ def _admit(key: Key, row: RowT, problem: Problem, expected: gate.Expected) -> Ar
     scale = gate.SCALE if key.scaler else None
     contender = CONTENDERS[key.contender]
     codec = problem.codec
-    bound = codec.bound_of(key.clip and key.contender != OURS, problem.device)
+    bound = codec.bound_of(key.contender == OURS, key.clip, problem.device)
     try:
         arm = contender.make(problem, key.clip, scale)
         error = gate.check(problem, expected, arm.step, bound, scale or 1.0)
