@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,11 +52,60 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 def test_files(quick: tuple[Path, dict[str, Any]]) -> None:
     folder, result = quick
-    stem = module("environment").slug(result["environment"])
+    # Some types only: neither this nor what is so tiny replaces another result.
+    when = re.sub(r"[-:]|\+.*", "", result["environment"]["date"]).replace("T", "-")
+    stem = f"{module('environment').slug(result['environment'])}-quick-partial-{when}"
     names = {f"{stem}.json", f"{stem}-bars.png", f"{stem}-roofline.png"}
     assert {file.name for file in folder.iterdir()} == names
     for name in names - {f"{stem}.json"}:
         assert (folder / name).read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("settings", "suffix"),
+    [
+        ({"set": "core", "partial": False}, ""),
+        ({"set": "cpu", "partial": False}, ""),
+        ({"set": "full", "partial": False}, "-full"),
+        ({"set": "quick", "partial": False}, "-quick"),
+        ({"set": "core", "partial": True}, "-partial-20260203-040506"),
+        ({"set": "full", "partial": True}, "-full-partial-20260203-040506"),
+    ],
+)
+def test_names_of_files(settings: dict[str, Any], suffix: str, tmp_path: Path) -> None:
+    environment = {"device": "A GPU", "commit": "0123456789ab"}
+    environment["date"] = "2026-02-03T04:05:06+00:00"
+    file = module("step.output").File(tmp_path, {"environment": environment, "settings": settings})
+    assert file.json == tmp_path / f"a-gpu-012345678{suffix}.json"
+
+
+@pytest.mark.parametrize(
+    ("changed", "partial"),
+    [
+        ({}, False),
+        ({"parts": ["host"]}, True),
+        ({"case": ["gpt2"]}, True),
+        ({"rule": ["Adam"]}, True),
+        ({"types": ["bf16"]}, True),
+        ({"contender": ["fusedopt"]}, True),
+        ({"clip": False}, True),
+        ({"scaler": True}, True),
+        ({"seconds": 3.0}, False),
+    ],
+)
+def test_what_is_only_a_part_of_a_set(changed: dict[str, Any], partial: bool) -> None:
+    everything = {"parts": [], "rule": [], "types": [], "contender": [], "clip": None}
+    everything |= {"scaler": None, "quick": False}
+    chosen = options(Path(), **everything | changed)
+    assert module("step.run")._settings(chosen, "cuda", "core")["partial"] is partial
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("kept")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert cli.main(["bench", "--quick", "--device", "cpu", "--out", str(folder)]) == 2
+        assert f"bench: --out {folder}: " in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_what_the_json_says(quick: tuple[Path, dict[str, Any]]) -> None:
@@ -141,12 +191,14 @@ def test_nothing_to_time_is_an_error(
         (["--types", "fp8"], "--types: there is no 'fp8', but fp32, bf16"),
         (["--contender", "apex"], "--contender: there is no 'apex'"),
         (["--seconds", "0"], "--seconds must be positive"),
+        (["--full", "--device", "cpu"], "--full is for a GPU"),
     ],
 )
 def test_wrong_names(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["bench", "--quick", *arguments]) == 2
+    quick = [] if "--full" in arguments else ["--quick"]
+    assert cli.main(["bench", *quick, *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -254,6 +306,31 @@ def test_a_process_that_fails_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(children, "LIMIT", 0.01)
     (ours, _) = children.first_steps("cpu", True, [])
     assert ours["seconds"] is None and "took more than" in ours["reason"]
+
+
+def test_a_first_step_that_is_wrong_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fusedopt
+
+    first_step = module("step.first_step")
+    right = first_step.measure("fusedopt", "AdamW", "fp32", "cpu", True)
+    assert right["seconds"] > 0 and right["variants_compiled"] == 0
+    step = fusedopt.AdamW.step
+
+    def twice(self: Any) -> None:
+        step(self)
+        step(self)
+
+    monkeypatch.setattr(fusedopt.AdamW, "step", twice)
+    with pytest.raises(module("step.gate").Mismatch, match="from float64 after two steps"):
+        first_step.measure("fusedopt", "AdamW", "fp32", "cpu", True)
+
+
+def test_host_times_of_some_contenders() -> None:
+    rows = module("step.children").host(True, ["Adam"], ["torch-fused"])
+    assert {(row["rule"], row["contender"]) for row in rows} == {
+        ("Adam", "fusedopt"),
+        ("Adam", "torch-fused"),
+    }
 
 
 def test_contenders_that_are_missing_or_break(

@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import sys
+from datetime import datetime, timedelta, timezone
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -49,6 +50,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 RESULT = {
     "schema": 1, "kind": "bench", "measurement": True, "note": "", "environment": ENVIRONMENT,
+    "settings": {"set": "core", "partial": False},
     "copy": {"gbps": {"median": 2507.0, "p10": 1.0, "p90": 1.0}, "bytes": 1, "by_case": {}},
     "rows": [
         row("fusedopt", 1.6, 1.0, scaler=True),
@@ -140,11 +142,32 @@ def test_the_newest_measurement_on_a_gpu_is_taken(result, tmp_path) -> None:
     keep(tmp_path, "c.json", result | {"measurement": False}, date=later)
     keep(tmp_path, "d.json", result | {"kind": "gpu"}, date=later)
     keep(tmp_path, "e.json", result, date=later, capability=None, device="a processor")
+    some = result | {"settings": {"partial": True}}
+    keep(tmp_path, "some.json", some, date=later, device="part")
     (tmp_path / "f.json").write_text("[1, 2")
     (tmp_path / "g.json").write_text("[]")
     assert reader.newest(tmp_path)["environment"]["device"] == "new"
     keep(tmp_path, "h.json", result, device="newer", date="2026-02-03T05:00:01Z")
     assert reader.newest(tmp_path)["environment"]["device"] == "newer"
+    assert reader.newest(tmp_path, partial=True)["environment"]["device"] == "part"
+
+
+def test_a_gpu_run_does_not_take_an_older_result_for_its_own(result, tmp_path) -> None:
+    findings = importlib.import_module("bench.gpu.findings")
+    stages = importlib.import_module("bench.gpu.stages")
+    # To the second: what was taken within that of the beginning is the run's.
+    begun = datetime(2026, 2, 3, 4, 5, 6, tzinfo=timezone.utc)
+    for partial in (False, True):
+        keep(tmp_path, "a.json", result | {"settings": {"partial": partial}, "failed": []})
+        for seconds, own in ((-1, True), (0, True), (1, False)):
+            setting = stages.Setting(
+                tmp_path, tmp_path, "cuda:90", begun=begun + timedelta(seconds=seconds)
+            )
+            if own:
+                assert findings.bench(setting, [])["rows"] > 0
+            else:
+                with pytest.raises(findings.Bad, match="no measurement"):
+                    findings.bench(setting, [])
 
 
 def test_another_schema_is_an_error(result, tmp_path) -> None:

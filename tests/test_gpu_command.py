@@ -169,6 +169,29 @@ def test_files_table_and_exit_status(monkeypatch, capsys, tmp_path):
     assert not json.loads((out / "summary.json").read_text())["passed"]
 
 
+def test_counts_of_an_earlier_run_are_not_this_ones(monkeypatch, capsys, tmp_path):
+    stages, findings = module("stages"), module("findings")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "junit.xml").write_text('<testsuite tests="9"/>')
+    cut = stages.Stage("tests", 5.0, lambda setting: [script("x", "")], findings.tests)
+    status, printed, out = _main(monkeypatch, capsys, tmp_path, cut)
+    assert status == 1 and not (out / "junit.xml").exists()
+    (found,) = json.loads((out / "summary.json").read_text())["stages"]
+    assert found["result"] == "failed" and not found["figures"]
+
+
+def test_what_is_missing_is_said_at_once(monkeypatch, capsys, tmp_path):
+    command = module("__main__")
+    monkeypatch.setattr(command, "probe", lambda: {"device": "a GPU", "target": "cuda:90"})
+    monkeypatch.setattr(command, "_run", lambda *_: pytest.fail("it runs"))
+    (tmp_path / "file").write_text("kept")
+    assert command.main(["--out", str(tmp_path / "file")]) == 2
+    assert f"--out {tmp_path / 'file'}: File exists" in capsys.readouterr().err
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert command.main(["--out", str(tmp_path / "new")]) == 2
+    assert "pip install rich" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 def test_long_output_is_shortened_in_the_middle(setting):
     report = module("report")
     report.log(setting.out, "x", "begin" + "." * 2_000_000 + "end", "")
@@ -188,6 +211,8 @@ def test_without_a_gpu(tmp_path):
     [
         (["--stages", "info,sleep"], "no stage 'sleep'"),
         (["--deadline", "481"], "at most 470"),
+        (["--deadline", "soon"], "'soon' is no number of seconds"),
+        (["--bench", "--case 'odd"], "No closing quotation"),
         ([], "--out"),
     ],
 )

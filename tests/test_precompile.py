@@ -417,6 +417,8 @@ def _constants(values: Any) -> frozenset[tuple[str, str]]:
         (["--target", "cuda:90", "--import", "no_such"], "--import no_such: No module"),
         (["--target", "cuda:90", "--import", "json"], "json registered no rule"),
         (["--target", "cuda:90", "--jobs", "0"], "--jobs must be at least 1"),
+        # A shell's variable that is not set, in place of the folder.
+        (["--target", "cuda:90", "--cache", ""], "--cache is empty"),
     ],
 )
 def test_bad_arguments(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -59,6 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if importlib.util.find_spec("rich") is None:
+        print("python -m bench.gpu needs rich: pip install rich", file=sys.stderr)
+        return 2
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
     return _run(stages, options, machine, begin)
 
 
@@ -106,8 +115,9 @@ def _run(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "log.txt").unlink(missing_ok=True)
+    # Of an earlier run: a stage that does not come to its end would be read from them.
+    for name in ("log.txt", "junit.xml"):
+        (options.out / name).unlink(missing_ok=True)
     columns = TextColumn("of the deadline"), BarColumn(), TimeElapsedColumn()
     summary: dict[str, Any] = {
         "schema": 1,
@@ -141,7 +151,9 @@ def _run(
 
 
 def _setting(options: argparse.Namespace, work: Path, target: str) -> Setting:
-    return Setting(options.out.resolve(), work, target, options.tests, options.bench)
+    # To the second, as results have it.
+    begun = datetime.now(timezone.utc).replace(microsecond=0)
+    return Setting(options.out.resolve(), work, target, options.tests, options.bench, begun)
 
 
 def _commit() -> str | None:
@@ -172,7 +184,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results; is made")
     add("--stages", type=_names, metavar="A,B", help=f"some of {','.join(NAMES)} (all)")
     add("--tests", choices=("gpu", "all"), default="gpu", help="those that need one, or all (gpu)")
-    add("--bench", default="", metavar="ARGUMENTS", help="further ones of python -m fusedopt bench")
+    add(
+        "--bench",
+        type=_words,
+        default="",
+        metavar="ARGUMENTS",
+        help="further ones of python -m fusedopt bench",
+    )
     add("--deadline", type=_deadline, default=DEADLINE, help=f"seconds in all ({DEADLINE:g})")
     add("--cache", type=Path, metavar="DIR", help="Triton's cache (a temporary one)")
     add("--commit", metavar="HASH", help="of a checkout that came without git")
@@ -188,8 +206,19 @@ def _names(text: str) -> list[str]:
     return names
 
 
+def _words(text: str) -> str:
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    return text
+
+
 def _deadline(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from error
     if not 0 < value <= LONGEST:
         raise argparse.ArgumentTypeError(f"{value:g} s: at most {LONGEST:g}, for eight minutes")
     return value

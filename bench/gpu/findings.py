@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from .processes import Outcome
-from .result import newest, summary
+from .result import date, newest, summary
 
 if TYPE_CHECKING:
     from .stages import Setting
@@ -81,8 +81,8 @@ def verify(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def bench(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return AdamW's figures."""
-    result = newest(setting.out)
-    if result is None:
+    result = newest(setting.out, partial=True)
+    if result is None or (setting.begun is not None and date(result) < setting.begun):
         raise Bad("no measurement was written", {})
     figures = summary(result)
     if result["failed"]:

@@ -18,14 +18,16 @@ FUSED, FOREACH, COMPILED = "torch-fused", "torch-foreach", "torch-compiled"
 RULE = "AdamW"
 
 
-def newest(folder: Path) -> dict[str, Any] | None:
+def newest(folder: Path, partial: bool = False) -> dict[str, Any] | None:
     """Return the newest measurement on a GPU among the JSON files of a folder, or None.
 
     Args:
         folder: other files may be there, and folders within are not looked into.
+        partial: whether a run of which only some of its set was asked for will do.
     """
     found = [result for path in sorted(folder.glob("*.json")) for result in _measurement(path)]
-    return max(found, key=date, default=None)
+    whole = [result for result in found if partial or not result["settings"]["partial"]]
+    return max(whole, key=date, default=None)
 
 
 def _measurement(path: Path) -> Iterator[dict[str, Any]]:

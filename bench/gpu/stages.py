@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Setting:
         target: what Triton compiles for, ``cuda:90``.
         tests: ``gpu`` for the tests that need one, ``all`` for the whole suite.
         bench: further arguments of the benchmark.
+        begun: when the run began; older results are another's.
     """
 
     out: Path
@@ -34,6 +36,7 @@ class Setting:
     target: str
     tests: str = "gpu"
     bench: str = ""
+    begun: datetime | None = None
 
 
 class LeftOut(Exception):

@@ -2,8 +2,9 @@
 
 Every contender takes two steps from one random start and is compared with float64 before a time
 of its is taken; then all are timed in turn. A result is one JSON file and two pictures,
-``<device>-<commit>.json``, ``-bars.png`` and ``-roofline.png``. The JSON, with null for what was
-not taken:
+``<device>-<commit>.json``, ``-bars.png`` and ``-roofline.png``; after the commit comes ``-full`` or
+``-quick`` for those sets, and ``-partial-<time>`` where not all of a set was asked for. The JSON,
+with null for what was not taken:
 
 ========== =========================================================================================
 schema     1
@@ -11,7 +12,8 @@ kind       "bench"
 measurement whether the figures mean anything: false with ``--quick``
 note       what a reader has to know first, or ""
 environment see ``bench.environment``
-settings   what was asked for; "parts", "set" (core, full, quick or cpu), "device", "rounds", ...
+settings   what was asked for; "parts", "set" (core, full, quick or cpu), "partial" (whether
+           only some of the set), "device", "rounds", ...
 copy       {"gbps": {"median", "p10", "p90"}, "bytes", "by_case": {case: GB/s}}: a device copy, read
            and written bytes both counted, taken again before each case
 missing    [{"contender", "reason"}]: not installed, or failed on import

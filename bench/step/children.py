@@ -50,13 +50,14 @@ def _run(module: str, arguments: Sequence[str], environment: dict[str, str]) -> 
     return out
 
 
-def host(quick: bool, rules: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows of the host part.
+def host(quick: bool, rules: Sequence[str], contenders: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the rows of the host part, of all rules and contenders where none is named.
 
     Raises:
         PartFailed: where the process failed.
     """
     arguments = ["--quick"] * quick + [word for rule in rules for word in ("--rule", rule)]
+    arguments += [word for name in contenders for word in ("--contender", name)]
     out = _run("bench.step.host", arguments, {"TRITON_INTERPRET": "1"})
     return [json.loads(line) for line in out.splitlines()]
 

@@ -69,6 +69,19 @@ class Expected:
     size: Tensor
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What two steps have made.
+
+    Attributes:
+        end: the elements that are checked, after the second.
+        still: how many runs of elements have not moved.
+    """
+
+    end: Tensor
+    still: int
+
+
 def max_norm(problem: Problem) -> float:
     """Return the bound on the gradient norm, about half of the second step's."""
     return float(CLIP * problem.case.parameters**0.5)
@@ -126,14 +139,40 @@ def check(
         Mismatch: where an element is further off than the bound, or a run of elements has
             not moved at all.
     """
+    return compare(problem, take(problem, step, scale), expected, bound)
+
+
+def take(problem: Problem, step: Callable[[], Any], scale: float = 1.0) -> Taken:
+    """Take the two steps.
+
+    Args:
+        problem, step, scale: as for ``check``.
+
+    Raises:
+        Mismatch: where a step takes gradients away.
+    """
     problem.restart()
     for seed, deviation in enumerate(DEVIATIONS, 1):
         problem.new_gradients(seed, deviation * scale)
         step()
         if not problem.keeps_gradients():
             raise Mismatch("the step takes gradients away: the next one would do nothing")
-    found = problem.checked(problem.parameters)
-    ulps, relative = (x.max().item() for x in _distances(found, expected, problem.codec.param))
+    return Taken(problem.checked(problem.parameters), problem.still())
+
+
+def compare(problem: Problem, taken: Taken, expected: Expected, bound: float) -> Error:
+    """Return how far two steps have led from float64.
+
+    Args:
+        problem, expected, bound: as for ``check``.
+        taken: of this problem.
+
+    Raises:
+        Mismatch: where an element is further off than the bound, or a run of elements has
+            not moved at all.
+    """
+    dtype = problem.codec.param
+    ulps, relative = (x.max().item() for x in _distances(taken.end, expected, dtype))
     error = Error(ulps, relative, bound)
     # Not the other way round, for which nan would pass.
     if not ulps <= error.bound_ulps:
@@ -142,9 +181,8 @@ def check(
             f" steps, at most {error.bound_ulps:g}",
             error,
         )
-    still = problem.still()
-    if still:
-        raise Mismatch(f"{still} runs of elements have not moved at all", error)
+    if taken.still:
+        raise Mismatch(f"{taken.still} runs of elements have not moved at all", error)
     return error
 
 

@@ -84,7 +84,9 @@ def moving(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
 def rows(row: Row, count: int, moved: bool, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Time all ways to step a rule, in turn."""
     calls = stub()
-    optimizers = contenders(count, row)
+    wanted = settings["contenders"]
+    everyone = contenders(count, row)
+    optimizers = {n: o for n, o in everyone.items() if not wanted or n == OURS or n in wanted}
     steps = {name: moving(o) if moved else o.step for name, o in optimizers.items()}
     for step in steps.values():
         step()
@@ -128,14 +130,15 @@ def measure(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def default_settings(quick: bool) -> dict[str, Any]:
     """Return what is measured: tiny where it is to check the benchmark alone."""
+    everything: dict[str, Any] = {"rules": [], "contenders": []}
     if quick:
-        return {"tensors": 20, "counts": [5], "rounds": 3, "seconds": 0.1, "rules": []}
+        return {"tensors": 20, "counts": [5], "rounds": 3, "seconds": 0.1, **everything}
     return {
         "tensors": TENSORS,
         "counts": list(COUNTS),
         "rounds": 30,
         "seconds": 0.4,
-        "rules": [],
+        **everything,
     }
 
 
@@ -144,10 +147,12 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m bench.step.host", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few tensors; no measurement")
     parser.add_argument("--rule", action="append", choices=list(RULES), default=[])
+    parser.add_argument("--contender", action="append", default=[], help="besides ours (all)")
     options = parser.parse_args()
     # Other threads would have nothing to do, and are waited for.
     torch.set_num_threads(1)
-    for row in measure(default_settings(options.quick) | {"rules": options.rule}):
+    chosen = {"rules": options.rule, "contenders": options.contender}
+    for row in measure(default_settings(options.quick) | chosen):
         print(json.dumps(row), flush=True)
     return 0
 

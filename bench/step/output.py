@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,14 @@ class File:
     Args:
         folder: made if need be.
         result: whose device and commit name the files.
+
+    Raises:
+        OSError: where there can be no such folder.
     """
 
     def __init__(self, folder: Path, result: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.stem = folder / slug(result["environment"])
+        self.stem = folder / (slug(result["environment"]) + _suffix(result))
         self.json = self.path(".json")
 
     def path(self, ending: str) -> Path:
@@ -56,6 +60,16 @@ class File:
         text = json.dumps(plain(result), indent=1, allow_nan=False)
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, self.json)
+
+
+def _suffix(result: dict[str, Any]) -> str:
+    """Return what keeps a run from replacing one that has measured more, or something else."""
+    settings = result["settings"]
+    suffix = f"-{settings['set']}" if settings["set"] in ("full", "quick") else ""
+    if settings["partial"]:
+        when = datetime.fromisoformat(result["environment"]["date"])
+        suffix += f"-partial-{when:%Y%m%d-%H%M%S}"
+    return suffix
 
 
 def plain(value: Any) -> Any:

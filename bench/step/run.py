@@ -48,8 +48,12 @@ def run(options: argparse.Namespace) -> int:
     result = output.new(settings, device, not options.quick, note)
     small = options.quick or device == "cpu"
     folder = options.out or (BENCH / "out" if small else BENCH / "results")
-    file = output.File(Path(folder), result)
     console = Console(stderr=True)
+    try:
+        file = output.File(Path(folder), result)
+    except OSError as error:
+        console.print(f"bench: --out {folder}: {error.strerror}", markup=False, soft_wrap=True)
+        return 2
     if device == "cpu":
         console.print(f"No measurement of a GPU: {note}.", soft_wrap=True)
         if options.quick:
@@ -82,9 +86,11 @@ def _settings(options: argparse.Namespace, device: str, chosen: str) -> dict[str
             "core": [part for part in PARTS if part != "per-sample"],
             "full": list(PARTS),
         }[chosen]
+    some = options.parts, options.case, options.rule, options.types, options.contender
     return {
         "parts": parts,
         "set": chosen,
+        "partial": any(some) or options.clip is not None or options.scaler is not None,
         "device": device,
         "rounds": 2 if options.quick else 5 if device == "cpu" else 25,
         "seconds": options.seconds or (0.01 if options.quick else 1.0 if device == "cpu" else 0.4),
@@ -184,7 +190,9 @@ def _step(
 
 def _host(result: dict[str, Any], settings: dict[str, Any], progress: Progress) -> Iterator[None]:
     task = progress.add_task("host time of step()", total=1)
-    result["host"] = children.host(settings["set"] == "quick", settings["rules"])
+    result["host"] = children.host(
+        settings["set"] == "quick", settings["rules"], settings["contenders"]
+    )
     progress.advance(task)
     yield
 

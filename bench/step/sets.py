@@ -58,7 +58,7 @@ FULL = (
     Choice("gpt2", list(RULES), list(CODECS), ALL, BOTH, BOTH),
     Choice("llama-3.2-1b", _LARGE, list(CODECS), ALL, BOTH),
     Choice("llama-3-8b-shard", _LARGE, list(CODECS), ALL, BOTH),
-    Choice("many", _LARGE, ["fp32", "bf16"], ALL, BOTH),
+    Choice("many", _LARGE, list(CODECS), ALL, BOTH),
     Choice("odd", _LARGE, list(CODECS), ALL, BOTH),
     Choice("conv", _LARGE, list(CODECS), ALL, BOTH),
     Choice("huge", ["AdamW", "SGD-momentum"], ["bf16"], FAST, BOTH),

@@ -8,6 +8,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+# What does not choose in every part.
+OF_PARTS = {
+    "case": " (of the step part)",
+    "types": " (of the step part)",
+    "rule": " (of the step and host parts)",
+    "contender": " (training has three in any case)",
+}
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -62,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="everything tiny, without a GPU too; no measurement"
     )
     for name, names in _names().items():
-        what = f"{', '.join(names)}; repeatable"
+        what = f"{', '.join(names)}; repeatable" + OF_PARTS.get(name, "")
         add(f"--{name}", action="append", default=[], metavar="NAME", help=what)
     flag = argparse.BooleanOptionalAction
     add("--clip", action=flag, help="only with, or without, clipping (both)")
@@ -103,6 +110,12 @@ def _wrong(options: argparse.Namespace, step: ModuleType) -> str | None:
                 return f"{option}: there is no {value!r}, but {', '.join(names)}"
     if options.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: torch finds no GPU"
+    on_cpu = options.device == "cpu" or not torch.cuda.is_available()
+    if options.set == "full" and not options.quick and on_cpu:
+        return (
+            "--full is for a GPU: a processor would take days. Without it a few cases are"
+            " measured here; --quick runs everything tiny"
+        )
     if options.seconds is not None and not options.seconds > 0:
         return f"--seconds must be positive, got {options.seconds}"
     return None

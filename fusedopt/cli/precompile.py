@@ -130,6 +130,8 @@ def _check(options: argparse.Namespace) -> Request:
     unknown = [name for name in options.types or [] if name not in aot.DTYPES]
     if unknown:
         raise Problem(f"no type {unknown[0]!r}: there are {', '.join(aot.DTYPES)}")
+    if options.cache == "":
+        raise Problem("--cache is empty: name a folder, or leave the option out")
     # Not resolved: entries hold this path, and ranks must come by the same.
     cache = Path(os.path.abspath(options.cache or knobs.cache.dir))
     _make_writable(cache)
