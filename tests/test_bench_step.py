@@ -121,9 +121,9 @@ def test_our_bytes_are_the_budgets_of_the_compiled_kernels() -> None:
     for rule, row in module("rules").RULES.items():
         for types, codec in module("codecs").CODECS.items():
             own = problem(rule, types)
-            squares = ["fp32"] * row.takes_squares
+            more = ["fp32"] * row.takes_squares + [names[codec.gradient]] * row.takes_pairs
             states = [names[codec.state]] * len(own.states)
-            dtypes = (names[codec.param], names[codec.gradient], *squares, *states)
+            dtypes = (names[codec.param], names[codec.gradient], *more, *states)
             options = (False,) * len(row.rule.option_names)
             budget = update_tensors(row.rule, options, dtypes).budget.bytes_per_element
             assert module("traffic").ours(own, False, False) == budget, (rule, types)
@@ -286,8 +286,8 @@ def test_squares_that_are_not_read_are_seen(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_every_rule_in_all_types() -> None:
-    keys = [("fusedopt", False, False), ("fusedopt", True, True)]
-    for rule in module("rules").RULES:
+    for rule, row in module("rules").RULES.items():
+        keys = [("fusedopt", False, False), ("fusedopt", not row.takes_pairs, True)]
         for types in module("codecs").CODECS:
             rows = run_group(rule, types, *keys, shapes=((600,), (3, 5)))
             assert [row["status"] for row in rows] == ["measured"] * 2, (rule, types, rows)
@@ -312,6 +312,30 @@ def test_half_precision_leaves_torch_something_to_divide_by(rule: str) -> None:
     own.new_gradients(1, 8.0)
     magnitudes = own.checked(own.gradients).abs()
     assert 0.79 < magnitudes.min() < 0.82 and magnitudes.max() > 8
+
+
+@pytest.mark.parametrize("rule", ["SVAG-SGD", "SVAG-RMSprop", "SVAG-AdamW"])
+def test_svag_without_its_first_gradient_is_seen(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, clipped, scaled = run_group(
+        rule, "fp32", ("fusedopt",), ("fusedopt", True, False), ("fusedopt", False, True)
+    )
+    assert plain["status"] == scaled["status"] == "measured"
+    assert clipped["reason"] == "SVAG does not cover clipping"
+    assert plain["bytes_per_parameter"] == module("traffic").ideal(problem(rule))
+    # The second one twice; then another ell.
+    found = module("problem").Problem
+    with monkeypatch.context() as patch:
+        patch.setattr(found, "attach_held", found.attach_gradients)
+        assert run_group(rule, "fp32", ("fusedopt",))[0]["status"] == "failed"
+    paired = module("contenders")._paired
+
+    def other(arm: Any, optimizer: Any, ell: float, x: Any) -> Any:
+        return paired(arm, optimizer, 1.01 * ell, x)
+
+    monkeypatch.setattr(module("contenders"), "_paired", other)
+    assert run_group(rule, "fp32", ("fusedopt",))[0]["status"] == "failed"
 
 
 def test_what_torch_rounds_in_a_gradient_is_no_failure() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ def ours(problem: Problem, clip: bool, scale: float | None) -> Arm:
     """Return this library's step, which clips and unscales in its launch."""
     row = problem.row
     options: dict[str, Any] = {"backend": backend_of(problem.device)}
+    if clip and row.takes_pairs:
+        raise Unsupported("SVAG does not cover clipping")
     if clip:
         options["clip"] = fusedopt.GlobalNorm(max_norm(problem))
     if row.takes_squares:
@@ -52,7 +54,21 @@ def ours(problem: Problem, clip: bool, scale: float | None) -> Arm:
     counts = torch.device("cpu") if row.rule.counts_steps else None
     seed_states(optimizer, problem, counts)
     scaler = None if scale is None else loss_scaler(problem.device, scale)
-    return protocol(optimizer, problem.params, optimizer.step, None, scaler)
+    arm = protocol(optimizer, problem.params, optimizer.step, None, scaler)
+    return arm if row.ell is None else _paired(arm, optimizer, row.ell, problem)
+
+
+def _paired(arm: Arm, optimizer: fusedopt.FusedOptimizer, ell: float, problem: Problem) -> Arm:
+    """Return SVAG's step, with the first gradient held just before."""
+    svag = fusedopt.SVAG(optimizer, ell)
+
+    def step() -> None:
+        problem.attach_held()
+        svag.hold()
+        problem.attach_gradients()
+        arm.step()
+
+    return replace(arm, step=step)
 
 
 def _torch(problem: Problem, clip: bool, scale: float | None, **how: bool) -> Arm:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import BackpackSquares
+from fusedopt import SVAG, BackpackSquares
 from fusedopt.tolerances import ulp
 
 from .problem import SAMPLES, Problem
@@ -98,11 +98,15 @@ def expect(problem: Problem, clip: bool) -> Expected:
     size = start.abs()
     p = torch.nn.Parameter(start.clone())
     optimizer = _reference(p, problem)
+    pair = None if problem.row.ell is None else SVAG(optimizer, problem.row.ell)
     for seed, deviation in enumerate(DEVIATIONS, 1):
         problem.new_gradients(seed, deviation)
         factor = 1.0
         if clip:
             factor = min(1.0, max_norm(problem) / (problem.gradient_norm() + 1e-6))
+        if pair is not None:
+            p.grad = problem.checked(problem.held)
+            pair.hold()
         p.grad = problem.checked(problem.gradients).mul_(factor)
         if problem.squares is not None:
             p.sum_grad_squared = problem.checked(problem.squares).mul_(factor**2)
@@ -119,8 +123,8 @@ def _reference(p: Tensor, problem: Problem) -> torch.optim.Optimizer:
     row = problem.row
     if row.theirs is not None:
         return row.theirs([p], **row.arguments, foreach=False)
-    statistics = BackpackSquares(batch_size=SAMPLES)
-    return row.ours([p], **row.arguments, backend="reference", statistics=statistics)
+    options = {"statistics": BackpackSquares(batch_size=SAMPLES)} if row.takes_squares else {}
+    return row.ours([p], **row.arguments, backend="reference", **options)
 
 
 def check(

@@ -117,7 +117,9 @@ def rows(row: Row, count: int, moved: bool, settings: dict[str, Any]) -> Iterato
 def measure(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Time every rule at one number of tensors, and AdamW at several."""
     tensors, counts = settings["tensors"], settings["counts"]
-    chosen = [RULES[name] for name in settings["rules"] or RULES]
+    # What holds gradients before each step is timed on the device alone.
+    chosen = [row for row in RULES.values() if not row.takes_pairs]
+    chosen = [row for row in chosen if not settings["rules"] or row.name in settings["rules"]]
     for row in chosen:
         yield from rows(row, tensors, False, settings)
     row = next((row for row in chosen if row.name == "AdamW"), None)

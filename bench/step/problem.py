@@ -84,6 +84,7 @@ class Problem:
         self.parameters = Arena(case, codec.param, device)
         self.gradients = Arena(case, codec.gradient, device)
         self.squares = Arena(case, torch.float32, device) if row.takes_squares else None
+        self.held = Arena(case, codec.gradient, device) if row.takes_pairs else None
         self.states = {
             name: Arena(case, codec.state, device, shifted=False) for name in row.state_names()
         }
@@ -102,6 +103,12 @@ class Problem:
         for p, gradient in zip(self.params, self.gradients.views, strict=True):
             p.grad = gradient
 
+    def attach_held(self) -> None:
+        """Give every parameter the first of its two gradients."""
+        assert self.held is not None
+        for p, gradient in zip(self.params, self.held.views, strict=True):
+            p.grad = gradient
+
     def keeps_gradients(self) -> bool:
         """Whether every parameter still has its gradient, so that another step is a whole one."""
         pairs = zip(self.params, self.gradients.views, strict=True)
@@ -115,13 +122,17 @@ class Problem:
             arena.flat.zero_()
 
     def new_gradients(self, seed: int, deviation: float) -> None:
-        """Draw gradients, and squares of samples of that size."""
+        """Draw gradients, and squares of samples or held gradients of that size."""
         self.gradients.draw(seed, deviation)
         if self.codec.floor:
             gradients = self.gradients.flat
             # With the sign of a zero, too, which a half-precision draw has among millions.
             least = torch.full_like(gradients[:1], self.codec.floor * deviation)
             gradients.add_(torch.copysign(least, gradients))
+        if self.held is not None:
+            # With the other sign: weights of the two have other signs, and nothing cancels.
+            self.held.draw(seed + 2000, deviation)
+            self.held.flat.abs_().copysign_(self.gradients.flat).neg_()
         if self.squares is not None:
             self.squares.draw(seed + 1000)
             self.squares.flat.abs_().add_(0.5).mul_(deviation**2 / SAMPLES)

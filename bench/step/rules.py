@@ -10,6 +10,10 @@ import torch
 
 import fusedopt
 from fusedopt.kernels.rule import Rule
+from fusedopt.kernels.rules import ADAM, RMSPROP, SGD, SVAG_ADAM, SVAG_RMSPROP, SVAG_SGD
+
+# By the names of the rules that take one gradient.
+SVAG_RULES = {SGD.name: SVAG_SGD, RMSPROP.name: SVAG_RMSPROP, ADAM.name: SVAG_ADAM}
 
 # So large that two steps, and the decay alone, move elements by many units of bfloat16.
 _ADAM = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -26,6 +30,7 @@ class Row:
         arguments: of both classes.
         theirs: the class in ``torch.optim``; None where torch has none.
         fused: whether torch has a fused kernel for it.
+        ell: of SVAG around it, which takes two gradients a step; None without.
     """
 
     name: str
@@ -33,23 +38,29 @@ class Row:
     arguments: Mapping[str, Any] = field(hash=False)
     theirs: type[torch.optim.Optimizer] | None = None
     fused: bool = False
+    ell: float | None = None
 
     @property
     def rule(self) -> Rule:
         """The update rule."""
-        return self.ours.rule
+        return self.ours.rule if self.ell is None else SVAG_RULES[self.ours.rule.name]
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether the rule reads a gradient besides that was held before."""
+        return self.ell is not None
 
     @property
     def takes_squares(self) -> bool:
         """Whether the rule reads squares of samples' gradients besides."""
-        return len(self.rule.degrees) > 1
+        return len(self.ours.rule.degrees) > 1
 
     def state_names(self) -> tuple[str, ...]:
         """Names of the states, in torch's spelling."""
         probe = torch.nn.Parameter(torch.empty(1, device="meta"))
         options = {"statistics": fusedopt.BackpackSquares()} if self.takes_squares else {}
         optimizer = self.ours([probe], **self.arguments, backend="reference", **options)
-        return self.rule.states(optimizer.param_groups[0])
+        return self.ours.rule.states(optimizer.param_groups[0])
 
 
 def _sgd(name: str, **arguments: Any) -> Row:
@@ -77,5 +88,9 @@ _ROWS = (
     _adam("AMSGrad", fusedopt.AdamW, torch.optim.AdamW, weight_decay=1.0, amsgrad=True),
     Row("BatchDecoupledAdam", fusedopt.BatchDecoupledAdam, {**_ADAM, "weight_decay": 1.0}),
     Row("BatchDecoupledRMSprop", fusedopt.BatchDecoupledRMSprop, _RMSPROP),
+    # SVAG divides the learning rate by ell.
+    Row("SVAG-SGD", fusedopt.SGD, {"lr": 0.6}, ell=2.0),
+    Row("SVAG-RMSprop", fusedopt.RMSprop, {**_RMSPROP, "lr": 0.3}, ell=2.0),
+    Row("SVAG-AdamW", fusedopt.AdamW, {**_ADAM, "lr": 0.3, "weight_decay": 1.0}, ell=2.0),
 )
 RULES = {row.name: row for row in _ROWS}

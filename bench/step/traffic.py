@@ -41,6 +41,7 @@ def ideal(problem: Problem) -> float:
     codec = problem.codec
     param, gradient, state = map(itemsize, (codec.param, codec.gradient, codec.state))
     squares = 4 * problem.row.takes_squares
+    gradient *= 1 + problem.row.takes_pairs
     return 2 * param + gradient + squares + 2 * state * len(problem.states)
 
 
