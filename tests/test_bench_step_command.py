@@ -291,11 +291,12 @@ def test_trainings_that_differ_have_no_speed(
 
     monkeypatch.setattr(tokens, "TOLERANCE", 1e-4)
     monkeypatch.setattr(run, "report", lambda *_: None)
-    chosen = options(tmp_path, parts=["training"])
-    assert run.run(chosen) == 0 and len(result_in(tmp_path)["training"]) == 3
+    alike, apart = tmp_path / "alike", tmp_path / "apart"
+    assert run.run(options(alike, parts=["training"])) == 0
+    assert len(result_in(alike)["training"]) == 3
     monkeypatch.setattr(tokens, "_optimizer", slower)
-    assert run.run(chosen) == 1
-    result = result_in(tmp_path)
+    assert run.run(options(apart, parts=["training"])) == 1
+    result = result_in(apart)
     assert result["training"] is None and "losses of torch-foreach" in result["failed"][0]
 
 
