@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels.rule import Rule
-from .kernels.rules import ADAM, RMSPROP, SGD, SVAG_ADAM, SVAG_RMSPROP, SVAG_SGD
+from .kernels.rules import PAIRED, SGD
 from .optimizer import FusedOptimizer
 from .scaling import rescale_
 from .source import MissingInput, Source
@@ -88,18 +87,12 @@ class SVAG:
             centred RMSprop, AMSGrad, a variance for a denominator, running means, clipping.
     """
 
-    _RULES: ClassVar[dict[str, Rule]] = {
-        SGD.name: SVAG_SGD,
-        RMSPROP.name: SVAG_RMSPROP,
-        ADAM.name: SVAG_ADAM,
-    }
-
     def __init__(self, optimizer: FusedOptimizer, ell: float) -> None:
         if not isinstance(ell, (int, float)) or isinstance(ell, bool):
             raise TypeError(f"ell must be a number, got {ell!r}")
         if not 1 <= ell <= _LARGEST:
             raise ValueError(f"ell must be from 1 to {_LARGEST:,}, got {ell}")
-        _check_kind(optimizer, self._RULES)
+        _check_kind(optimizer)
         _check_covered(optimizer)
         if any(_MARK in group for group in optimizer.param_groups):
             raise ValueError("the hyper-parameters are those of another SVAG's optimizer already")
@@ -113,7 +106,7 @@ class SVAG:
         for group in optimizer.param_groups:
             group[_MARK] = ell
         self._pair = _Pair(self.weights, ell)
-        optimizer._feed(self._RULES[optimizer.rule.name], self._pair)
+        optimizer._feed(PAIRED[optimizer.rule.name], self._pair)
 
     def hold(self) -> None:
         """Set the gradients aside as the first of the two; the next backward makes the second.
@@ -256,14 +249,14 @@ class _Pair(Source):
             self.held.pop(p, None)
 
 
-def _check_kind(optimizer: Any, rules: dict[str, Rule]) -> None:
+def _check_kind(optimizer: Any) -> None:
     """Raise for an optimizer without a form of its own for two gradients."""
     kind = type(optimizer).__name__
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"SVAG needs an optimizer of fusedopt, got {kind}")
     if isinstance(optimizer.statistics, _Pair):
         raise TypeError(f"this {kind} is under SVAG already")
-    if optimizer.rule.name not in rules:
+    if optimizer.rule.name not in PAIRED:
         raise TypeError(f"SVAG takes SGD, RMSprop, Adam and AdamW of fusedopt, got {kind}")
 
 

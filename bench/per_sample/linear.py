@@ -66,7 +66,7 @@ def _admit(
     """Run each contender that can once, compare it with ours, and note its memory."""
     contenders = {name: c for name, c in CONTENDERS.items() if c.applies(shape)}
     # All of them first: what one holds on to is missing to the others when times are taken.
-    prepared = {name: _prepare(c, x) for name, c in contenders.items()}
+    prepared = {name: _attempt(c, partial(c.prepare, x)) for name, c in contenders.items()}
     ours = CONTENDERS[OURS].prepare(x)()
     _check_exactly(x, ours, kind)
     found: dict[str, dict[str, Any]] = {}
@@ -83,10 +83,6 @@ def _admit(
         clock.release()
         advance()
     return found, fits
-
-
-def _prepare(contender: Contender, x: Operands) -> tuple[Run | None, dict[str, Any]]:
-    return _attempt(contender, partial(contender.prepare, x))
 
 
 def _attempt(

@@ -10,10 +10,7 @@ import torch
 
 import fusedopt
 from fusedopt.kernels.rule import Rule
-from fusedopt.kernels.rules import ADAM, RMSPROP, SGD, SVAG_ADAM, SVAG_RMSPROP, SVAG_SGD
-
-# By the names of the rules that take one gradient.
-SVAG_RULES = {SGD.name: SVAG_SGD, RMSPROP.name: SVAG_RMSPROP, ADAM.name: SVAG_ADAM}
+from fusedopt.kernels.rules import PAIRED
 
 # So large that two steps, and the decay alone, move elements by many units of bfloat16.
 _ADAM = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -43,7 +40,7 @@ class Row:
     @property
     def rule(self) -> Rule:
         """The update rule."""
-        return self.ours.rule if self.ell is None else SVAG_RULES[self.ours.rule.name]
+        return self.ours.rule if self.ell is None else PAIRED[self.ours.rule.name]
 
     @property
     def takes_pairs(self) -> bool:

@@ -113,8 +113,8 @@ def _wrong(options: argparse.Namespace, step: ModuleType) -> str | None:
     on_cpu = options.device == "cpu" or not torch.cuda.is_available()
     if options.set == "full" and not options.quick and on_cpu:
         return (
-            "--full is for a GPU: a processor would take days. Without it a few cases are"
-            " measured here; --quick runs everything tiny"
+            "--full is for a GPU. Without it a few cases are measured on the processor; --quick"
+            " runs everything tiny"
         )
     if options.seconds is not None and not options.seconds > 0:
         return f"--seconds must be positive, got {options.seconds}"

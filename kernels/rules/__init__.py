@@ -7,7 +7,7 @@ from .adam import ADAM
 from .batch_decoupled import BATCH_DECOUPLED_ADAM, BATCH_DECOUPLED_RMSPROP
 from .rmsprop import RMSPROP
 from .sgd import SGD
-from .svag import SVAG_ADAM, SVAG_RMSPROP, SVAG_SGD
+from .svag import PAIRED, SVAG_ADAM, SVAG_RMSPROP, SVAG_SGD
 
 REGISTRY: dict[str, Rule] = {}
 
@@ -36,6 +36,7 @@ __all__ = [
     "ADAM",
     "BATCH_DECOUPLED_ADAM",
     "BATCH_DECOUPLED_RMSPROP",
+    "PAIRED",
     "REGISTRY",
     "RMSPROP",
     "SGD",

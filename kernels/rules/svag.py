@@ -112,3 +112,5 @@ def _rule(rule: Rule, update: Any) -> Rule:
 SVAG_SGD = _rule(SGD, sgd_update)
 SVAG_RMSPROP = _rule(RMSPROP, rmsprop_update)
 SVAG_ADAM = _rule(ADAM, adam_update)
+# By the names of the rules that take one gradient.
+PAIRED = {SGD.name: SVAG_SGD, RMSPROP.name: SVAG_RMSPROP, ADAM.name: SVAG_ADAM}
