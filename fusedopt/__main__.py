@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fusedopt import __version__
+
 COMMANDS = {
     "info": "environment, devices, and the backend chosen for each and why",
     "verify": "kernels against reference on this machine, in ulps",
@@ -28,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m fusedopt", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fusedopt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     chosen = next((a for a in arguments if not a.startswith("-")), None)
     for name, summary in COMMANDS.items():

@@ -12,13 +12,22 @@ from __future__ import annotations
 
 from typing import Any
 
+# What keeps Triton from being used, or None.
+MISSING: str | None = None
+
 try:
     import triton
     import triton.language as tl
     from triton import jit
-except ImportError:
+except ImportError as error:
     triton = None
     tl = None
+    # Triton's interpreter computes with numpy, which Triton does not ask for.
+    MISSING = "Triton is not installed"
+    if error.name != "triton":
+        MISSING = f"Triton cannot be imported ({error})"
+    if error.name == "numpy":
+        MISSING = "Triton's interpreter needs numpy, which is not installed: pip install numpy"
 
     def jit(fn: Any = None, **_: Any) -> Any:
         """Stand in for ``triton.jit``: the function stays plain Python."""

@@ -160,7 +160,7 @@ def _triton_runs_on(device: torch.device) -> tuple[bool, str]:
     from ..kernels import lang
 
     if lang.triton is None:
-        return False, "Triton is not installed"
+        return False, str(lang.MISSING)
     if lang.INTERPRETED:
         if device.type == "cpu":
             return True, "TRITON_INTERPRET=1 runs the kernels on the CPU"

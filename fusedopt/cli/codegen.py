@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedopt.cli import codegen_baseline
+from fusedopt.cli.progress import progress
 from fusedopt.cli.targets import problem as target_problem
 from fusedopt.kernels import aot, lang
 
@@ -86,34 +87,24 @@ def _triton_version() -> str:
 
 def _unusable(targets: Sequence[str]) -> str | None:
     if lang.triton is None:
-        return "Triton is not installed"
+        return lang.MISSING
     if lang.INTERPRETED:
         return "TRITON_INTERPRET=1 replaces the compiler: unset it"
     return target_problem(targets)
 
 
 def _compile_all(targets: Sequence[str], jobs: int, quiet: bool) -> Iterator[dict[str, Any]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
     work = [
         (target, variant.name)
         for target in targets
         for variant in aot.variants(aot.parse_target(target))
     ]
-    columns = (
-        TextColumn("compiling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-    )
     with (
         ProcessPoolExecutor(max(1, jobs), mp_context=get_context("spawn")) as pool,
-        Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as progress,
+        progress("compiling", quiet) as show,
     ):
-        task = progress.add_task("", total=len(work))
-        for row in pool.map(compile_row, work, chunksize=4):
-            progress.update(task, advance=1, description=f"{row['target']} {row['variant']}")
+        for done, row in enumerate(pool.map(compile_row, work, chunksize=4), 1):
+            show(f"{row['target']} {row['variant']}", done, len(work))
             yield row
 
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import fusedopt
 from fusedopt import backends
@@ -23,6 +21,7 @@ from fusedopt.examples import char_gpt
 
 from . import demo_kernels, demo_report
 from .demo_runs import SIZES, Corpus, Trainee, agreement
+from .progress import progress
 
 DEFAULT_OUT = Path("demo-out")
 SAMPLE = 300  # characters
@@ -54,14 +53,15 @@ def run(options: argparse.Namespace) -> int:
     except InputError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    progress = Console(stderr=True, quiet=options.json)
     with one_thread(options.device):
-        result = collect(options, corpus, progress)
+        result = collect(options, corpus)
     result["seconds"] = time.perf_counter() - begin
     write(result, options.out)
     if options.json:
         print(demo_report.to_json(result))
     else:
+        from rich.console import Console
+
         demo_report.print_report(result, Console())
     return 0 if result["ok"] else 1
 
@@ -139,15 +139,15 @@ def training_backend(device: torch.device) -> tuple[str, str]:
     return backend, reason
 
 
-def collect(options: argparse.Namespace, corpus: Corpus, console: Console) -> dict[str, Any]:
+def collect(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     """Train, compare the runs, run the kernels, and gather it all."""
     backend, reason = training_backend(options.device)
     torchs = Trainee(torch.optim.AdamW, options, corpus)
     fused = Trainee(fusedopt.AdamW, options, corpus, backend=backend)
-    train_in_turn(torchs, fused, options.steps, console)
+    train_in_turn(torchs, fused, options.steps, options.json)
     parameters = list(torchs.model.parameters()), list(fused.model.parameters())
     apart = agreement((torchs.losses, fused.losses), parameters)
-    kernels = kernel_step(torchs.optimizer, (backend, reason), console)
+    kernels = kernel_step(torchs.optimizer, (backend, reason), options.json)
     runs = {"torch": asdict(torchs.result()), "fusedopt": asdict(fused.result())}
     # There is nothing to draw from the probabilities of a model that diverged.
     learned = math.isfinite(runs["fusedopt"]["held_out_loss"])
@@ -171,18 +171,16 @@ def collect(options: argparse.Namespace, corpus: Corpus, console: Console) -> di
     }
 
 
-def train_in_turn(theirs: Trainee, ours: Trainee, steps: int, console: Console) -> None:
+def train_in_turn(theirs: Trainee, ours: Trainee, steps: int, quiet: bool) -> None:
     """Take the steps of both runs alternately, so that a busy machine slows both alike."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("training", total=steps)
-        for pair in zip(theirs.train(steps), ours.train(steps), strict=True):
-            text = "loss: torch {:.3f}, fusedopt {:.3f}".format(*pair)
-            progress.update(task, advance=1, description=text)
+    with progress("training", quiet, transient=False) as show:
+        pairs = zip(theirs.train(steps), ours.train(steps), strict=True)
+        for done, pair in enumerate(pairs, 1):
+            show("loss: torch {:.3f}, fusedopt {:.3f}".format(*pair), done, steps)
 
 
 def kernel_step(
-    optimizer: torch.optim.Optimizer, chosen: tuple[str, str], console: Console
+    optimizer: torch.optim.Optimizer, chosen: tuple[str, str], quiet: bool
 ) -> dict[str, Any]:
     """Continue a trained run by one step of the kernels and one of the reference backend."""
     start = demo_kernels.snapshot(optimizer)
@@ -195,7 +193,9 @@ def kernel_step(
         return {"ok": True, "not_run": missing}
     if not on_cpu:
         return asdict(demo_kernels.compare_backends(start))
-    with console.status(f"one step of {len(start['parameters'])} tensors in Triton's interpreter"):
+    what = f"one step of {len(start['parameters'])} tensors in Triton's interpreter"
+    with progress(what, quiet) as show:
+        show("")
         try:
             return asdict(demo_kernels.compare_in_interpreter(start))
         except demo_kernels.KernelError as error:

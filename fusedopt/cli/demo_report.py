@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 
 # Rows of the table of losses.
 ROWS = 6
@@ -32,6 +32,9 @@ def _plain(value: Any) -> Any:
 
 def print_report(result: dict[str, Any], console: Console) -> None:
     """Print tables, verdicts, the sample and the files written."""
+    from rich.panel import Panel
+    from rich.text import Text
+
     console.print(_loss_table(result))
     console.print(_cost_table(result))
     for line in (*_verdicts(result), *_notes(result)):
@@ -42,6 +45,8 @@ def print_report(result: dict[str, Any], console: Console) -> None:
 
 
 def _new_table(title: str, first: str) -> Table:
+    from rich.table import Table
+
     table = Table(title=title)
     table.add_column(first)
     for name in ("torch.optim.AdamW", "fusedopt.AdamW"):

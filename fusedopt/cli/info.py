@@ -53,7 +53,7 @@ def collect() -> dict[str, Any]:
         "fusedopt": fusedopt.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": getattr(lang.triton, "__version__", "not installed"),
+        "triton": getattr(lang.triton, "__version__", lang.MISSING),
         "cuda": torch.version.cuda or "none",
         "rocm": torch.version.hip or "none",
         "interpreter": "on" if lang.INTERPRETED else "off (TRITON_INTERPRET=1 turns it on)",

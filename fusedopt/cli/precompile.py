@@ -7,14 +7,13 @@ system. From a cache that this command has filled they compile nothing.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -22,10 +21,11 @@ import torch
 
 from fusedopt import FusedOptimizer
 from fusedopt.cli import precompile_report as report
+from fusedopt.cli.progress import progress
 from fusedopt.cli.targets import problem as target_problem
 from fusedopt.kernels import aot, lang
 from fusedopt.kernels.rules import REGISTRY
-from fusedopt.precompile.request import Request, Step
+from fusedopt.precompile.request import Request
 
 
 class Problem(Exception):
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     from fusedopt.precompile import pool, record
 
     try:
-        with _progress(quiet=options.json) as step:
+        with progress("", options.json) as step:
             rows, c_modules = pool.compile_all(request, step)
         record.write(request.cache, rows, request.targets)
     except OSError as error:
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> Request:
     if lang.triton is None:
-        raise Problem("Triton is not installed")
+        raise Problem(str(lang.MISSING))
     if lang.INTERPRETED:
         raise Problem("TRITON_INTERPRET=1 replaces the compiler: unset it")
     from triton import knobs
@@ -196,19 +196,3 @@ def _make_writable(cache: Path) -> None:
             pass
     except OSError as error:
         raise Problem(f"cannot write to {cache}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Step]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet, transient=True) as progress:
-        task = progress.add_task("", total=None)
-
-        def step(text: str, done: int = 0, total: int = 0) -> None:
-            progress.update(task, description=text, total=total or None, completed=done)
-
-        yield step

@@ -7,19 +7,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fusedopt import FusedOptimizer, Rule, backends
 from fusedopt.cli import verify_samples
+from fusedopt.cli.progress import progress
 from fusedopt.codecs import compute_dtype
 from fusedopt.kernels import lang
 from fusedopt.kernels.rules import REGISTRY
 from fusedopt.statistics import Statistics
 from fusedopt.tolerances import TRAJECTORY, worst_ulps
+
+Item = TypeVar("Item")
 
 STEPS = 5
 
@@ -40,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         print("verify: there is no CUDA or ROCm device; use --device cpu", file=sys.stderr)
         return 2
     if lang.triton is None:
-        print("verify: Triton is not installed, so there are no kernels", file=sys.stderr)
+        print(f"verify: {lang.MISSING}, so there are no kernels", file=sys.stderr)
         return 2
     if lang.INTERPRETED != (options.device == "cpu"):
         # The kernels were made for the other mode when Triton's decorator ran.
@@ -62,12 +65,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare_all(device: torch.device, quiet: bool) -> Iterator[dict[str, Any]]:
-    from rich.console import Console
-    from rich.progress import track
-
     cases = [(rule, dtype) for rule in REGISTRY.values() for dtype in TRAJECTORY]
-    console = Console(stderr=True)
-    for rule, dtype in track(cases, "comparing", console=console, disable=quiet, transient=True):
+    for rule, dtype in _tracked(cases, "comparing", len(cases), quiet):
         worst, still = 0.0, True
         for group in rule.example_groups:
             distance, moved = compare(rule, group, dtype, device)
@@ -83,14 +82,16 @@ def _compare_all(device: torch.device, quiet: bool) -> Iterator[dict[str, Any]]:
 
 
 def _compare_operations(device: torch.device, quiet: bool) -> Iterator[dict[str, Any]]:
-    from rich.console import Console
-    from rich.progress import track
-
     total = len(verify_samples.OPERATIONS) * len(verify_samples.DTYPES)
-    yield from track(
-        verify_samples.compare_all(device), "per-sample kernels", total=total,
-        console=Console(stderr=True), disable=quiet, transient=True,
-    )  # fmt: skip
+    rows = verify_samples.compare_all(device)
+    yield from _tracked(rows, "per-sample kernels", total, quiet)
+
+
+def _tracked(items: Iterable[Item], title: str, total: int, quiet: bool) -> Iterator[Item]:
+    with progress(title, quiet) as show:
+        for done, item in enumerate(items):
+            show("", done, total)
+            yield item
 
 
 class PowersOfGradients(Statistics):
