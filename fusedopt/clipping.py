@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,12 @@ class Control:
         self.max_norm = torch.ones(1, dtype=torch.float64, device=device)
         self._max_norm = 1.0
         self._neutral = True
+
+    def memory(self) -> Iterator[Tensor]:
+        """List the tensors that launches read and write."""
+        yield self.values
+        yield self.inverse_scale
+        yield self.max_norm
 
     def load(
         self,

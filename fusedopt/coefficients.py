@@ -73,7 +73,15 @@ class HostTable:
         self.row_of: list[int] = []
         self._representatives: list[int] = []
         self.rows: list[tuple[float, ...]] = []
-        self.values = torch.empty(0, rule.n_coefficients, dtype=torch.float64, device=device)
+        # For as many rows as there can be: launches on any stream may still read it, so that it is
+        # not to be replaced.
+        shape = len(group_of), rule.n_coefficients
+        self.values = torch.empty(shape, dtype=torch.float64, device=device)
+        self._used = self.values[:0]
+
+    def memory(self) -> Iterator[Tensor]:
+        """List the tensors that launches read."""
+        yield self.values
 
     def partition(self, steps: Sequence[float]) -> None:
         """Give tensors of equal group and step count the same row."""
@@ -84,6 +92,7 @@ class HostTable:
             if row == len(self._representatives):
                 self._representatives.append(position)
             self.row_of.append(row)
+        self._used = self.values[: len(first)]
 
     def refresh(self, groups: Sequence[Group], steps: Sequence[float]) -> None:
         """Recompute every row; ``steps`` has the partition that was announced."""
@@ -94,11 +103,8 @@ class HostTable:
             if index not in numbers:
                 numbers[index] = on_host(groups[index], self.rule.hyper)
             self.rows.append(self.rule.coefficients(numbers[index], steps[position]))
-        if len(self.rows) != len(self.values):
-            shape = len(self.rows), self.rule.n_coefficients
-            self.values = torch.empty(shape, dtype=torch.float64, device=self.device)
         if self.rows:
-            upload(self.values, torch.tensor(self.rows, dtype=torch.float64, device="cpu"))
+            upload(self._used, torch.tensor(self.rows, dtype=torch.float64, device="cpu"))
 
 
 class LiveTable:
@@ -139,6 +145,17 @@ class LiveTable:
                 target.copy_(value.value)
             else:
                 target.fill_(float(value))
+
+    def memory(self) -> Iterator[Tensor]:
+        """List the tensors that a step reads and writes."""
+        yield self.values
+        yield self.steps
+        for live in self._inputs:
+            for scalars in live.scalars.values():
+                yield from scalars
+        for _, arguments, out in self._tape:
+            yield from arguments
+            yield out
 
     def push(self, groups: Sequence[Group]) -> None:
         """Send hyper-parameters that are Python numbers to the device, where they changed."""

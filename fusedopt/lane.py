@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from .clipping import Control
 from .coefficients import Groups, HostTable, LiveTable, Table
 from .kernels.rule import Rule
 from .steps import State, StepCounter
+from .streams import readers
 
 
 class Lane:
@@ -46,6 +47,7 @@ class Lane:
         self.live = live
         self.part = prepare(backend, rule, device, slots)
         self.control = Control(device)
+        self._readers = readers(device)
         self.counter: StepCounter | None = None
         if rule.counts_steps:
             self.counter = StepCounter(states, device if live else torch.device("cpu"), live)
@@ -92,6 +94,8 @@ class Lane:
         elif self._expected is not None:
             self._expected.add_(1)
         self.part.update(inputs, self.table, self.control.values)
+        if self._readers is not None:
+            self._readers.note(self.memory)
         self._partitioned = True
         if self.counter is None and 1.0 in self._stages:
             self._age()
@@ -102,3 +106,11 @@ class Lane:
         self._partitioned = False
         if isinstance(self.table, LiveTable):
             self.table.steps.fill_(2.0)
+
+    def memory(self) -> Iterator[Tensor]:
+        """List what launches read besides parameters, states and inputs; all of it after a step."""
+        yield from self.part.memory()
+        yield from self.control.memory()
+        yield from self.table.memory()
+        if self.counter is not None:
+            yield from self.counter.memory()

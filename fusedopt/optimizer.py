@@ -123,7 +123,9 @@ class FusedOptimizer(Optimizer):
         try:
             self.check_group(self.param_groups[-1])
             for parameter in self.param_groups[-1]["params"]:
-                backends.choose(parameter.device, self.backend)
+                # Where they will be on another device by the first step, that decides.
+                if parameter.device.type != "meta":
+                    backends.choose(parameter.device, self.backend)
         except (RuntimeError, ValueError):
             self.param_groups.pop()
             raise
@@ -174,6 +176,16 @@ class FusedOptimizer(Optimizer):
                     lane.prepare(self.coefficient_groups())
             if self.clip is not None:
                 plan.lanes[0].control.set_max_norm(self.clip.max_norm)
+
+    def release_graphs(self) -> None:
+        """Free what captured CUDA graphs read: call this when none will be replayed again.
+
+        Tables and staging buffers of a captured step are kept for as long as the optimizer lives,
+        since nothing says when a graph has been replayed for the last time.
+        """
+        self._captured_plans.clear()
+        if self._plan is not None:
+            self._plan.release()
 
     @torch._disable_dynamo  # a launch through addresses cannot be traced  # type: ignore
     def _update(self) -> None:

@@ -187,6 +187,12 @@ class Plan:
         """Whether a CUDA graph is being captured."""
         return any(is_capturing(lane.device) for lane in self.lanes)
 
+    def release(self) -> None:
+        """Let go of what is kept for captured CUDA graphs, of which there are none any more."""
+        self.captured = False
+        for lane in self.lanes:
+            lane.part.release()
+
     def is_live(self) -> bool:
         """Whether a captured step would read its numbers from the device."""
         return all(lane.live for lane in self.lanes)

@@ -10,7 +10,7 @@ they are.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,12 @@ class StepCounter:
         """Whether the parameters' step counts are still the tensors handed out."""
         steps = map(operator.itemgetter("step"), self._states)
         return all(map(operator.is_, steps, self._steps))
+
+    def memory(self) -> Iterator[Tensor]:
+        """List the tensors that are read where the counts are kept; those of states come first."""
+        yield from self._steps
+        yield self.buffer
+        yield self._increment
 
     def advance(self, found_inf: Tensor | None = None) -> None:
         """Count one step more, or none where ``found_inf`` is not 0."""

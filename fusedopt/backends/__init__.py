@@ -6,7 +6,7 @@ them, which it then updates step after step. It sees coefficients, never hyper-p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,6 +74,12 @@ class Part(Protocol):
 
     def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
         """Apply the rule to every slot, unless ``control[1]`` is set."""
+
+    def memory(self) -> Iterator[Tensor]:
+        """List the tensors that launches read besides the slots' own."""
+
+    def release(self) -> None:
+        """Let go of what is kept for captured CUDA graphs alone."""
 
 
 def prepare(backend: str, rule: Rule, device: torch.device, slots: Sequence[Slot]) -> Part:

@@ -91,6 +91,13 @@ class ReferencePart:
         control[:1].copy_(factor * inverse_scale)
         norm.copy_(value)
 
+    def memory(self) -> Iterator[Tensor]:
+        # The allocator sees every use by PyTorch's own operations.
+        return iter(())
+
+    def release(self) -> None:
+        pass
+
     def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
         scale: Any
         skip: Any

@@ -175,6 +175,15 @@ class TritonPart:
         for cohort in self.cohorts:
             cohort.update(inputs, table, control, self._captured)
 
+    def memory(self) -> Iterator[Tensor]:
+        if self._partials is not None:
+            yield self._partials
+        for cohort in self.cohorts:
+            yield from cohort.memory()
+
+    def release(self) -> None:
+        self._captured.clear()
+
 
 class Cohort:
     """Tensors of one launch: their address table and the map from programs to chunks."""
@@ -228,6 +237,15 @@ class Cohort:
     def norm_programs(self) -> int:
         """Number of partial norms."""
         return sum(-(-n // norms.NORM_BLOCK) for n in self._numels)
+
+    def memory(self) -> Iterator[Tensor]:
+        """List the tables, and the buffers that operands go through."""
+        yield from (self.table, self.chunk_tensor, self.chunk_index, *self._extra)
+        yield from self._norm_chunks or ()
+        for buffers in self._staged_inputs:
+            yield from buffers.values()
+        for _, buffer in self._staged_memory:
+            yield buffer
 
     def move_inputs(self, inputs: Inputs, captured: list[Tensor]) -> None:
         """Write the addresses of inputs into the table; those of buffers stay."""

@@ -1,4 +1,4 @@
-"""Progress on standard error, drawn by rich; for ``--json`` nothing is drawn, and no rich needed."""
+"""Progress on standard error, drawn by rich; for ``--json`` nothing is drawn, nor rich needed."""
 
 from __future__ import annotations
 
