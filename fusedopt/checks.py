@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from . import backends
 from .codecs import STORABLE, real_dtype
 from .kernels.rule import Rule
 from .layout import is_plain, overlaps_itself
-from .source import MissingInput
+from .source import MissingInput, Source
 from .statistics.base import Statistics
 
 
@@ -51,6 +52,19 @@ def check_statistics(name: str, rule: Rule, statistics: Any, virtual_batch_size:
     check_virtual_batch_size(virtual_batch_size)
 
 
+def check_source(name: str, rule: Rule, source: Any) -> None:
+    """Raise TypeError for something that cannot feed a rule."""
+    if source is None:
+        return
+    if not isinstance(source, Source):
+        raise TypeError(
+            f"statistics of {name} must be fusedopt.PerSampleSquares(model), MicroBatchSquares(),"
+            f" GradSampleSquares(), BackpackSquares() or None, got {source!r}"
+        )
+    if len(rule.degrees) == 1:
+        raise TypeError(f"{name} does not use per-sample squares: its statistics are None")
+
+
 def check_virtual_batch_size(value: Any) -> None:
     """Raise ValueError for anything but a number of at least 1, or None."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -60,10 +74,33 @@ def check_virtual_batch_size(value: Any) -> None:
 
 def check_samples(optimizer: Any, params: Sequence[Tensor]) -> None:
     """Raise RuntimeError where the samples of a step cannot be used, naming the parameter."""
+    check_privacy(optimizer, params)
     try:
         optimizer.statistics.check(params)
     except MissingInput as error:
         raise RuntimeError(f"{describe(optimizer, error.parameter)}: {error}") from None
+
+
+def check_privacy(optimizer: Any, params: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where squares of samples would get around differential privacy.
+
+    What Opacus' privacy engine releases is the clipped and noised ``p.grad`` alone. Squares of
+    samples, or gradients that were put aside before, are neither clipped nor covered by the noise,
+    wherever they come from.
+    """
+    if "opacus" not in sys.modules:
+        return
+    for p in params:
+        # Its optimizer leaves this on every parameter that it is to make private.
+        if "summed_grad" in p.__dict__:
+            raise RuntimeError(
+                f"{describe(optimizer, p)} is trained under Opacus' privacy engine, and"
+                f" {type(optimizer).__name__} reads besides p.grad"
+                f" {type(optimizer.statistics).__name__}, which privacy does not cover: it would be"
+                " lost in silence. Give the engine fusedopt.AdamW, Adam, RMSprop or SGD, which read"
+                " the noised p.grad alone. If the engine is not used any more, delete the"
+                " parameters' attribute summed_grad"
+            )
 
 
 def check_gradients(

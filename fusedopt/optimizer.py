@@ -13,6 +13,7 @@ from . import backends
 from .checks import (
     check_gradients,
     check_samples,
+    check_source,
     check_states,
     check_statistics,
     check_virtual_batch_size,
@@ -59,9 +60,6 @@ class FusedOptimizer(Optimizer):
     # Entries of the parameter groups that take one of a few values.
     choices: ClassVar[Mapping[str, Collection[Any]]] = {}
 
-    # torch.amp.GradScaler then hands over its scale and overflow flag instead of unscaling.
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -95,7 +93,7 @@ class FusedOptimizer(Optimizer):
             defaults = {**defaults, "virtual_batch_size": virtual_batch_size}
         self.backend = backend
         self.clip = clip
-        self.statistics: Source | None = statistics
+        self._statistics: Source | None = statistics
         self._plan: Plan | None = None
         self._captured_plans: list[Plan] = []
         # Whether the loss scaler keeps its overflow flag on the device: see _load_scaler.
@@ -105,6 +103,34 @@ class FusedOptimizer(Optimizer):
         super().__init__(params, defaults)
         if statistics is not None:
             statistics.attach(self)
+
+    @property
+    def statistics(self) -> Source | None:
+        """Where the inputs of the rule besides ``p.grad`` come from; None for none.
+
+        May be set, as on a copy, which comes without: the optimizer then is fed by it from the next
+        step on.
+        """
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, source: Source | None) -> None:
+        check_source(type(self).__name__, self.rule, source)
+        if self._statistics is not None:
+            self._statistics.detach(self)
+        self._statistics = source
+        if source is not None:
+            source.attach(self)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` hands over its scale and flag instead of unscaling.
+
+        As of torch's optimizers, with ``fused=True`` alone: who unscales and clips by hand tells
+        from this whether gradients are the true ones. Clipping and statistics of ours need both.
+        """
+        folded = self.clip is not None or self._statistics is not None
+        return folded or any(group.get("fused") for group in self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; the next step takes it in.
@@ -192,23 +218,23 @@ class FusedOptimizer(Optimizer):
         params, gradients, group_of = self._gather()
         grad_scale, found_inf = self._load_scaler()
         if not params:
-            if self.statistics is not None:
+            if self._statistics is not None:
                 check_samples(self, params)
             return
         inputs, factor = [gradients], 1.0
-        if self.statistics is not None:
+        if self._statistics is not None:
             if found_inf is not None and grad_scale is None:
                 raise RuntimeError(
                     "scaler.unscale_(optimizer) has divided p.grad by the loss scale, but not the"
-                    f" {self.statistics.names[-1]} that this step reads besides: leave it out,"
-                    f" step() divides both{self.statistics.instead_of_unscaling}"
+                    f" {self._statistics.names[-1]} that this step reads besides: leave it out,"
+                    f" step() divides both{self._statistics.instead_of_unscaling}"
                 )
             check_samples(self, params)
-            self._samples = self.statistics.count(params)
-            factor = self.statistics.gradient_factor(self._samples)
+            self._samples = self._statistics.count(params)
+            factor = self._statistics.gradient_factor(self._samples)
             # Clipping and overflow are decided before the update, from what it is to read.
             plain = self.clip is None and found_inf is None
-            inputs = self.statistics.inputs(params, gradients, plain)
+            inputs = self._statistics.inputs(params, gradients, plain)
             if found_inf is not None:
                 found_inf = _or_not_finite(found_inf, inputs[1])
         elif len(self.rule.degrees) > 1:
@@ -217,8 +243,8 @@ class FusedOptimizer(Optimizer):
                 " optimizer.statistics to where the squares come from"
             )
         if found_inf is not None and self._overflowed(params, group_of, found_inf):
-            if self.statistics is not None:
-                self.statistics.used(params)
+            if self._statistics is not None:
+                self._statistics.used(params)
             return
         plan = self._plan
         if plan is None or not plan.fits(self, params, inputs, group_of):
@@ -243,8 +269,8 @@ class FusedOptimizer(Optimizer):
         for lane, own in zip(plan.lanes, dealt, strict=True):
             lane.step(own, groups, found_inf)
         plan.created.clear()
-        if self.statistics is not None:
-            self.statistics.used(params)
+        if self._statistics is not None:
+            self._statistics.used(params)
         # Autograd then notices a parameter that changed between forward and backward.
         torch.autograd.graph.increment_version(params)
 
@@ -254,10 +280,10 @@ class FusedOptimizer(Optimizer):
         gradients: list[Tensor] = []
         group_of: list[int] = []
         for index, group in enumerate(self.param_groups):
-            if self.statistics is None:
+            if self._statistics is None:
                 found = [p.grad for p in group["params"]]
             else:
-                found = [self.statistics.find(p) for p in group["params"]]
+                found = [self._statistics.find(p) for p in group["params"]]
             absent = [gradient is None for gradient in found]
             if True in absent:
                 used = [i for i, missing in enumerate(absent) if not missing]
@@ -286,10 +312,10 @@ class FusedOptimizer(Optimizer):
 
     def coefficient_groups(self) -> Sequence[dict[str, Any]]:
         """Return the parameter groups, with what the samples of this step say where a rule asks."""
-        if self.statistics is None:
+        if self._statistics is None:
             return self.param_groups
         sizes = [group.get("virtual_batch_size", 1) for group in self.param_groups]
-        factors = [self.statistics.factors(size, self._samples) for size in sizes]
+        factors = [self._statistics.factors(size, self._samples) for size in sizes]
         return [{**group, **own} for group, own in zip(self.param_groups, factors, strict=True)]
 
     def _overflowed(
@@ -313,8 +339,8 @@ class FusedOptimizer(Optimizer):
             set_to_none: set gradients to None instead of zero.
         """
         super().zero_grad(set_to_none)
-        if self.statistics is not None:
-            self.statistics.reset([p for group in self.param_groups for p in group["params"]])
+        if self._statistics is not None:
+            self._statistics.reset([p for group in self.param_groups for p in group["params"]])
 
     def _feed(self, rule: Rule, source: Source) -> None:
         """Update by another rule from now on, with a source of what that reads."""
@@ -322,7 +348,6 @@ class FusedOptimizer(Optimizer):
         # On the instance: copies and pickles are plain, as they come without a source.
         self.rule = rule  # type: ignore[misc]
         self.statistics = source
-        source.attach(self)
 
     def _make_plan(
         self, params: list[Tensor], inputs: list[list[Tensor]], group_of: list[int]
@@ -433,7 +458,8 @@ class FusedOptimizer(Optimizer):
         else:
             self._plan, self._captured_plans = None, []
         self._device_scaler = False
-        self.__dict__.setdefault("statistics", None)
+        # Pickles of before had it under its public name.
+        self.__dict__.setdefault("_statistics", self.__dict__.pop("statistics", None))
         self.__dict__.setdefault("_samples", 1)
         # Keys that an older or a torch checkpoint does not have.
         for group in self.param_groups:

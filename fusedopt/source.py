@@ -32,7 +32,12 @@ class Source:
 
     def attach(self, optimizer: Any) -> None:
         """Note an optimizer that this feeds."""
+        self.detach(optimizer)
         self._optimizers.append(weakref.ref(optimizer))
+
+    def detach(self, optimizer: Any) -> None:
+        """Forget an optimizer that something else feeds from now on."""
+        self._optimizers = [r for r in self._optimizers if r() not in (None, optimizer)]
 
     def count(self, parameters: Sequence[Tensor]) -> int:
         """Return how many samples a step with these parameters has."""

@@ -35,6 +35,13 @@ each_class_on_backends = on_backends(PLAIN)
 each_class = pytest.mark.parametrize("case", PLAIN, ids=ids)
 
 
+def _pair(case: Case, **options: Any) -> Pair:
+    """Fold loss scaling into the step, as torch does with ``fused=True``."""
+    pair = Pair(case, **options)
+    pair.ours.param_groups[0]["fused"] = True
+    return pair
+
+
 def _scalers(count: int = 2) -> list[GradScaler]:
     # Grows every other step and shrinks on overflow, so that the scale is never the same long.
     return [
@@ -70,7 +77,7 @@ def _scaled_step(
 @each_case_on_backends
 def test_trajectory_with_overflows(case: Case, backend: str, unscale: bool) -> None:
     """At the first step, in the middle and twice in a row, by inf and by nan."""
-    pair, scalers = Pair(case, backend=backend), _scalers()
+    pair, scalers = _pair(case, backend=backend), _scalers()
     overflow = {0: math.inf, 3: math.nan, 4: -math.inf, 7: math.inf}
     for step in range(10):
         _scaled_step(pair, scalers, spoilt=overflow.get(step), unscale=unscale)
@@ -82,7 +89,7 @@ def test_trajectory_with_overflows(case: Case, backend: str, unscale: bool) -> N
 @each_case_on_backends
 def test_an_overflow_changes_nothing(case: Case, backend: str, capturable: bool) -> None:
     """Parameters, states, step counts, and whether there are states at all."""
-    pair, scalers = Pair(case, backend=backend), _scalers()
+    pair, scalers = _pair(case, backend=backend), _scalers()
     if capturable:
         pair.ours.param_groups[0]["capturable"] = True
     for taken in range(3):
@@ -104,7 +111,7 @@ def test_an_overflow_changes_nothing(case: Case, backend: str, capturable: bool)
 
 @each_class_on_backends
 def test_gradients_stay_scaled_and_are_not_written(case: Case, backend: str) -> None:
-    pair, (scaler, _) = Pair(case, backend=backend), _scalers()
+    pair, (scaler, _) = _pair(case, backend=backend), _scalers()
     pair.backward()
     for p in groups_of(pair.ours):
         p.grad = scaler.scale(p.grad)
@@ -116,7 +123,7 @@ def test_gradients_stay_scaled_and_are_not_written(case: Case, backend: str) -> 
 @each_class_on_backends
 def test_plain_steps_and_scaled_ones_in_turn(case: Case, backend: str) -> None:
     """Catches a scale or an overflow flag that outlives its step."""
-    pair, scalers = Pair(case, backend=backend), _scalers()
+    pair, scalers = _pair(case, backend=backend), _scalers()
     for kind in ("scaled", "plain", "spoilt", "plain", "plain", "scaled", "plain"):
         if kind == "plain":
             pair.step()
@@ -130,7 +137,7 @@ def test_plain_steps_and_scaled_ones_in_turn(case: Case, backend: str) -> None:
 def test_half_precision_gradients_of_large_scale(case: Case) -> None:
     """Unscaling happens in the compute type: the product with 1/scale is never rounded."""
     shapes = [(40,)]
-    pair = Pair(case, shapes=shapes, dtype=torch.float64)
+    pair = _pair(case, shapes=shapes, dtype=torch.float64)
     half = case.ours(
         [torch.nn.Parameter(p.detach().half()) for p in groups_of(pair.ours)],
         **case.options,
@@ -153,8 +160,14 @@ def test_half_precision_gradients_of_large_scale(case: Case) -> None:
 
 @each_class
 def test_scaler_hands_over_its_scale(case: Case) -> None:
-    """It does so by a flag of the class, which copies and checkpoints cannot lose."""
-    pair, (scaler, _) = Pair(case), _scalers()
+    """With ``fused=True``, and where clipping or statistics need the scale; not by default.
+
+    By default others, such as trainers, may unscale and clip by hand.
+    """
+    assert not case.ours([torch.nn.Parameter(torch.ones(1))])._step_supports_amp_scaling
+    clipped = case.ours([torch.nn.Parameter(torch.ones(1))], clip=fusedopt.GlobalNorm(1.0))
+    assert clipped._step_supports_amp_scaling
+    pair, (scaler, _) = _pair(case), _scalers()
     seen: list[Any] = []
     original = pair.ours.step
 
@@ -173,7 +186,7 @@ def test_scaler_hands_over_its_scale(case: Case) -> None:
 @each_class_on_backends
 def test_found_inf_alone_and_grad_scale_alone(case: Case, backend: str) -> None:
     """After ``unscale_`` the scaler sets ``grad_scale`` to None, and it may be the only one."""
-    pair = Pair(case, backend=backend)
+    pair = _pair(case, backend=backend)
     pair.backward()
     before = snapshot(pair.ours)
     pair.ours.grad_scale, pair.ours.found_inf = None, torch.ones(1, device=DEVICE)
@@ -193,7 +206,7 @@ def test_found_inf_alone_and_grad_scale_alone(case: Case, backend: str) -> None:
 @each_class_on_backends
 def test_two_optimizers_of_one_scaler(case: Case, backend: str) -> None:
     """Each has its own overflow."""
-    first, second = (Pair(case, backend=backend) for _ in range(2))
+    first, second = (_pair(case, backend=backend) for _ in range(2))
     scalers = _scalers()
     for step in range(3):
         for pair in (first, second):
@@ -217,7 +230,7 @@ def test_two_optimizers_of_one_scaler(case: Case, backend: str) -> None:
 def test_with_clipping(case: Case, backend: str, max_norm: float) -> None:
     """Folded in, it is ``unscale_``, ``clip_grad_norm_`` and ``step``: the norm is unscaled."""
     clip = fusedopt.GlobalNorm(max_norm)
-    pair = Pair(case, backend=backend, ours_only={"clip": clip})
+    pair = _pair(case, backend=backend, ours_only={"clip": clip})
     scalers = _scalers()
     overflow = {0: math.inf, 3: math.nan}
     for step in range(6):
@@ -242,7 +255,7 @@ def test_with_clipping(case: Case, backend: str, max_norm: float) -> None:
 @each_case_on_backends
 def test_an_overflow_flag_on_the_device(case: Case, backend: str) -> None:
     """The veto is then the kernel's, and step counts advance by 1 - found_inf."""
-    pair = Pair(case, backend=backend)
+    pair = _pair(case, backend=backend)
     for step, overflow in enumerate((1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0)):
         pair.backward()
         pair.ours.grad_scale = torch.tensor([2.0]).as_subclass(FlagOnDevice)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .base import MissingSquares, Statistics
 from .records import Stamp
+from .spent import STALE, Spent
 
 
 class BackpackSquares(Statistics):
@@ -36,6 +37,7 @@ class BackpackSquares(Statistics):
         super().__init__(loss_reduction)
         self.batch_size = batch_size
         self._sums: dict[int, _Sum] = {}
+        self._spent: dict[int, Spent] = {}
 
     def count_of(self, parameter: Tensor) -> int:
         """Return how many samples were gathered for a parameter."""
@@ -75,12 +77,16 @@ class BackpackSquares(Statistics):
         for p in parameters:
             if id(p) in self._sums:
                 self._sums[id(p)].stamp = Stamp(p.grad)
+            self._spent[id(p)] = Spent(p, _left(p))
 
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise where squares are missing, or nobody knows of how many samples."""
         for p in parameters:
             if id(p) not in self._sums:
                 self._size()
+            spent = self._spent.get(id(p))
+            if spent is not None and spent.is_stale(p, _left(p)):
+                raise MissingSquares(p, "its sum_grad_squared" + STALE)
             if self.sum_of_squares(p) is None:
                 raise MissingSquares(
                     p,
@@ -100,9 +106,16 @@ class BackpackSquares(Statistics):
         """Forget what was gathered; ``optimizer.zero_grad()`` calls this."""
         for p in self._all_parameters() if parameters is None else parameters:
             self._sums.pop(id(p), None)
+            self._spent.pop(id(p), None)
             # BackPACK leaves it there, and it does not belong to the next gradient.
             if getattr(p, "sum_grad_squared", None) is not None:
                 p.sum_grad_squared = None  # type: ignore[attr-defined]
+
+
+def _left(parameter: Tensor) -> list[Tensor]:
+    """Return what BackPACK has left on a parameter."""
+    squares = getattr(parameter, "sum_grad_squared", None)
+    return [] if squares is None else [squares]
 
 
 class _Sum:

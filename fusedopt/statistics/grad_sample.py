@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from .base import MissingSquares, Statistics
+from .spent import STALE, Spent
 
 
 class GradSampleSquares(Statistics):
@@ -27,6 +28,7 @@ class GradSampleSquares(Statistics):
     def __init__(self) -> None:
         # The rows are the samples' gradients themselves.
         super().__init__("sum")
+        self._spent: dict[int, Spent] = {}
 
     def count_of(self, parameter: Tensor) -> int:
         """Return how many samples ``p.grad_sample`` has."""
@@ -61,6 +63,9 @@ class GradSampleSquares(Statistics):
                 )
         for p in parameters:
             parts = _parts(p)
+            spent = self._spent.get(id(p))
+            if spent is not None and spent.is_stale(p, parts):
+                raise MissingSquares(p, "its grad_sample" + STALE)
             for part in parts:
                 if part.dim() != p.dim() + 1 or part.shape[1:] != p.shape:
                     raise MissingSquares(
@@ -91,9 +96,15 @@ class GradSampleSquares(Statistics):
             return [list(kind) for kind in zip(*columns, strict=True)]
         return list(self._reduce(parameters))
 
+    def used(self, parameters: Sequence[Tensor]) -> None:
+        """Note that a step has used the samples of some parameters."""
+        for p in parameters:
+            self._spent[id(p)] = Spent(p, _parts(p))
+
     def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
         """Forget the samples; ``optimizer.zero_grad()`` calls this."""
         for p in self._all_parameters() if parameters is None else parameters:
+            self._spent.pop(id(p), None)
             if getattr(p, "grad_sample", None) is not None:
                 p.grad_sample = None  # type: ignore[attr-defined]
 
