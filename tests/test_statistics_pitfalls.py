@@ -775,7 +775,6 @@ def test_pitfall_m_penalty_in_the_loss() -> None:
 
 CHANGES: dict[str, Callable[[list[Tensor]], Any]] = {
     "clip_grad_value_": lambda params: nn.utils.clip_grad_value_(params, 0.01),
-    "clip_grad_norm_": lambda params: nn.utils.clip_grad_norm_(params, 0.01),
     "mul_": lambda params: params[0].grad.mul_(0.5),
     "another": lambda params: setattr(params[0], "grad", params[0].grad * 0.5),
 }

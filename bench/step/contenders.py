@@ -53,6 +53,9 @@ def ours(problem: Problem, clip: bool, scale: float | None) -> Arm:
     optimizer = row.ours(problem.params, **row.arguments, **options)
     counts = torch.device("cpu") if row.rule.counts_steps else None
     seed_states(optimizer, problem, counts)
+    for group in optimizer.param_groups:
+        # Who unscales, as in torch: the scaler in front of the step, or the step.
+        group["fused"] = scale is not None
     scaler = None if scale is None else loss_scaler(problem.device, scale)
     arm = protocol(optimizer, problem.params, optimizer.step, None, scaler)
     return arm if row.ell is None else _paired(arm, optimizer, row.ell, problem)

@@ -58,6 +58,7 @@ class Gate:
         self.mode = mode
         self.uses: list[Use] = []
         record.watch()
+        record.gated = True
         alias, self.ticket = _Enter.apply(record.parameter, self)  # type: ignore[no-untyped-call]
         self.tensor: Tensor = record.parameter.detach() if mode is Mode.FUSED else alias
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..codecs import compute_dtype
 from ..layout import real_view
 from .base import MissingSquares, Statistics
 from .records import Stamp, weakly
+from .replicas import Replicas
 
 
 class MicroBatchSquares(Statistics):
@@ -37,6 +38,7 @@ class MicroBatchSquares(Statistics):
     def __init__(self) -> None:
         super().__init__("mean")
         self._states: dict[int, _Parameter] = {}
+        self._replicas = Replicas()
 
     def count_of(self, parameter: Tensor) -> int:
         """Return how many micro-batches were gathered for a parameter."""
@@ -51,17 +53,21 @@ class MicroBatchSquares(Statistics):
             optimizer: whose parameters are meant.
 
         Raises:
-            RuntimeError: where no parameter has a gradient.
+            RuntimeError: where no parameter has a gradient, or gradients are of one process alone.
         """
         own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if all(p.grad is None for p in own):
-            raise RuntimeError("no parameter has a gradient: call backward before accumulate()")
+            raise RuntimeError(
+                "no parameter has a gradient: call backward before accumulate(), under FSDP with"
+                " gradient synchronisation on"
+            )
+        self._replicas.check(own)
         if any(id(p) in self._states and self._states[id(p)].is_cleared() for p in own):
             # By the model's zero_grad, or by hand.
             self.reset(own)
         for p in own:
             if id(p) not in self._states:
-                self._states[id(p)] = _Sharded(p) if hasattr(p, "placements") else _Whole(p)
+                self._states[id(p)] = _kind(p)(p)
             self._states[id(p)].count += 1
             if p.grad is not None:
                 self._states[id(p)].accumulate()
@@ -152,11 +158,7 @@ class _Whole(_Parameter):
         self._sum: Tensor | None = None
         self._seen: tuple[Tensor, int] | None = None
         self._cleared = False
-        # On the node that adds to p.grad: hooks on the tensor also run for torch.autograd.grad.
-        with torch.enable_grad():
-            node: Any = parameter.view_as(parameter).grad_fn
-        self._node = node.next_functions[0][0]
-        self._hook = self._node.register_prehook(weakly(self._set_aside))
+        self._node, self._hook = _before_addition(parameter, self._set_aside)
 
     def _set_aside(self, _: Any) -> None:
         """Run before autograd adds a gradient."""
@@ -201,8 +203,26 @@ class _Whole(_Parameter):
         self._hook.remove()
 
 
-class _Sharded(_Parameter):
-    """A parameter whose shard of the gradient is written behind autograd's back (FSDP).
+def _before_addition(parameter: Tensor, hook: Callable[..., None]) -> tuple[Any, Any]:
+    """Call a hook before autograd adds to ``parameter.grad``; return the node and the handle."""
+    # On the node that adds to p.grad: hooks on the tensor also run for torch.autograd.grad.
+    with torch.enable_grad():
+        view: Any = parameter.view_as(parameter)
+    node = view.grad_fn.next_functions[0][0]
+    return node, node.register_prehook(weakly(hook))
+
+
+def _kind(parameter: Tensor) -> type[_Parameter]:
+    """Choose by who writes the gradient."""
+    if hasattr(parameter, "placements"):
+        return _Summed
+    # DistributedDataParallel with gradient_as_bucket_view=True.
+    gradient = parameter.grad
+    return _Bucketed if gradient is not None and gradient._is_view() else _Whole
+
+
+class _Summed(_Parameter):
+    """A parameter whose gradient is written behind autograd's back.
 
     No hook runs before that addition, so a copy of the sum is kept, and differences are taken.
     """
@@ -230,3 +250,34 @@ class _Sharded(_Parameter):
     def is_complete(self) -> bool:
         gradient = self.parameter.grad
         return gradient is not None and self._seen is not None and self._seen.holds(gradient)
+
+
+class _Bucketed(_Summed):
+    """A parameter whose gradient is a view of memory that ``DistributedDataParallel`` reduces.
+
+    The gradient must stay where it is, and may become another view of the same sum, once buckets
+    are made anew after the first backward pass.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        super().__init__(parameter)
+        self._cleared = False
+        self._node, self._hook = _before_addition(parameter, self._look)
+
+    def _look(self, _: Any) -> None:
+        """Run before a gradient is added: is the sum so far still there?"""
+        gradient = self.parameter.grad
+        if self._seen is None or self.is_complete():
+            return
+        if gradient is None or self._stepped:
+            self._cleared = True
+        elif self._copy is not None and not torch.equal(gradient, self._copy):
+            if bool(gradient.any()):
+                raise RuntimeError(_CHANGED)
+            self._cleared = True
+
+    def is_cleared(self) -> bool:
+        return self._cleared
+
+    def remove(self) -> None:
+        self._hook.remove()

@@ -25,7 +25,7 @@ from .instrument import (
 )
 from .layers import KNOWN, Forward, Site, coupled_message
 from .passes import Pass
-from .records import Record
+from .records import Record, follow, measure
 
 SAMPLES = ("sequence", "token")
 
@@ -50,7 +50,8 @@ class PerSampleSquares(Statistics):
     with; every layer's input must keep that dimension. Sample i's gradient is N times its part of
     ``p.grad`` where the loss is a mean, so that padding, ignored tokens and any weights within the
     loss are as they are in ``p.grad``. Several backward passes before a step add up, as gradients
-    do.
+    do. One factor on all gradients between backward and step, as ``clip_grad_norm_`` multiplies in,
+    is followed; to see it, backward ends with two more reads of the gradients.
 
     Linear, Embedding, Conv1d, Conv2d, LayerNorm, RMSNorm, GroupNorm, BatchNorm in evaluation mode
     and MultiheadAttention are known; shared weights, tied embeddings and modules used several times
@@ -92,6 +93,9 @@ class PerSampleSquares(Statistics):
         self.backend = backend
         # Samples of all backward passes there have been.
         self._total = 0
+        self._called = False
+        # What has arrived in the backward pass at hand.
+        self._arrived: list[Record] = []
         self._lock = threading.RLock()
         self._active: Pass | None = None
         self._last: Pass | None = None
@@ -159,6 +163,7 @@ class PerSampleSquares(Statistics):
         if self._active is not None or self._paused or not torch.is_grad_enabled():
             return plain(*arguments, **keywords)
         self._release()
+        self._called = True
         self._active = Pass(self, (arguments, keywords), self._offsets)
         try:
             return plain(*arguments, **keywords)
@@ -243,11 +248,25 @@ class PerSampleSquares(Statistics):
         """Return where a parameter's squares are gathered."""
         record = self._records.get(id(parameter))
         if record is None:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(parameter.shape)} was not part of the model when"
-                " PerSampleSquares was made: call remove() and make it anew"
-            )
+            raise RuntimeError(self._unknown(parameter))
         return record
+
+    def _unknown(self, parameter: Tensor) -> str:
+        """Say why a layer has been called with a parameter that is not known."""
+        for name, candidate in self.model.named_parameters():
+            # torch.func.functional_call puts other tensors in their place, for one call.
+            if candidate is parameter and isinstance(parameter, nn.Parameter):
+                return (
+                    f"parameter {name!r} was added to the model, or put in the place of another,"
+                    " after PerSampleSquares was made: call remove(), make it anew, and give the"
+                    " optimizer the new parameter, too"
+                )
+        return (
+            f"a layer of the observed model was called with a parameter of shape"
+            f" {tuple(parameter.shape)} that the model does not have, as by"
+            " torch.func.functional_call: its samples belong to no parameter. Call it within"
+            " statistics.paused(), or with the model's own parameters"
+        )
 
     def _commit(self, record: Record, calls: list[Pass]) -> None:
         """Count the samples of calls whose first gradients arrive, and see what was cleared."""
@@ -261,6 +280,16 @@ class PerSampleSquares(Statistics):
             base = calls[0].base
             if record.restarts and base is not None:
                 record.reset(base)
+            if not self._arrived:
+                engine = torch.autograd.Variable._execution_engine
+                engine.queue_callback(self._measure)  # type: ignore[attr-defined]
+            self._arrived.append(record)
+
+    def _measure(self) -> None:
+        """Run at the end of a backward pass: see ``factors``."""
+        with self._lock:
+            arrived, self._arrived = self._arrived, []
+        measure(arrived)
 
     def _restart(self, arriving: Record, start: int) -> None:
         """Forget what belongs to gradients that were set to None or zero."""
@@ -277,7 +306,7 @@ class PerSampleSquares(Statistics):
 
     def count_of(self, parameter: Tensor) -> int:
         """Return how many samples were gathered for a parameter."""
-        record = self._records.get(id(parameter))
+        record = self._settled(parameter)
         if record is None or record.squares is None:
             return 0
         return record.reduced_count or self._total - record.start
@@ -293,8 +322,15 @@ class PerSampleSquares(Statistics):
 
     def sum_of_squares(self, parameter: Tensor) -> Tensor | None:
         """Return S of a parameter, or None where nothing was gathered for it."""
-        record = self._records.get(id(parameter))
+        record = self._settled(parameter)
         return None if record is None else record.squares
+
+    def _settled(self, parameter: Tensor) -> Record | None:
+        """Return a parameter's record; a gradient that has just arrived is counted."""
+        record = self._records.get(id(parameter))
+        if record is not None:
+            record.settle()
+        return record
 
     def parameters(self) -> Sequence[Tensor]:
         """List the parameters that something was gathered for."""
@@ -303,8 +339,13 @@ class PerSampleSquares(Statistics):
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise where the samples of these parameters cannot be used."""
         self._check_ranks()
-        for p in parameters:
-            problem = self._problem(self._records.get(id(p)))
+        records = [self._settled(p) for p in parameters]
+        known = [r for r in records if r is not None and r.squares is not None]
+        # One factor on all gradients of the step; of some alone is more likely to be a mistake.
+        if known and all(r.is_changed() for r in known):
+            follow(known)
+        for p, record in zip(parameters, records, strict=True):
+            problem = self._problem(record)
             if problem is not None:
                 raise MissingSquares(p, problem)
 
@@ -315,11 +356,7 @@ class PerSampleSquares(Statistics):
                 " of its own"
             )
         if record.squares is None:
-            return (
-                f"{record.name!r} has a gradient but no per-sample squares. Either a function used"
-                " it instead of its module: call the module, or move it into a module of its own."
-                " Or the backward pass came before PerSampleSquares was made"
-            )
+            return f"{record.name!r} has a gradient but no per-sample squares: {self._why(record)}"
         if record.foreign:
             return (
                 f"{record.name!r} is used outside of its module as well (by a function, or a"
@@ -327,15 +364,34 @@ class PerSampleSquares(Statistics):
                 " no per-sample squares. Call the module for every use, put penalties into the"
                 " optimizer (weight_decay), and mask the layer's output"
             )
-        if record.is_changed():
+        if record.altered or record.is_changed():
             return (
-                f"the gradient of {record.name!r} was changed between backward and step(), its"
-                " per-sample squares were not. To clip, pass clip=fusedopt.GlobalNorm(max_norm) to"
-                " the optimizer; if all gradients were multiplied by a factor, tell it by"
-                " statistics.rescale(factor); if processes have averaged them, call"
-                " statistics.all_reduce()"
+                f"the gradient of {record.name!r} was changed between backward and step(), and not"
+                " by one factor, which squares would have followed. To clip, pass"
+                " clip=fusedopt.GlobalNorm(max_norm) to the optimizer; if all gradients were"
+                " multiplied by a factor, tell it by statistics.rescale(factor); if processes have"
+                " averaged them, call statistics.all_reduce()"
             )
         return None
+
+    def _why(self, record: Record) -> str:
+        """Say why a gradient came without squares, and what to do."""
+        again = "Call zero_grad(), then run forward and backward again"
+        if not self._called:
+            return (
+                "the model has not been called since PerSampleSquares was made, so that the"
+                f" gradient is older, or of a call within paused(). {again}"
+            )
+        if not record.gated:
+            return (
+                "no observed layer has used it, so that a function, or a module other than the one"
+                " that owns it, reads it directly. Call the module that owns it, or move it into a"
+                " module of its own and call that"
+            )
+        return (
+            "the gradient is not of a call that was observed: that was within paused(), or before"
+            f" zero_grad(). {again}"
+        )
 
     def _check_ranks(self) -> None:
         distributed = torch.distributed
@@ -361,10 +417,13 @@ class PerSampleSquares(Statistics):
             factor: what every gradient was multiplied by; 1 for a change that squares are not to
                 follow.
         """
-        for record in self._records.values():
+        records = list(self._records.values())
+        for record in records:
             record.accept()
+            record.altered = False
             if record.squares is not None:
                 record.squares.mul_(factor**2)
+        measure(records)
 
     def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
         """Forget what was gathered; ``optimizer.zero_grad()`` calls this."""
@@ -373,6 +432,7 @@ class PerSampleSquares(Statistics):
         else:
             records = [self._records[id(p)] for p in parameters if id(p) in self._records]
         for record in records:
+            record.settle()
             record.reset(self._total)
 
     @torch.no_grad()
@@ -381,7 +441,8 @@ class PerSampleSquares(Statistics):
 
         For gradients that are averaged over processes, as ``DistributedDataParallel`` does: a
         sample's contribution then is its local one over the number of processes. Costs an
-        all-reduce of 4 bytes a parameter, tensor by tensor.
+        all-reduce of 4 bytes a parameter, tensor by tensor. A second call before the gradients are
+        cleared changes nothing.
 
         Args:
             group: the process group; the default one.
@@ -390,6 +451,8 @@ class PerSampleSquares(Statistics):
         ranks = self._ranks = distributed.get_world_size(group)
         # The same parameters in the same order everywhere, whichever of them were used here.
         records = [r for r in self._records.values() if r.parameter.requires_grad]
+        if records and all(r.reduced_count for r in records):
+            return
         counts = torch.tensor([self._total - r.start for r in records], dtype=torch.int64)
         counts = counts.to(records[0].parameter.device)
         distributed.all_reduce(counts, group=group)
@@ -402,6 +465,7 @@ class PerSampleSquares(Statistics):
             record.reduced_count = count
             # The processes' gradients have been averaged in place.
             record.accept()
+        measure(records)
 
 
 class _Forward:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
+
+from . import factors
 
 if TYPE_CHECKING:
     from .passes import Pass
@@ -33,22 +35,39 @@ class Stamp:
     """
 
     def __init__(self, gradient: Tensor | None) -> None:
-        # Weakly: a gradient that is set to None is to be freed. Not by its id, which the next
-        # gradient may well be given once this one is.
-        self._tensor = None if gradient is None else TensorWeakRef(_local(gradient))
+        # A gradient that is set to None is to be freed, so that it is not held. Not known by its
+        # id, which the next gradient may well be given once this one is.
+        self._mark = None if gradient is None else mark(_local(gradient))
         self._versions = None if gradient is None else _versions(gradient)
 
     def holds(self, gradient: Tensor | None) -> bool:
         """Whether the gradient is still that one, unwritten."""
         if gradient is None:
-            return self._tensor is None
+            return self._mark is None
         return self.is_same_tensor(gradient) and _versions(gradient) == self._versions
 
     def is_same_tensor(self, gradient: Tensor | None) -> bool:
         """Whether the gradient is still that tensor, written or not."""
-        if gradient is None or self._tensor is None:
+        if gradient is None or self._mark is None:
             return False
-        return self._tensor() is _local(gradient)
+        return mark_of(_local(gradient)) == self._mark
+
+
+_MARKS = itertools.count(1)
+
+
+def mark(tensor: Tensor) -> int:
+    """Return the number of a tensor, which no other tensor has; it is given one at first.
+
+    A weak reference would say as much, but a tensor that has one cannot be swapped, as
+    ``torch.__future__.set_swap_module_params_on_conversion`` does with gradients.
+    """
+    return int(tensor.__dict__.setdefault("_fusedopt_mark", next(_MARKS)))
+
+
+def mark_of(tensor: Tensor) -> int | None:
+    """Return the number that ``mark`` gave a tensor, or None."""
+    return tensor.__dict__.get("_fusedopt_mark")
 
 
 def _local(gradient: Any) -> Any:
@@ -77,6 +96,8 @@ class Record:
         reduced_count: number of samples of all processes, once squares are added up over them; 0
             before.
         foreign: whether the parameter received a gradient that no observed layer made.
+        norms: of the gradient as it arrived, see ``factors``; None where they were not made.
+        altered: whether a gradient was changed by hand before another was added to it.
     """
 
     def __init__(
@@ -88,8 +109,15 @@ class Record:
         self.start = 0
         self.reduced_count = 0
         self.foreign = False
+        self.norms: Tensor | None = None
+        self.altered = False
         # Whether the gradient was gone before the one that now arrives.
         self.restarts = False
+        # The backward pass in which a gradient is being added that has not been counted yet.
+        self._arriving: int | None = None
+        # Whether a layer has ever been seen to use the parameter.
+        self.gated = False
+        self._memory = -1
         self._commit = commit
         self._pending: Tensor | None = None
         self._pending_calls: list[Pass] = []
@@ -123,7 +151,16 @@ class Record:
 
     def watch(self) -> None:
         """See the gradient as it arrives, behind hooks that others have registered since."""
-        registered = self.parameter._backward_hooks
+        parameter: Any = self.parameter
+        registered = parameter._backward_hooks
+        if self._memory != parameter._cdata:
+            if self._memory != -1:
+                # A conversion has swapped other contents into the parameter, which know of no
+                # hook: setting the dictionaries makes them known, as at the first registration.
+                parameter._backward_hooks = registered
+                parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+                self.remove()
+            self._memory = parameter._cdata
         if self._check_hook is not None:
             if registered and next(reversed(registered)) == self._check_hook.id:
                 return
@@ -142,9 +179,30 @@ class Record:
             tensor, version = expected[0]
             self._unexpected = gradient is not tensor or gradient._version != version
         self.restarts = self.is_cleared()
+        if not self.restarts and self.squares is not None and self.is_changed():
+            # Else what is added now would hide it.
+            self.altered |= not follow([self])
+        self._arriving = torch._C._current_graph_task_id()
 
-    def _arrived(self, parameter: Tensor) -> None:
+    def _arrived(self, _: Tensor) -> None:
         """Run after autograd has added a gradient to ``parameter.grad``."""
+        self._settle()
+
+    def settle(self) -> None:
+        """Take the gradient that has arrived in this backward pass, if it was not taken yet.
+
+        Hooks of others that run after the addition may step and clear the gradient before this
+        record's own hook is run. ``torch.autograd.grad`` runs the hook in front, and adds nothing.
+        """
+        if self._arriving is not None:
+            if self._arriving == torch._C._current_graph_task_id():
+                self._settle()
+
+    def _settle(self) -> None:
+        if self._arriving is None:
+            return
+        self._arriving = None
+        parameter = self.parameter
         calls, self._pending_calls = self._pending_calls, []
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -152,14 +210,21 @@ class Record:
             self.squares = pending if self.squares is None else self.squares.add_(pending)
         self.foreign |= self._unexpected
         self._stamp, self._stepped = Stamp(parameter.grad), False
+        self.norms = None
 
     def stepped(self) -> None:
         """Note that a step has used the squares."""
         self._stamp, self._stepped = Stamp(self.parameter.grad), True
+        self.norms = None
 
     def accept(self) -> None:
         """Take the gradient as it is now for what the squares belong to."""
         self._stamp = Stamp(self.parameter.grad)
+        self.norms = None
+
+    def is_same_tensor(self) -> bool:
+        """Whether the gradient is still the tensor that arrived, written or not."""
+        return self._stamp is not None and self._stamp.is_same_tensor(self.parameter.grad)
 
     def is_cleared(self) -> bool:
         """Whether the gradient that the squares belong to is gone."""
@@ -181,8 +246,8 @@ class Record:
         self.squares = None
         self.start = start
         self.reduced_count = 0
-        self.foreign = False
-        self._stamp, self._stepped = None, False
+        self.foreign = self.altered = False
+        self._stamp, self._stepped, self.norms = None, False, None
 
     def remove(self) -> None:
         """Take the hooks off the parameter."""
@@ -190,3 +255,34 @@ class Record:
             self._check_hook.remove()
             self._arrived_hook.remove()
         self._check_hook = self._arrived_hook = None
+
+
+def measure(records: Iterable[Record]) -> None:
+    """Note the norms of gradients as they are now, so that a factor on them can be followed."""
+    own = [r for r in records if r.parameter.grad is not None and r.squares is not None]
+    gradients = [r.parameter.grad for r in own]
+    for record, pair in zip(own, factors.norms(gradients), strict=True):  # type: ignore[arg-type]
+        record.norms = pair
+
+
+@torch.no_grad()
+def follow(records: Sequence[Record]) -> bool:
+    """Multiply the squares of changed gradients by the square of what these were multiplied by.
+
+    Returns:
+        False where that is not one factor for all; nothing has changed then.
+    """
+    before = [r.norms for r in records if r.norms is not None and r.is_same_tensor()]
+    gradients = [r.parameter.grad for r in records if r.parameter.grad is not None]
+    if len(before) < len(records) or len(gradients) < len(records):
+        return False
+    after = factors.norms(gradients)
+    factor = factors.common_factor(before, after, [g.dtype for g in gradients])
+    if factor is None:
+        return False
+    for record, pair in zip(records, after, strict=True):
+        record.accept()
+        record.norms = pair
+        if factor != 1.0 and record.squares is not None:
+            record.squares.mul_(factor**2)
+    return True

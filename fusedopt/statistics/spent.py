@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
-from .records import Stamp
+from .records import Stamp, mark, mark_of
 
 STALE = (
     " has been used by an earlier step, and its gradient is another since: the last backward pass"
@@ -25,7 +24,7 @@ class Spent:
     """
 
     def __init__(self, parameter: Tensor, used: Sequence[Tensor]) -> None:
-        self._used = [TensorWeakRef(x) for x in used]
+        self._used = set(map(mark, used))
         self._gradient = Stamp(parameter.grad)
 
     def is_stale(self, parameter: Tensor, current: Sequence[Tensor]) -> bool:
@@ -33,5 +32,4 @@ class Spent:
         if self._gradient.holds(parameter.grad):
             # A second step with the same gradient, as every optimizer takes it.
             return False
-        old = [reference() for reference in self._used]
-        return any(x is y for x in current for y in old)
+        return any(mark_of(x) in self._used for x in current)

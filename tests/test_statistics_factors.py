@@ -1,0 +1,145 @@
+"""One factor on all gradients between backward and step is followed; another change is an error."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fusedopt
+
+
+def make(dtype=torch.float32, sizes=(6, 5, 3), **options):
+    torch.manual_seed(0)
+    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    model = nn.Sequential(*layers).to(dtype)
+    statistics = fusedopt.PerSampleSquares(model)
+    optimizer = fusedopt.BatchDecoupledAdam(
+        model.parameters(), lr=0.1, eps=1e-6, statistics=statistics, **options
+    )
+    return model, statistics, optimizer
+
+
+def backward(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(4, model[0].in_features, generator=generator).to(dtype)
+    model(x).square().sum(1).mean().backward()
+
+
+def test_an_infinite_bound_changes_no_bit():
+    """As trainers call it to log the norm: every gradient is multiplied by 1.0 in place."""
+    runs = []
+    for clipped in (False, True):
+        model, statistics, optimizer = make()
+        for seed in range(3):
+            optimizer.zero_grad()
+            backward(model, seed)
+            if clipped:
+                nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+            optimizer.step()
+        runs.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_clipping_by_hand_is_clipping_inside(dtype, foreach):
+    inside, _, ours = make(dtype, clip=fusedopt.GlobalNorm(0.01))
+    outside, _, other = make(dtype)
+    for seed in range(4):
+        for model, optimizer in ((inside, ours), (outside, other)):
+            optimizer.zero_grad()
+            backward(model, seed)
+        nn.utils.clip_grad_norm_(outside.parameters(), 0.01, foreach=foreach)
+        ours.step()
+        other.step()
+        squares = [o.state[p]["exp_avg_sq"] for o in (ours, other) for p in _params(o)]
+        half = len(squares) // 2
+        rtol = {torch.bfloat16: 4e-2, torch.float32: 1e-4, torch.float64: 1e-5}[dtype]
+        # Of the first step, before the trajectories are apart by rounding.
+        for a, b in zip(squares[:half], squares[half:], strict=True):
+            torch.testing.assert_close(a, b, rtol=rtol, atol=0.05 * float(b.abs().max()))
+    assert not torch.equal(inside[0].weight, make(dtype)[0][0].weight)
+
+
+def _params(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_squares_are_those_of_the_scaled_gradients():
+    model, statistics, _ = make(torch.float64)
+    backward(model)
+    before = [statistics.mean_square(p) for p in model.parameters()]
+    for p in model.parameters():
+        p.grad.mul_(0.25)
+    for p, expected in zip(model.parameters(), before, strict=True):
+        statistics.check(list(model.parameters()))
+        torch.testing.assert_close(statistics.mean_square(p), expected / 16)
+    statistics.noise_scale()
+
+
+def test_a_factor_between_two_backward_passes():
+    """The sum then is of gradients of two scales, and so are the squares."""
+    model, statistics, _ = make(torch.float64)
+    backward(model, 1)
+    first = [statistics.sum_of_squares(p).clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad.mul_(0.5)
+    backward(model, 2)
+    both = [statistics.sum_of_squares(p).clone() for p in model.parameters()]
+    model.zero_grad()
+    backward(model, 2)
+    second = [statistics.sum_of_squares(p) for p in model.parameters()]
+    for a, b, total in zip(first, second, both, strict=True):
+        torch.testing.assert_close(total, a / 4 + b)
+
+
+def test_noise_between_two_backward_passes_is_an_error_at_the_step():
+    model, _, optimizer = make()
+    backward(model, 1)
+    for p in model.parameters():
+        p.grad.add_(torch.randn_like(p))
+    backward(model, 2)
+    with pytest.raises(RuntimeError, match="was changed between backward"):
+        optimizer.step()
+
+
+CHANGES = {
+    "value": lambda ps: nn.utils.clip_grad_value_(ps, 0.05),
+    "noise": lambda ps: [p.grad.add_(0.1 * torch.randn_like(p)) for p in ps],
+    "two factors": lambda ps: [p.grad.mul_(1.0 + i) for i, p in enumerate(ps)],
+    "one of them": lambda ps: ps[0].grad.mul_(0.5),
+    "half of one": lambda ps: ([p.grad.mul_(0.5) for p in ps], ps[0].grad[0].mul_(2.0)),
+    "another tensor": lambda ps: [setattr(p, "grad", 0.5 * p.grad) for p in ps],
+    "zero": lambda ps: [p.grad.zero_() for p in ps],
+    "nan": lambda ps: [p.grad.mul_(torch.nan) for p in ps],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", CHANGES)
+def test_anything_else_is_an_error_and_changes_nothing(how, dtype):
+    model, _, optimizer = make(dtype)
+    backward(model)
+    before = copy.deepcopy([p.detach() for p in model.parameters()])
+    CHANGES[how](list(model.parameters()))
+    with pytest.raises(RuntimeError, match=r"0\.weight.*GlobalNorm.*rescale"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters())) and not optimizer.state
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.step()
+
+
+def test_gradients_are_not_kept_alive():
+    import weakref
+
+    model, _, optimizer = make()
+    backward(model)
+    optimizer.step()
+    gradient = weakref.ref(model[0].weight.grad)
+    model.zero_grad()
+    assert gradient() is None
