@@ -24,7 +24,8 @@ class Spent:
     """
 
     def __init__(self, parameter: Tensor, used: Sequence[Tensor]) -> None:
-        self._used = set(map(mark, used))
+        # What is written in place is new.
+        self._used = {(mark(x), x._version) for x in used}
         self._gradient = Stamp(parameter.grad)
 
     def is_stale(self, parameter: Tensor, current: Sequence[Tensor]) -> bool:
@@ -32,4 +33,4 @@ class Spent:
         if self._gradient.holds(parameter.grad):
             # A second step with the same gradient, as every optimizer takes it.
             return False
-        return any(mark_of(x) in self._used for x in current)
+        return any((mark_of(x), x._version) in self._used for x in current)
