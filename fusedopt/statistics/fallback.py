@@ -21,6 +21,8 @@ from ..codecs import compute_dtype
 from ..layout import real_view
 from .gates import Mode, observe
 from .layers import Site
+from .ownership import own_parameters
+from .unknown import check_arguments, check_bags
 from .uses import FallbackUse
 
 # Gradient elements formed at once.
@@ -28,15 +30,6 @@ CHUNK_ELEMENTS = 1 << 20
 # Share of an output's norm by which it may differ between a sample alone and in the batch: a few
 # roundings of bfloat16. Other samples or other random numbers change it by more.
 TOLERANCE = 3e-2
-
-
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return a module's own parameters, those that parametrise them included."""
-    own = dict(module.named_parameters(recurse=False))
-    if nn.utils.parametrize.is_parametrized(module):
-        inner: Any = module.parametrizations
-        own |= {f"parametrizations.{name}": p for name, p in inner.named_parameters()}
-    return own
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -57,6 +50,8 @@ def warning(name: str, module: nn.Module) -> str:
 
 def functional(site: Site, module: nn.Module, plain: Any, arguments: Any, keywords: Any) -> Any:
     """Run a module of any kind, and note what its own parameters' squares need."""
+    check_arguments(site.name, (arguments, keywords))
+    check_bags(site.name, module, arguments, keywords)
     leaves, structure = tree_flatten((arguments, keywords))
     outputs = plain(*arguments, **keywords)
     flat, out_structure = tree_flatten(outputs)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .unknown import NOT_TRACED
+
 _KEY = "_fusedopt_observer"
 
 
@@ -44,13 +46,26 @@ class Observed:
         """Describe the module as one of its original class, for copy and pickle."""
         observed = type(self)
         observer: Observer = self.__dict__.pop(_KEY)
-        self.__class__ = observer.original  # type: ignore[assignment]
+        _set_class(self, observer.original)
         try:
             described = self.__reduce_ex__(protocol)
             return _detached(described)
         finally:
-            self.__class__ = observed  # type: ignore[assignment]
+            _set_class(self, observed)
             self.__dict__[_KEY] = observer
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse ``torch.jit.script``, which would put compiled modules in the place of others."""
+        raise RuntimeError(
+            f"{type(self).__name__} is observed by PerSampleSquares, and torch.jit.script cannot"
+            " compile what observes it. Call remove() on the statistics before, or script a"
+            " copy.deepcopy of the model, which is a plain one"
+        )
+
+
+def _set_class(module: Any, kind: type) -> None:
+    """Change a module's class; a wrapper's own ``__setattr__`` may pass it on to what it wraps."""
+    object.__setattr__(module, "__class__", kind)
 
 
 def _detached(described: Any) -> Any:
@@ -78,6 +93,10 @@ class _ForwardObserved:
         assert observer.forward is not None
         plain = observer.original.forward.__get__(self)
         return observer.forward(self, plain, arguments, keywords)
+
+    # Read where a graph must not break there.
+    forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+    forward._torchdynamo_disable_msg = NOT_TRACED  # type: ignore[attr-defined]
 
 
 class _CallObserved:
@@ -107,7 +126,7 @@ def observe_module(module: nn.Module, observer: Observer) -> None:
     # Under its own name: nobody who prints a model need know.
     body = {"__module__": original.__module__, "__qualname__": original.__qualname__}
     module.__dict__[_KEY] = observer
-    module.__class__ = type(original.__name__, (*bases, original), body)
+    _set_class(module, type(original.__name__, (*bases, original), body))
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -126,5 +145,5 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def restore_module(module: nn.Module) -> None:
     """Give a module its class back."""
     if isinstance(module, Observed):
-        module.__class__ = original_class(module)  # type: ignore[assignment]
+        _set_class(module, original_class(module))
         del module.__dict__[_KEY]

@@ -15,7 +15,7 @@ from .. import backends
 from ..codecs import compute_dtype
 from .attention import attention
 from .base import MissingSquares, Statistics
-from .fallback import functional, own_parameters, warning
+from .fallback import functional, warning
 from .instrument import (
     Observer,
     is_observed,
@@ -24,8 +24,10 @@ from .instrument import (
     restore_module,
 )
 from .layers import KNOWN, Forward, Site, coupled_message
+from .ownership import computes_weights, is_container, own_parameters, set_by_hooks
 from .passes import Pass
 from .records import Record, follow, measure
+from .unknown import check_arguments, check_context
 
 SAMPLES = ("sequence", "token")
 
@@ -162,6 +164,8 @@ class PerSampleSquares(Statistics):
         """Run the model; this is one batch of samples."""
         if self._active is not None or self._paused or not torch.is_grad_enabled():
             return plain(*arguments, **keywords)
+        check_context("the model")
+        check_arguments("the model", (arguments, keywords))
         self._release()
         self._called = True
         self._active = Pass(self, (arguments, keywords), self._offsets)
@@ -485,6 +489,7 @@ class _Forward:
         trained = self.always or any(p.requires_grad for p in self.own)
         if not (trained and statistics.is_watching()):
             return plain(*arguments, **keywords)
+        check_context(self.name)
         site = Site(statistics, statistics.current(self.name), self.name)
         if self.forward is functional:
             return functional(site, module, plain, arguments, keywords)
@@ -499,18 +504,10 @@ def _is_coupled(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def _is_parametrized(module: nn.Module) -> bool:
-    """Whether what the module computes with is itself computed from parameters."""
-    if nn.utils.parametrize.is_parametrized(module):
-        return True
-    # The older way: a hook that sets the attribute anew at every call.
-    return "weight" in module.__dict__ or "weight" in module._buffers
-
-
 def _forward_of(module: nn.Module) -> Forward:
     """Return what is run for a module: the known layer with its forward, or the fallback."""
     own: Any = original_class(module).forward
-    if _is_parametrized(module):
+    if computes_weights(module):
         return functional
     if own is nn.MultiheadAttention.forward:
         return attention
@@ -521,7 +518,7 @@ def _observable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module that has parameters of its own or mixes samples, with its name."""
     inner: set[int] = set()
     for name, module in model.named_modules():
-        if id(module) in inner:
+        if id(module) in inner or (is_container(module) and module is not model):
             continue
         if nn.utils.parametrize.is_parametrized(module):
             inner |= {id(child) for child in module.parametrizations.modules()}  # type: ignore[union-attr]
@@ -534,6 +531,14 @@ def _observable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _unsupported(module: nn.Module) -> str | None:
+    if isinstance(module, nn.MultiheadAttention):
+        names = list(set_by_hooks(module.out_proj))
+        if names:
+            return (
+                f"out_proj.{names[0]} is set by a hook (pruning, weight_norm), which attention,"
+                " reading it by itself, never runs: it would not be trained. Use a parametrization"
+                " (torch.nn.utils.parametrizations), or make it permanent (prune.remove)"
+            )
     if isinstance(module, nn.Embedding):
         for option in ("sparse", "scale_grad_by_freq"):
             if getattr(module, option):
