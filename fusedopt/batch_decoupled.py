@@ -8,7 +8,7 @@ one, and lr, betas, eps and decay carry over by ``fusedopt.scaling.rescale(..., 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from .kernels.rules import BATCH_DECOUPLED_ADAM, BATCH_DECOUPLED_RMSPROP
 from .optimizers import AdamW, Number, Params, RMSprop
@@ -35,6 +35,7 @@ class BatchDecoupledAdam(AdamW):
     """
 
     rule = BATCH_DECOUPLED_ADAM
+    own_options: ClassVar[tuple[str, ...]] = (*AdamW.own_options, "virtual_batch_size")
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class BatchDecoupledRMSprop(RMSprop):
     """
 
     rule = BATCH_DECOUPLED_RMSPROP
+    own_options: ClassVar[tuple[str, ...]] = (*RMSprop.own_options, "virtual_batch_size")
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
+from .checkpoint import check_present, initialise, is_initialising, put_aside, unpacked
 from .checks import (
     check_gradients,
     check_samples,
@@ -59,6 +61,8 @@ class FusedOptimizer(Optimizer):
     rule: ClassVar[Rule]
     # Entries of the parameter groups that take one of a few values.
     choices: ClassVar[Mapping[str, Collection[Any]]] = {}
+    # Entries of the parameter groups that torch's class has not: a checkpoint may lack them.
+    own_options: ClassVar[Collection[str]] = ()
 
     def __init__(
         self,
@@ -140,8 +144,11 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: for parameters that the backend asked for cannot update.
+            TypeError: for anything but a dictionary.
             ValueError: for hyper-parameters without meaning.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         if param_group.get("differentiable"):
             raise ValueError("differentiable=True is not supported: a fused step has no derivative")
         check_virtual_batch_size(param_group.get("virtual_batch_size"))
@@ -169,6 +176,26 @@ class FusedOptimizer(Optimizer):
                 choices = ", ".join(map(repr, allowed))
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap ``step`` as torch does, and leave no loss scale behind where it raises.
+
+        torch.amp.GradScaler takes its scale back only after a step that ends well. Hooks are called
+        by torch's wrapper, so that this has to stand around it.
+        """
+        wrapped = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return wrapped(self, *args, **kwargs)
+            except BaseException:
+                self.__dict__.pop("grad_scale", None)
+                self.__dict__.pop("found_inf", None)
+                raise
+
+        return step
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient. Gradients are not written.
@@ -181,6 +208,7 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: for gradients that cannot be used; nothing has changed then.
+            KeyError: for a parameter whose state is partly there.
         """
         loss = None
         if closure is not None:
@@ -215,6 +243,10 @@ class FusedOptimizer(Optimizer):
 
     @torch._disable_dynamo  # a launch through addresses cannot be traced  # type: ignore
     def _update(self) -> None:
+        feeds = self.statistics is not None or len(self.rule.degrees) > 1
+        if feeds and not self.state and is_initialising(self):
+            initialise(self)
+            return
         params, gradients, group_of = self._gather()
         grad_scale, found_inf = self._load_scaler()
         if not params:
@@ -361,6 +393,7 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             self.check_group(group)
         check_gradients(self, params, inputs)
+        check_present(self, params, group_of)
         check_states(self, params, group_of)
         created = self._create_states(params, group_of)
         self._drop_plan()
@@ -399,6 +432,8 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizer of the same name does, with the clipping bound.
 
+        Options that torch's class has not are saved aside: see ``fusedopt.checkpoint``.
+
         Returns:
             A dictionary of plain values and tensors that both load.
         """
@@ -406,6 +441,7 @@ class FusedOptimizer(Optimizer):
         config = None if self.clip is None else self.clip.config()
         for group in state_dict["param_groups"]:
             group["clip"] = config
+            put_aside(group, ["clip", *self.own_options])
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -413,40 +449,31 @@ class FusedOptimizer(Optimizer):
 
         Args:
             state_dict: what ``state_dict()`` returned. Options that it does not have, as torch's
-                do not, stay what they are.
+                and distributed checkpoints do not, stay what they are.
 
         Raises:
             ValueError: for groups that do not fit, or have no meaning; nothing has changed then.
+            KeyError: for a state that is partly there, or another algorithm's; the same.
         """
-        # Clipping spans groups: a checkpoint holds one bound, written into each of them.
-        bounds = [group["clip"] for group in state_dict["param_groups"] if "clip" in group]
-        if bounds and bounds[0] is not None:
-            # Before anything is loaded: it may be no bound.
-            GlobalNorm(**bounds[0])
-        super().load_state_dict(self._completed(state_dict))
-        for group in self.param_groups:
-            group.pop("clip", None)
-        if not bounds:
-            return
-        if bounds[0] is None:
-            self.clip = None
-        elif self.clip is None:
-            self.clip = GlobalNorm(**bounds[0])
-        else:
-            self.clip.configure(bounds[0])
+        clip: Any = ...
 
-    def _completed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return the state with the options of this class's own that it lacks; check them."""
-        saved = state_dict["param_groups"]
-        if len(saved) != len(self.param_groups):
-            # torch's error says so.
-            return state_dict
-        pairs = zip(saved, self.param_groups, strict=True)
-        own = [{**{name: group[name] for name in self.choices}, **old} for old, group in pairs]
-        for group in own:
-            # A checkpoint may be older than an option of torch's, too.
-            self.check_group({**self.defaults, **group})
-        return {**state_dict, "param_groups": own}
+        def unpack(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            nonlocal clip
+            loaded, clip = unpacked(self, saved)
+            return loaded
+
+        # The last of the hooks: another's may complete what is checked here.
+        handle = self.register_load_state_dict_pre_hook(unpack)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        if clip is ...:
+            return
+        if clip is None or self.clip is None:
+            self.clip = None if clip is None else GlobalNorm(**clip)
+        else:
+            self.clip.configure(clip)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend, "clip": self.clip}

@@ -64,6 +64,8 @@ class SGD(FusedOptimizer):
 
     rule = SGD_RULE
     choices: ClassVar = {"momentum_form": MOMENTUM_FORMS}
+    # torch's SGD has no capturable.
+    own_options: ClassVar[tuple[str, ...]] = ("momentum_form", "capturable")
 
     def __init__(
         self,
@@ -167,6 +169,7 @@ class RMSprop(FusedOptimizer):
 
     rule = RMSPROP
     choices: ClassVar = {"bias_correction": (False, True), "denominator": DENOMINATORS}
+    own_options: ClassVar[tuple[str, ...]] = ("bias_correction", "denominator")
 
     def __init__(
         self,
@@ -249,6 +252,7 @@ class Adam(FusedOptimizer):
 
     rule = ADAM
     choices: ClassVar = {"bias_correction": CORRECTIONS}
+    own_options: ClassVar[tuple[str, ...]] = ("bias_correction",)
 
     def __init__(
         self,

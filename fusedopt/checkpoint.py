@@ -1,0 +1,262 @@
+"""What a checkpoint of an optimizer holds, and whether it fits: looked at before it is loaded.
+
+torch's checkpoints hold torch's options, and distributed checkpoint demands every entry of the
+loading optimizer's from the file. Options of fusedopt alone are therefore saved aside: under their
+name stands an empty ``OrderedDict`` that carries the value as an attribute. ``torch.save`` (also
+for ``weights_only=True``), pickle and ``copy.deepcopy`` keep it; distributed checkpoint, which
+flattens containers, finds nothing to write, and asks for nothing. What it leaves out stays what the
+constructor was given, on every rank alike.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .clipping import GlobalNorm
+
+Group = dict[str, Any]
+# Neither is absent: None is a value of some options.
+_ABSENT = object()
+# How apex and deepspeed spell ``bias_correction``.
+_SWITCH = {True: "adam", False: None}
+
+
+class IncompleteState(KeyError, ValueError):
+    """A state that is partly there, or another algorithm's.
+
+    torch's optimizers raise KeyError for it at the step, and ValueError for what does not fit at
+    ``load_state_dict``: code that expects either catches this.
+    """
+
+    def __str__(self) -> str:
+        # A KeyError alone shows its text in quotes.
+        return str(self.args[0])
+
+
+def put_aside(group: Group, names: Iterable[str]) -> None:
+    """Replace options of a saved group, in place, by empty containers that carry them."""
+    for name in names:
+        if name in group:
+            group[name] = _carrier(group[name])
+
+
+def _carrier(value: Any) -> OrderedDict[str, Any]:
+    carrier: OrderedDict[str, Any] = OrderedDict()
+    carrier.value = value  # type: ignore[attr-defined]
+    return carrier
+
+
+def _carried(value: Any) -> Any:
+    """Return what was saved, plainly or aside, or ``_ABSENT`` where distributed checkpoint was."""
+    if isinstance(value, Mapping) and not value:
+        return getattr(value, "value", _ABSENT)
+    return value
+
+
+def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Check a checkpoint, and return it in the form that torch loads.
+
+    Args:
+        optimizer: that is to load it.
+        state_dict: what its own or torch's ``state_dict()`` returned; it is not changed.
+
+    Returns:
+        The state, and the arguments of the clip: None for no clip, ``...`` for nothing said.
+
+    Raises:
+        IncompleteState: for a state that is partly there, or another algorithm's.
+        ValueError: for what has no meaning otherwise.
+    """
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    clip: Any = ...
+    for group in groups:
+        found = _carried(group.pop("clip", _ABSENT))
+        # Clipping spans groups: a checkpoint holds one bound, written into each of them.
+        clip = found if clip is ... and found is not _ABSENT else clip
+    if clip is not ... and clip is not None:
+        GlobalNorm(**clip)
+    loaded = {**state_dict, "param_groups": groups}
+    if _sizes(groups) == _sizes(optimizer.param_groups):
+        # Otherwise torch's error says so.
+        _complete(optimizer, groups)
+        loaded["state"] = _with_steps(optimizer, groups, state_dict["state"])
+        for own, saved in zip(optimizer.param_groups, groups, strict=True):
+            _check_states(optimizer, own, saved, loaded["state"])
+    return loaded, clip
+
+
+def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
+def _complete(optimizer: Any, groups: list[Group]) -> None:
+    """Give saved groups the optimizer's own options where they lack them, and check the groups."""
+    for index, (saved, group) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        for name in {*optimizer.choices, *optimizer.own_options}:
+            value = _carried(saved.get(name, _ABSENT))
+            if value is not _ABSENT:
+                saved[name] = value
+            elif name in group:
+                saved[name] = group[name]
+            else:
+                saved.pop(name, None)
+        allowed = optimizer.choices.get("bias_correction", ())
+        if "adam" in allowed and isinstance(saved["bias_correction"], bool):
+            saved["bias_correction"] = _SWITCH[saved["bias_correction"]]
+        missing = [n for n in optimizer.rule.hyper if n in optimizer.defaults and n not in saved]
+        if missing:
+            raise IncompleteState(
+                f"param_groups[{index}] of the checkpoint has no {missing[0]!r}, so it is not"
+                f" one of {type(optimizer).__name__}: load it into the optimizer that saved it, or fill in"
+                " what is missing"
+            )
+        # A checkpoint may be older than an option of torch's, too.
+        optimizer.check_group({**optimizer.defaults, **saved})
+
+
+def _with_steps(optimizer: Any, groups: list[Group], states: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Move step counts that a group holds for all of its parameters, as apex's do, to each."""
+    states = dict(states)
+    if not optimizer.rule.counts_steps:
+        return states
+    for group in groups:
+        if "step" not in group or "step" in optimizer.defaults:
+            continue
+        step = group.pop("step")
+        for key in group["params"]:
+            state = states.get(key)
+            if isinstance(state, Mapping) and state and "step" not in state:
+                number = float(step) if _is_number(step) else step
+                states[key] = {**state, "step": number}
+    return states
+
+
+def _is_number(step: Any) -> bool:
+    if isinstance(step, Tensor):
+        return step.numel() == 1 and not step.is_complex()
+    return isinstance(step, (int, float))
+
+
+def _check_states(optimizer: Any, own: Group, saved: Group, states: Mapping[Any, Any]) -> None:
+    """Raise where a saved state does not fit its parameter, by the options saved with it."""
+    names = optimizer.rule.states({**own, **saved})
+    for key, parameter in zip(saved["params"], own["params"], strict=True):
+        state = states.get(key, {})
+        if not isinstance(state, Mapping):
+            continue
+        place = _Place(optimizer, parameter)
+        _check_complete(optimizer.rule, names, state, place)
+        for name in names:
+            value = state.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{place}: its state {name!r} is no tensor, but {value!r}")
+            if value.shape != parameter.shape:
+                raise ValueError(
+                    f"{place}: its state {name!r} in the checkpoint has shape"
+                    f" {tuple(value.shape)}. Load the optimizer's state after the model's"
+                    " parameters have their final shape, in the order in which they were saved"
+                )
+
+
+class _Place:
+    """A parameter's name, looked up only for a message."""
+
+    def __init__(self, optimizer: Any, parameter: Tensor) -> None:
+        self._of = optimizer, parameter
+
+    def __str__(self) -> str:
+        from .checks import describe
+
+        return describe(*self._of)
+
+
+def _check_complete(rule: Any, names: tuple[str, ...], state: Mapping[str, Any], who: Any) -> None:
+    """Raise where a state has some of what the rule keeps, but not all of it.
+
+    Raises:
+        IncompleteState: naming the parameter and the first key that is missing.
+        ValueError: for a step count that is no number.
+    """
+    if not state:
+        return
+    missing = [name for name in names if state.get(name) is None]
+    if rule.counts_steps:
+        if state.get("step") is None:
+            missing.insert(0, "step")
+        elif not _is_number(state["step"]):
+            raise ValueError(f"{who}: its state 'step' is no number, but {state['step']!r}")
+    elif len(missing) == len(names):
+        # As torch's SGD, whose buffers begin with the first step that has momentum.
+        return
+    if missing:
+        raise IncompleteState(
+            f"{who}: its state has no {missing[0]!r}, but {', '.join(map(repr, state))}."
+            " Going on would start that one from zero beside the others: complete the state, or"
+            " remove all of it (optimizer.state.pop(parameter)) to start afresh"
+        )
+
+
+def check_present(optimizer: Any, parameters: Iterable[Tensor], group_of: Iterable[int]) -> None:
+    """Raise before a step for a state that is partly there.
+
+    Raises:
+        IncompleteState: naming the parameter and the key.
+        ValueError: for a step count that is no number.
+    """
+    names_of = [optimizer.rule.states(group) for group in optimizer.param_groups]
+    for p, index in zip(parameters, group_of, strict=True):
+        if p in optimizer.state:
+            who = _Place(optimizer, p)
+            _check_complete(optimizer.rule, names_of[index], optimizer.state[p], who)
+
+
+def is_initialising(optimizer: Any) -> bool:
+    """Whether a step without statistics is only to create states.
+
+    Distributed checkpoint calls ``step()`` of an optimizer without any state, with every lr at 0
+    and gradients of zeros. They are looked at, on the host, where the first two hold. Where the
+    statistics do have what a step needs, it is the first step of a warm-up.
+    """
+    if optimizer.state or not all(_is_zero(group.get("lr", 0)) for group in optimizer.param_groups):
+        return False
+    gradients = list(_gradients(optimizer))
+    if not gradients or any(g.layout != torch.strided or g.is_meta for g in gradients):
+        return False
+    local = [getattr(g, "_local_tensor", g) for g in gradients]
+    if any(bool(g.count_nonzero()) for g in local):
+        return False
+    if optimizer.statistics is None:
+        return True
+    try:
+        params, _, _ = optimizer._gather()
+        optimizer.statistics.check(params)
+    except (RuntimeError, ValueError):
+        return True
+    return not params
+
+
+def _is_zero(lr: Any) -> bool:
+    return bool(lr == 0)
+
+
+def _gradients(optimizer: Any) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from (p.grad for p in group["params"] if p.grad is not None)
+
+
+def initialise(optimizer: Any) -> None:
+    """Create the states of every parameter with a gradient, at zero, and change nothing else."""
+    params: list[Tensor] = []
+    group_of: list[int] = []
+    for index, group in enumerate(optimizer.param_groups):
+        with_gradient = [p for p in group["params"] if p.grad is not None]
+        params += with_gradient
+        group_of += [index] * len(with_gradient)
+    optimizer._create_states(params, group_of)
