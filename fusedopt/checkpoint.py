@@ -112,8 +112,8 @@ def _complete(optimizer: Any, groups: list[Group]) -> None:
         if missing:
             raise IncompleteState(
                 f"param_groups[{index}] of the checkpoint has no {missing[0]!r}, so it is not"
-                f" one of {type(optimizer).__name__}: load it into the optimizer that saved it, or fill in"
-                " what is missing"
+                f" one of {type(optimizer).__name__}: load it into the optimizer that saved it,"
+                " or fill in what is missing"
             )
         # A checkpoint may be older than an option of torch's, too.
         optimizer.check_group({**optimizer.defaults, **saved})
@@ -184,7 +184,8 @@ def _check_complete(rule: Any, names: tuple[str, ...], state: Mapping[str, Any],
         IncompleteState: naming the parameter and the first key that is missing.
         ValueError: for a step count that is no number.
     """
-    if not state:
+    if not any(state.get(name) is not None for name in (*names, "step")):
+        # Nothing yet, or only what users keep there.
         return
     missing = [name for name in names if state.get(name) is None]
     if rule.counts_steps:
@@ -210,7 +211,13 @@ def check_present(optimizer: Any, parameters: Iterable[Tensor], group_of: Iterab
         IncompleteState: naming the parameter and the key.
         ValueError: for a step count that is no number.
     """
-    names_of = [optimizer.rule.states(group) for group in optimizer.param_groups]
+    # Not what an option switched on since asks for: that starts at zero.
+    always = [set(optimizer.rule.states(group)) for group in optimizer.rule.example_groups]
+    base = set.intersection(*always)
+    names_of = [
+        tuple(name for name in optimizer.rule.states(group) if name in base)
+        for group in optimizer.param_groups
+    ]
     for p, index in zip(parameters, group_of, strict=True):
         if p in optimizer.state:
             who = _Place(optimizer, p)

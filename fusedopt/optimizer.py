@@ -243,7 +243,7 @@ class FusedOptimizer(Optimizer):
 
     @torch._disable_dynamo  # a launch through addresses cannot be traced  # type: ignore
     def _update(self) -> None:
-        feeds = self.statistics is not None or len(self.rule.degrees) > 1
+        feeds = self._statistics is not None or len(self.rule.degrees) > 1
         if feeds and not self.state and is_initialising(self):
             initialise(self)
             return
@@ -393,8 +393,8 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             self.check_group(group)
         check_gradients(self, params, inputs)
-        check_present(self, params, group_of)
         check_states(self, params, group_of)
+        check_present(self, params, group_of)
         created = self._create_states(params, group_of)
         self._drop_plan()
         self._plan = Plan(self, params, inputs, group_of, created)

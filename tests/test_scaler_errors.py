@@ -15,7 +15,7 @@ def test_an_error_leaves_no_scale_behind(where: str) -> None:
     # Catches gradients of a later plain step that are divided by the scale.
     p = torch.nn.Parameter(torch.zeros(3))
     clip = fusedopt.GlobalNorm(1e9, error_if_nonfinite=True) if where == "clip" else None
-    optimizer = fusedopt.SGD([p], lr=1.0, clip=clip, backend="reference")
+    optimizer = fusedopt.SGD([p], lr=1.0, clip=clip, backend="reference", fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.ones(()))
 
