@@ -47,7 +47,7 @@ test: $(STAMP) ## Run the whole test suite in parallel
 	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
 
 # Without .venv: the Python of a machine with a GPU has a PyTorch for it, and Triton.
-gpu: ## On a machine with a GPU, in under eight minutes: tests, verify, benchmark, sanitizer; results in OUT
+gpu: ## On a machine with a GPU, in seven minutes: verify, benchmarks, tuning, tests, sanitizer; results in OUT
 	PYTHONPATH="$(CURDIR)" $(PYTHON) -m bench.gpu --out "$(OUT)" $(ARGS)
 
 bench: $(STAMP) ## Run the microbenchmarks

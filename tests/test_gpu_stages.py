@@ -167,10 +167,10 @@ def test_the_tests_of_the_tests_stage_are_collected(setting):
     """Catches a marker or an option that pytest does not know, and a suite without such tests."""
     stages = module("stages")
     (stage,) = [stage for stage in stages.STAGES if stage.name == "tests"]
-    *arguments, folder = stage.commands(setting)[0].arguments[1:]
-    done = python(*arguments, "--collect-only", f"{folder}/test_capture.py")
+    arguments = stage.commands(setting)[0].arguments[1:]
+    done = python(*arguments, "--collect-only")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_capture.py::" in done.stdout and "deselected" in done.stdout
+    assert "test_capture.py::" in done.stdout
 
 
 def test_sanitizer_tools_are_looked_for(setting, monkeypatch, tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -134,3 +136,57 @@ def native(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     if re.search(r"step_on_gpu\b.*\*\*\*Skipped", text):
         raise Bad("step_on_gpu was skipped, as if there were no GPU", figures)
     return figures
+
+
+def _one(folder: Path) -> dict[str, Any]:
+    """Return the result that a command wrote into a folder of its own."""
+    (path,) = folder.glob("*.json")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def step(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return what decides: AdamW's bandwidth beside memory's, and its time beside torch's."""
+    result = _one(setting.work / "step")
+    figures: dict[str, Any] = {}
+    for row in result["rows"]:
+        text = f"{row['case']}{' clip' if row['clip'] else ''}"
+        if row["contender"] == "fusedopt":
+            figures |= {f"{text} GB/s": row["gbps"], f"{text} % of copy": row["percent_of_copy"]}
+        else:
+            figures[f"{text} {row['contender']}/ours"] = row["ratio_to_ours"]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        speeds = _one(setting.work / "streams")["gbps"]
+        figures |= {f"{name} GB/s": speed["median"] for name, speed in speeds.items()}
+    if result["failed"] or not result["rows"]:
+        raise Bad("; ".join(result["failed"]) or "nothing was measured", figures)
+    return figures
+
+
+def per_sample(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return the kernel's time over cuBLAS's at each shape; a missed aim is a figure."""
+    result = _one(setting.work / "per-sample")
+    figures = {
+        f"{x['shape']} / cuBLAS": x["contenders"]["fused"]["ratio"] for x in result["linear"]
+    }
+    asked = len(result["settings"]["shapes"])
+    if result["failed"] or len(figures) != asked:
+        missing = f"{asked - len(figures)} of {asked} shapes were not measured"
+        raise Bad("; ".join([*result["failed"], missing]), figures)
+    return figures
+
+
+def training(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return the time of a training step with statistics over that without."""
+    result = _one(setting.work / "training")
+    found = result["training"]
+    if result["failed"] or found is None:
+        raise Bad("; ".join(result["failed"]) or "no step was measured", {})
+    return {"with/without": found["ratio"], "batch": found["batch"]}
+
+
+def tune(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return the geometry that was chosen in each type."""
+    results = _one(setting.work / "tune")["results"]
+    chosen = ((x["types"], x["chosen"] and x["chosen"]["name"]) for x in results)
+    return {f"AdamW {types}": name or "default" for types, name in chosen}

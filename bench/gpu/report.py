@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,37 @@ from typing import Any
 # More of one command's output is not needed to understand it, and the files have to stay small.
 HEAD, TAIL = 200_000, 800_000
 
+# Stages that write a result, and bytes that one has at most.
+KEPT = ("step", "streams", "per-sample", "training", "tune")
+LARGEST = 4_000_000
+
 
 def write(summary: Mapping[str, Any], folder: Path) -> None:
     """Write summary.json and summary.md."""
     text = json.dumps(summary, indent=1)
-    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "summary.md").write_text(markdown(summary), encoding="utf-8")
+    _replace(folder / "summary.json", text + "\n")
+    _replace(folder / "summary.md", markdown(summary))
+
+
+def collect(work: Path, folder: Path) -> None:
+    """Write results.json, one file of what the stages' commands wrote in folders of their own."""
+    found: dict[str, Any] = {}
+    for path in sorted(work.glob("*/*.json")):
+        # A command may have written anything.
+        try:
+            if path.parent.name in KEPT and path.stat().st_size < LARGEST:
+                found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            found[path.parent.name] = None
+    if found:
+        _replace(folder / "results.json", json.dumps(found, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def log(folder: Path, heading: str, output: str, errors: str) -> None:

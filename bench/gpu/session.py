@@ -25,8 +25,8 @@ def budget(stages: Sequence[Stage], left: float) -> float:
         stages: those that are still to run.
         left: seconds until the deadline.
     """
-    wanted = sum(stage.limit for stage in stages)
-    kept = sum(stage.limit for stage in stages[1:]) * min(1.0, left / wanted)
+    behind = sum(stage.limit for stage in stages[1:] if stage.kept)
+    kept = behind * min(1.0, left / (stages[0].limit + behind))
     return max(0.0, min(stages[0].limit, left - kept))
 
 
@@ -37,6 +37,7 @@ def run(
     end: float,
     say: Say,
     tick: Callable[[], object] = lambda: None,
+    keep: Callable[[list[dict[str, Any]]], object] = lambda results: None,
 ) -> list[dict[str, Any]]:
     """Run stages; one that fails or is out of time does not keep the next from running.
 
@@ -47,6 +48,7 @@ def run(
         end: when all must be over, by ``time.monotonic()``.
         say: told of each beginning and end.
         tick: called while a command runs.
+        keep: given the results so far after each stage, in case that the run is killed.
 
     Returns:
         For each stage its ``stage``, ``result`` (passed, failed, out of time, left out),
@@ -60,6 +62,7 @@ def run(
         found = _run_stage(stage, setting, environment, begin + limit, tick)
         seconds = time.monotonic() - begin
         results.append({"stage": stage.name, **found, "seconds": seconds, "limit": limit})
+        keep(results)
         say(f"      {found['result']} after {seconds:.0f} s  {report.told(found)}")
     return results
 

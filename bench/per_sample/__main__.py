@@ -131,6 +131,7 @@ def _settings(options: argparse.Namespace, device: str) -> dict[str, Any]:
         "types": options.types or list(ARITHMETIC),
         "repetitions": options.repetitions or (3 if options.quick else 50),
         "seconds": options.seconds,
+        "contenders": options.contender,
         "size": size,
         "batch": options.batch or (3 if options.quick else 32),
     }
@@ -167,6 +168,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="tiny shapes, without a GPU too; no measurement")
     add("--shapes", nargs="+", type=_shape, metavar="BxTxIxO", help=", ".join(map(str, SHAPES)))
     add("--types", nargs="+", choices=list(ARITHMETIC), help="of arithmetic (all)")
+    add(
+        "--contender",
+        action="append",
+        choices=("materialised", "vmap", "vmap_backward", "opacus", "backpack", "none"),
+        help="beside the kernel and the plain gradient, these alone; repeatable (all)",
+    )
     add("--repetitions", type=_positive, help="rounds of times (50)")
     add("--seconds", type=float, default=2.0, help="of a slow contender, at most about (2)")
     add("--out", type=Path, metavar="DIR", help="(bench/results/DEVICE/per_sample)")

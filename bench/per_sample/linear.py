@@ -49,7 +49,7 @@ def measure(
     watch = clock.Clock(device)
     with torch.no_grad(), arithmetic.set():
         x = operands(shape, arithmetic.dtype, device)
-        found, runs = _admit(shape, kind, x, advance)
+        found, runs = _admit(shape, kind, x, advance, settings.get("contenders"))
         if OURS not in runs or BASE not in runs:
             raise torch.OutOfMemoryError(f"the gradient of {shape} in {kind} {UNFIT}")
         times = clock.in_turn(runs, watch, settings["repetitions"], settings["seconds"])
@@ -61,10 +61,17 @@ def measure(
 
 
 def _admit(
-    shape: Shape, kind: str, x: Operands, advance: Callable[[], None]
+    shape: Shape,
+    kind: str,
+    x: Operands,
+    advance: Callable[[], None],
+    chosen: list[str] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Run]]:
     """Run each contender that can once, compare it with ours, and note its memory."""
     contenders = {name: c for name, c in CONTENDERS.items() if c.applies(shape)}
+    if chosen:
+        kept = {OURS, BASE, *chosen}
+        contenders = {name: c for name, c in contenders.items() if name in kept}
     # All of them first: what one holds on to is missing to the others when times are taken.
     prepared = {name: _attempt(c, partial(c.prepare, x)) for name, c in contenders.items()}
     ours = CONTENDERS[OURS].prepare(x)()

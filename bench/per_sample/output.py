@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ def keep(result: dict[str, Any], folder: Path) -> None:
     """Write what there is so far, in case that the run does not come to its end."""
     folder.mkdir(parents=True, exist_ok=True)
     result["aims"] = aims(result)
-    (folder / "per_sample.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    # Whole or not at all: a run may be killed at any moment.
+    part = folder / "per_sample.json.part"
+    part.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    os.replace(part, folder / "per_sample.json")
 
 
 def write(result: dict[str, Any], folder: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
+    facts = environment(str(device))
+    kept = "device", "driver", "torch", "triton", "commit", "uncommitted_changes", "date"
+    origin = {name: facts[name] for name in kept}
     results = []
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         steps = sum(len(candidates.candidates(entry.key)) + 1 for entry in entries)
@@ -70,9 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     lambda what: progress.update(task, advance=1, description=what),
                 )
             )
-    facts = environment(str(device))
-    kept = "device", "driver", "torch", "triton", "commit", "uncommitted_changes", "date"
-    origin = {name: facts[name] for name in kept}
+            if options.out is not None:
+                _keep(options.out, {"architecture": target, **origin, "results": results})
     if options.json:
         print(json.dumps({"architecture": target, **origin, "results": results}, indent=1))
     else:
@@ -81,6 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count = write(geometry.TUNED, results, target, origin)
         print(f"{geometry.TUNED}: {count} entries of {len(results)} tuned", file=sys.stderr)
     return 0
+
+
+def _keep(path: Path, found: dict[str, Any]) -> None:
+    """Write what there is, whole or not at all: a run may be killed at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def _show(results: Sequence[dict[str, Any]], title: str) -> None:
@@ -117,6 +129,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--types", action="append", choices=list(candidates.TYPES), help=f"repeatable ({default})")
     add("--elements", type=int, default=ELEMENTS, help="of each operand (2^28)")
     add("--write", action="store_true", help="bring kernels/tuned.json up to date")
+    add("--out", type=Path, metavar="FILE", help="JSON, written after each entry")
     add("--json", action="store_true", help="machine-readable output, nothing else")
     options = parser.parse_args(arguments)
     if options.elements < 1:
