@@ -8,17 +8,17 @@ a few samples at a time; only the module's own parameters are concerned, not tho
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..codecs import compute_dtype
-from ..layout import real_view
+from . import batch_dims
+from .calls import Call, sketch_of
 from .gates import Mode, observe
 from .layers import Site
 from .ownership import own_parameters
@@ -35,6 +35,16 @@ TOLERANCE = 3e-2
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return those of a module's own parameters that are not frozen."""
     return {name: p for name, p in own_parameters(module).items() if p.requires_grad}
+
+
+def _every_name(module: nn.Module) -> dict[str, int]:
+    """Return ids of own parameters by every name that they have."""
+    named = {name: id(p) for name, p in module._parameters.items() if p is not None}
+    if nn.utils.parametrize.is_parametrized(module):
+        inner: Any = module.parametrizations
+        every = inner.named_parameters(remove_duplicate=False)
+        named |= {f"parametrizations.{name}": id(p) for name, p in every}
+    return named
 
 
 def warning(name: str, module: nn.Module) -> str:
@@ -63,88 +73,122 @@ def functional(site: Site, module: nn.Module, plain: Any, arguments: Any, keywor
     if not places or not gates:
         return outputs
     sources = site.call.fallbacks
-    source = sources.setdefault(id(module), _Module(site, module))
+    source = sources.setdefault(id(module), Module(site, module))
     tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     rest = [None if isinstance(x, Tensor) else x for x in leaves]
     ys = [flat[i] for i in places]
+    fixed = batch_dims.recurrent_inputs(module, leaves, arguments, keywords)
+    dims = [batch_dims.output_dims(site, module, i, y) for i, y in zip(places, ys, strict=True)]
     device = ys[0].device.type
     narrow, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     autocast = torch.autocast(device, narrow, enabled, cache_enabled=False)
 
     def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         inputs = dict(zip(tensors, saved, strict=False))
-        sketches = saved[len(tensors) :]
+        rest_of = iter(saved[len(tensors) :])
+        sketches = [[(dim, next(rest_of)) for dim in own] for own in dims]
         source.calls.append(
-            _Call(source, structure, rest, inputs, places, autocast, errors, sketches)
+            Call(source, structure, rest, inputs, fixed, places, autocast, errors, sketches)
         )
         for gate in gates.values():
             gate.add(FallbackUse(source))
 
     # Not the outputs: the next layer may write to them.
-    kept = [leaves[i].detach() for i in tensors] + [_sketch(y, _batch_dim(site, y)) for y in ys]
+    kept = [leaves[i].detach() for i in tensors]
+    kept += [sketch_of(y, dim) for y, own in zip(ys, dims, strict=True) for dim in own]
     observed = observe(ys, arrive, list(gates.values()), kept)
     for i, y in zip(places, observed, strict=True):
         flat[i] = y
     return tree_unflatten(flat, out_structure)
 
 
-class _Module:
+class Module:
     """The calls of one module within one call of the model: see ``uses.Fallback``."""
 
     def __init__(self, site: Site, module: nn.Module) -> None:
         self.site = site
         self.module = module
-        own = trained_parameters(module)
-        self.names = list(own)
-        self.parameters = list(own.values())
-        self.calls: list[_Call] = []
+        self.parameters = list(trained_parameters(module).values())
+        # A parameter may have several names.
+        self.named = _every_name(module)
+        self._left = {id(p) for p in self.parameters}
+        self.calls: list[Call] = []
         self._made: dict[int, Tensor] = {}
 
     def squares_of(self, parameter: Tensor) -> Tensor:
         """Return the squares of one parameter; those of all are made at the first request."""
-        if not self._made:
-            self._made = self._make()
-            self.calls = []
-        return self._made.pop(id(parameter))
+        if id(parameter) not in self._made:
+            self._made = self._make([p for p in self.parameters if id(p) in self._left])
+        made = self._made.pop(id(parameter))
+        self.done(parameter)
+        return made
 
-    def _make(self) -> dict[int, Tensor]:
+    def rows_of(self, parameter: Tensor, samples: slice) -> Tensor:
+        """Return what some samples contribute to one parameter."""
+        return self._rows(samples, [parameter])[0]
+
+    def done(self, parameter: Tensor) -> None:
+        """Let go of the calls once the last parameter has been asked for."""
+        self._made.pop(id(parameter), None)
+        self._left.discard(id(parameter))
+        if not self._left:
+            self.calls = []
+
+    def _make(self, parameters: list[nn.Parameter]) -> dict[int, Tensor]:
         count = self.site.call.samples.count
-        size = max(1, CHUNK_ELEMENTS // max(1, sum(p.numel() for p in self.parameters)))
+        size = max(1, CHUNK_ELEMENTS // max(1, sum(p.numel() for p in parameters)))
         size = min(size, max(1, count // 2))
         totals = [
             torch.zeros(p.shape, dtype=compute_dtype([p.dtype]), device=p.device)
-            for p in self.parameters
+            for p in parameters
         ]
         for start in range(0, count, size):
-            rows = self._rows(slice(start, min(start + size, count)))
+            rows = self._rows(slice(start, min(start + size, count)), parameters)
             for total, row in zip(totals, rows, strict=True):
                 # Not in place: the gradients of two parameters may be views of one tensor.
                 total.add_(row.to(total.dtype).square().sum(0))
-        return {id(p): total for p, total in zip(self.parameters, totals, strict=True)}
+        return {id(p): total for p, total in zip(parameters, totals, strict=True)}
 
-    def _rows(self, samples: slice) -> list[Tensor]:
+    def _rows(self, samples: slice, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the contributions of some samples, summed over the module's calls."""
         sums: list[Tensor] | None = None
         for call in self.calls:
-            rows = self._rows_of(call, samples)
+            rows = self._rows_through(call, samples, parameters)
             sums = rows if sums is None else [a + b for a, b in zip(sums, rows, strict=True)]
         assert sums is not None
         return sums
 
-    def _rows_of(self, call: _Call, samples: slice) -> list[Tensor]:
+    def _rows_through(
+        self, call: Call, samples: slice, parameters: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return contributions by one call: by the first reading of it that gives its outputs."""
+        first: Exception | None = None
+        while True:
+            try:
+                rows = self._checked(call, samples, parameters)
+            except Exception as error:
+                first = first or error
+                if not call.read_otherwise():
+                    raise first from first.__cause__
+            else:
+                del call.ways[1:]
+                return rows
+
+    def _checked(self, call: Call, samples: slice, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the contributions of some samples through one call of the module."""
         inputs, errors = call.cut(samples)
+        contribution = partial(call.contribution, parameters)
         try:
             with warnings.catch_warnings():
                 # That vmap is slow for some operation is the fallback's own warning.
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                rows, ys = torch.func.vmap(call.contribution)(inputs, errors)
+                rows, ys = torch.func.vmap(contribution)(inputs, errors)
         except RuntimeError:
             # An operation that vmap has no rule for: sample by sample then.
-            rows, ys = call.one_by_one(inputs, errors)
-        for y, sketch in zip(ys, call.sketches, strict=True):
+            rows, ys = call.one_by_one(parameters, inputs, errors)
+        for y, sketch in zip(ys, call.expected, strict=True):
             expected, norm = sketch[samples].unbind(1)
-            near = (_sketch(y, 0)[:, 0] - expected).abs() <= TOLERANCE * norm
+            near = (sketch_of(y, 0)[:, 0] - expected).abs() <= TOLERANCE * norm
             # What was not finite in the batch either says nothing.
             if not bool((near | ~expected.isfinite()).all()):
                 raise RuntimeError(
@@ -153,146 +197,3 @@ class _Module:
                     " numbers. Its per-sample squares are not defined; use MicroBatchSquares"
                 )
         return list(rows)
-
-
-@dataclass
-class _Call:
-    """One call of the module, which it runs again on single samples.
-
-    Attributes:
-        source: the module.
-        structure: of its arguments.
-        rest: arguments that are no tensors.
-        inputs: arguments that are, by their places.
-        places: of the differentiable outputs.
-        autocast: the state that the call found.
-        errors: the gradients of the outputs.
-        sketches: of the outputs.
-    """
-
-    source: _Module
-    structure: TreeSpec
-    rest: list[Any]
-    inputs: dict[int, Tensor]
-    places: list[int]
-    autocast: torch.autocast
-    errors: Sequence[Tensor]
-    sketches: Sequence[Tensor]
-
-    def __post_init__(self) -> None:
-        site = self.source.site
-        count = site.call.samples.count
-        dims = {i: _batch_dim(site, x) for i, x in self.inputs.items()}
-        self.input_dims = {i: dim for i, dim in dims.items() if dim is not None}
-        output_dims = [_batch_dim(site, e) for e in self.errors]
-        self.output_dims = [dim for dim in output_dims if dim is not None]
-        unclear = None in output_dims or any(len(sketch) != count for sketch in self.sketches)
-        if not self.input_dims or unclear:
-            shapes = [tuple(t.shape) for t in (*self.inputs.values(), *self.errors)]
-            raise RuntimeError(
-                f"{site.name}: its inputs and outputs, of shapes {shapes}, do not all have a batch"
-                f" dimension of size {count}"
-            )
-
-    def cut(self, samples: slice) -> tuple[list[Tensor], list[Tensor]]:
-        """Return inputs and errors of some samples, the batch in front."""
-        inputs = [self.inputs[i].movedim(dim, 0)[samples] for i, dim in self.input_dims.items()]
-        errors = zip(self.errors, self.output_dims, strict=True)
-        return inputs, [e.movedim(dim, 0)[samples] for e, dim in errors]
-
-    def contribution(
-        self, inputs: list[Tensor], errors: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return one sample's contribution to each parameter, and the outputs for it."""
-        source = self.source
-        own = dict(self.inputs)
-        for (i, dim), x in zip(self.input_dims.items(), inputs, strict=True):
-            own[i] = x.unsqueeze(dim)
-        leaves = [own.get(i, x) for i, x in enumerate(self.rest)]
-        arguments, keywords = tree_unflatten(leaves, self.structure)
-
-        def run(parameters: list[Tensor]) -> list[Tensor]:
-            named = dict(zip(source.names, parameters, strict=True))
-            plain = _composed(isinstance(source.module, nn.RNNBase))
-            with source.site.statistics.paused(), self.autocast, plain:
-                result = torch.func.functional_call(source.module, named, arguments, keywords)
-            flat, _ = tree_flatten(result)
-            places = zip(self.places, self.output_dims, strict=True)
-            return [flat[i].squeeze(dim) for i, dim in places]
-
-        made: Any = torch.func.vjp(run, [p.detach() for p in source.parameters])
-        outputs, pull = made
-        # Types are those of forward, whatever backward is called under.
-        with torch.autocast(errors[0].device.type, enabled=False):
-            return pull(errors)[0], outputs
-
-    def one_by_one(self, inputs: list[Tensor], errors: list[Tensor]) -> tuple[Any, Any]:
-        """Do what vmap of ``contribution`` does, for modules that it cannot transform."""
-        site, kind = self.source.site, type(self.source.module).__name__
-        try:
-            made = [
-                self.contribution([x[b] for x in inputs], [e[b] for e in errors])
-                for b in range(len(inputs[0]))
-            ]
-        except Exception as error:
-            raise RuntimeError(
-                f"{site.name} ({kind}): its per-sample squares are not known, and torch.func cannot"
-                f" run it on one sample ({error}). Freeze its parameters, replace it, or use"
-                " MicroBatchSquares"
-            ) from error
-        rows, outputs = zip(*made, strict=True)
-        return _stacked(rows), _stacked(outputs)
-
-
-@contextmanager
-def _composed(recurrent: bool) -> Iterator[None]:
-    """Let torch compose recurrent layers of ordinary operations.
-
-    Those that oneDNN and cuDNN have fused keep workspaces of which torch.func knows nothing.
-    """
-    backends = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-    if recurrent:
-        torch._C._set_mkldnn_enabled(False)
-        torch._C._set_cudnn_enabled(False)
-    try:
-        yield
-    finally:
-        if recurrent:
-            torch._C._set_mkldnn_enabled(backends[0])
-            torch._C._set_cudnn_enabled(backends[1])
-
-
-def _stacked(samples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [torch.stack(column) for column in zip(*samples, strict=True)]
-
-
-def _sketch(y: Tensor, dim: int | None) -> Tensor:
-    """Return each sample's projection on one vector, and its norm, as ``[batch, 2]``.
-
-    The vector is as good as random: what changes the output by some share of its norm changes the
-    projection by about as much, however large the output is. A plain sum would average it away.
-    """
-    if dim is None:
-        return y.new_zeros((0, 2))
-    y = real_view(y.detach().movedim(dim, 0))
-    y = y.to(compute_dtype([y.dtype]))
-    y = y.unsqueeze(-1).flatten(1)
-    vector = torch.arange(y.shape[1], dtype=y.dtype, device=y.device).square_().cos_()
-    with torch.autocast(y.device.type, enabled=False):
-        return torch.stack((y.mv(vector), torch.linalg.vector_norm(y, dim=1)), 1)
-
-
-def _batch_dim(site: Site, x: Tensor) -> int | None:
-    """Find the dimension of the batch: where it is expected, or else the only one of its size.
-
-    In forward the first layer may come before the size is known.
-    """
-    call = site.call
-    expected = 0 if site.batch_first or x.dim() < 3 else 1
-    if x.dim() > expected and call._count in (None, x.shape[expected]):
-        return expected
-    if call.offsets is not None or site.statistics.sample == "token":
-        # A dimension of that size is one of something else.
-        return None
-    found = [dim for dim, size in enumerate(x.shape) if size == call._count]
-    return found[0] if len(found) == 1 else None

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .uses import Target, Use, reduce_uses
+from . import joint
+from .uses import FallbackUse, Target, Use
 
 if TYPE_CHECKING:
     from .passes import Pass
@@ -80,10 +81,11 @@ class Gate:
         dtype = self.record.parameter.dtype if fused else None
         pending = self.record.pending()
         target = Target(self.record.parameter, self.call.samples, dtype, pending)
-        made, squares = reduce_uses(uses, target)
+        made, squares = joint.reduce(uses, target)
         self.record.propose(squares, self.call)
         gradient = made if fused else gradient
-        self.record.expect(gradient, known=self.mode is not Mode.BESIDE)
+        beside = self.mode is Mode.BESIDE or any(isinstance(use, FallbackUse) for use in uses)
+        self.record.expect(gradient, known=not beside)
         return gradient
 
 

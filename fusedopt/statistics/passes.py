@@ -53,10 +53,11 @@ class Pass:
         gate = self._gates.get(id(record))
         if gate is None:
             gate = self._gates[id(record)] = Gate(record, self, mode)
-        elif gate.mode is not mode:
+        elif gate.mode is not mode and Mode.BESIDE not in (gate.mode, mode):
+            # Through a gate that a module goes past, known layers go by autograd.
             raise RuntimeError(
                 f"parameter {record.name!r} is shared by modules whose squares are made in"
-                " different ways (by a kernel, in PyTorch, through torch.func): they cannot be"
+                " different ways (by a kernel, in PyTorch): they cannot be"
                 " combined. Pass backend='reference', or do not share it"
             )
         return gate

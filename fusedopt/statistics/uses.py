@@ -82,6 +82,12 @@ class Fallback(Protocol):
     def squares_of(self, parameter: Tensor) -> Tensor:
         """Return the squares of one of the module's parameters."""
 
+    def rows_of(self, parameter: Tensor, samples: slice) -> Tensor:
+        """Return what some samples contribute to one parameter, ``[samples, *parameter]``."""
+
+    def done(self, parameter: Tensor) -> None:
+        """Note that no more rows of a parameter are asked for."""
+
 
 @dataclass(frozen=True)
 class FallbackUse:
@@ -112,7 +118,7 @@ class Target:
 
 
 def reduce_uses(uses: Sequence[Use], target: Target) -> Reduced:
-    """Reduce all uses of a parameter in one call of the model.
+    """Reduce all uses of a parameter in one call of the model, of kinds that combine.
 
     Returns:
         The gradient, or None, and the squares, both of the parameter's shape.
@@ -125,9 +131,6 @@ def reduce_uses(uses: Sequence[Use], target: Target) -> Reduced:
             return _reduce_matrices(uses, target)
         if kinds == {FallbackUse}:
             return _reduce_fallback(uses, target)
-        if kinds != {ConvolutionUse}:
-            names = ", ".join(sorted(kind.__name__.removesuffix("Use") for kind in kinds))
-            raise RuntimeError(f"uses of one parameter by layers of kinds {names}: not supported")
         return _shaped(_reduce_convolutions(uses, target), target)  # type: ignore[arg-type]
     return _shaped(_reduce_single(uses[0], target), target)
 
@@ -161,12 +164,9 @@ def _reduce_single(use: Use, target: Target) -> Reduced:
 
 
 def _reduce_fallback(uses: Sequence[Use], target: Target) -> Reduced:
-    sources = {id(use.source): use.source for use in uses if isinstance(use, FallbackUse)}
-    if len(sources) > 1:
-        raise RuntimeError(
-            "a parameter is shared by modules that per-sample squares know only through torch.func"
-        )
-    made = next(iter(sources.values())).squares_of(target.parameter)
+    """Reduce the calls of one module."""
+    (source,) = {id(use.source): use.source for use in uses}.values()  # type: ignore[union-attr]
+    made = source.squares_of(target.parameter)
     return None, made if target.squares is None else target.squares.add_(made)
 
 
@@ -278,9 +278,9 @@ def _reduce_convolutions(uses: Sequence[ConvolutionUse], target: Target) -> Redu
     return gradient, squares
 
 
-def _unfold(use: ConvolutionUse) -> Tensor:
+def _unfold(use: ConvolutionUse, samples: slice = slice(None)) -> Tensor:
     """Return the pixels under the kernel, ``[batch, groups, positions, channels * kernel]``."""
-    patches = F.unfold(use.x, use.kernel_size, use.dilation, use.padding, use.stride)
+    patches = F.unfold(use.x[samples], use.kernel_size, use.dilation, use.padding, use.stride)
     return patches.unflatten(1, (use.groups, -1)).transpose(2, 3)
 
 

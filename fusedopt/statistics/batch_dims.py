@@ -1,0 +1,69 @@
+"""Where the tensors that a module takes and returns keep their batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .instrument import original_class
+
+if TYPE_CHECKING:
+    from .layers import Site
+
+RECURRENT = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
+# How many ways to read the dimensions of one call are tried.
+MOST_WAYS = 16
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a module runs torch's own recurrent layers, of which everything is known."""
+    own: Any = original_class(module).forward
+    return own in RECURRENT
+
+
+def recurrent_inputs(
+    module: nn.Module, leaves: Sequence[Any], arguments: Any, keywords: Any
+) -> dict[int, int] | None:
+    """Return the batch dimension of each tensor that a recurrent layer takes; None for others."""
+    if not is_recurrent(module):
+        return None
+    first = arguments[0] if arguments else keywords.get("input")
+    sequence = 0 if module.batch_first else 1
+    # States are [layers, batch, width] whatever batch_first says.
+    return {i: sequence if x is first else 1 for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+
+
+def output_dims(site: Site, module: nn.Module, place: int, y: Tensor) -> list[int]:
+    """Return the dimensions of an output that may be its batch, the likeliest first.
+
+    Args:
+        site: of the call.
+        module: that returned it.
+        place: its index among what was returned.
+        y: the output.
+    """
+    if is_recurrent(module):
+        return exactly(site, y, 0 if module.batch_first and place == 0 else 1)
+    return candidates(site, y)
+
+
+def exactly(site: Site, x: Tensor, dim: int) -> list[int]:
+    """Return the dimension if the tensor has its batch there, else nothing."""
+    return [dim] if x.dim() == 3 and site.call._count in (None, x.shape[dim]) else []
+
+
+def candidates(site: Site, x: Tensor) -> list[int]:
+    """Return the dimensions that may be the batch: the one where it is expected comes first.
+
+    In forward the first layer may come before the size is known.
+    """
+    call = site.call
+    expected = 0 if site.batch_first or x.dim() < 3 else 1
+    fits = x.dim() > expected and call._count in (None, x.shape[expected])
+    if call._count is None or call.offsets is not None or site.statistics.sample == "token":
+        # Another dimension of that size is one of something else.
+        return [expected] if fits else []
+    others = [dim for dim, size in enumerate(x.shape) if size == call._count and dim != expected]
+    return [expected, *others] if fits else others

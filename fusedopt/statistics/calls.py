@@ -1,0 +1,176 @@
+"""One call of a module of unknown kind, which is run again on single samples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..codecs import compute_dtype
+from ..layout import real_view
+from . import batch_dims
+
+if TYPE_CHECKING:
+    from .fallback import Module
+
+
+@dataclass
+class Call:
+    """One call of the module, which it runs again on single samples.
+
+    Attributes:
+        source: the module.
+        structure: of its arguments.
+        rest: arguments that are no tensors.
+        inputs: arguments that are, by their places.
+        fixed: the inputs' batch dimensions by their places, where they are known.
+        places: of the differentiable outputs.
+        autocast: the state that the call found.
+        errors: the gradients of the outputs.
+        sketches: of the outputs, for each dimension that may be the batch.
+        ways: to read the dimensions, which are left to be tried; the first is in use.
+    """
+
+    source: Module
+    structure: TreeSpec
+    rest: list[Any]
+    inputs: dict[int, Tensor]
+    fixed: dict[int, int] | None
+    places: list[int]
+    autocast: torch.autocast
+    errors: Sequence[Tensor]
+    sketches: Sequence[Sequence[tuple[int, Tensor]]]
+    ways: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        site = self.source.site
+        count = site.call.samples.count
+        dims = {i: self._input_dims(i, x) for i, x in self.inputs.items()}
+        self._batched = [i for i, own in dims.items() if own]
+        outputs = [[own for own in sketch if len(own[1]) == count] for sketch in self.sketches]
+        if not self._batched or not all(outputs):
+            shapes = [tuple(t.shape) for t in (*self.inputs.values(), *self.errors)]
+            raise RuntimeError(
+                f"{site.name}: its inputs and outputs, of shapes {shapes}, do not all have a batch"
+                f" dimension of size {count}"
+            )
+
+        ways = itertools.product(*(dims[i] for i in self._batched), *outputs)
+        self.ways = list(itertools.islice(ways, batch_dims.MOST_WAYS))
+        self._read()
+
+    def _input_dims(self, place: int, x: Tensor) -> list[int]:
+        if self.fixed is None:
+            return batch_dims.candidates(self.source.site, x)
+        return batch_dims.exactly(self.source.site, x, self.fixed[place])
+
+    def _read(self) -> None:
+        way, n = self.ways[0], len(self._batched)
+        self.input_dims: dict[int, int] = dict(zip(self._batched, way[:n], strict=True))
+        self.output_dims: list[int] = [dim for dim, _ in way[n:]]
+        self.expected: list[Tensor] = [sketch for _, sketch in way[n:]]
+
+    def read_otherwise(self) -> bool:
+        """Take the next way to read the dimensions, if there is one."""
+        if len(self.ways) == 1:
+            return False
+        del self.ways[0]
+        self._read()
+        return True
+
+    def cut(self, samples: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """Return inputs and errors of some samples, the batch in front."""
+        inputs = [self.inputs[i].movedim(dim, 0)[samples] for i, dim in self.input_dims.items()]
+        errors = zip(self.errors, self.output_dims, strict=True)
+        return inputs, [e.movedim(dim, 0)[samples] for e, dim in errors]
+
+    def contribution(
+        self, chosen: Sequence[Tensor], inputs: list[Tensor], errors: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return one sample's contribution to the chosen parameters, and the outputs for it."""
+        source = self.source
+        own = dict(self.inputs)
+        for (i, dim), x in zip(self.input_dims.items(), inputs, strict=True):
+            own[i] = x.unsqueeze(dim)
+        leaves = [own.get(i, x) for i, x in enumerate(self.rest)]
+        arguments, keywords = tree_unflatten(leaves, self.structure)
+
+        def run(parameters: list[Tensor]) -> list[Tensor]:
+            values = dict(zip(map(id, chosen), parameters, strict=True))
+            named = {name: values[i] for name, i in source.named.items() if i in values}
+            plain = _composed(isinstance(source.module, nn.RNNBase))
+            with source.site.statistics.paused(), self.autocast, plain:
+                # Children keep theirs, whose uses are their own.
+                result = torch.func.functional_call(
+                    source.module, named, arguments, keywords, tie_weights=False
+                )
+            flat, _ = tree_flatten(result)
+            places = zip(self.places, self.output_dims, strict=True)
+            return [flat[i].squeeze(dim) for i, dim in places]
+
+        made: Any = torch.func.vjp(run, [p.detach() for p in chosen])
+        outputs, pull = made
+        # Types are those of forward, whatever backward is called under.
+        with torch.autocast(errors[0].device.type, enabled=False):
+            return pull(errors)[0], outputs
+
+    def one_by_one(
+        self, chosen: Sequence[Tensor], inputs: list[Tensor], errors: list[Tensor]
+    ) -> tuple[Any, Any]:
+        """Do what vmap of ``contribution`` does, for modules that it cannot transform."""
+        site, kind = self.source.site, type(self.source.module).__name__
+        try:
+            made = [
+                self.contribution(chosen, [x[b] for x in inputs], [e[b] for e in errors])
+                for b in range(len(inputs[0]))
+            ]
+        except Exception as error:
+            raise RuntimeError(
+                f"{site.name} ({kind}): its per-sample squares are not known, and torch.func cannot"
+                f" run it on one sample ({error}). Freeze its parameters, replace it, or use"
+                " MicroBatchSquares"
+            ) from error
+        rows, outputs = zip(*made, strict=True)
+        return _stacked(rows), _stacked(outputs)
+
+
+@contextmanager
+def _composed(recurrent: bool) -> Iterator[None]:
+    """Let torch compose recurrent layers of ordinary operations.
+
+    Those that oneDNN and cuDNN have fused keep workspaces of which torch.func knows nothing.
+    """
+    backends = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    if recurrent:
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        if recurrent:
+            torch._C._set_mkldnn_enabled(backends[0])
+            torch._C._set_cudnn_enabled(backends[1])
+
+
+def _stacked(samples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.stack(column) for column in zip(*samples, strict=True)]
+
+
+def sketch_of(y: Tensor, dim: int) -> Tensor:
+    """Return each sample's projection on one vector, and its norm, as ``[batch, 2]``.
+
+    The vector is as good as random: what changes the output by some share of its norm changes the
+    projection by about as much, however large the output is. A plain sum would average it away.
+    """
+    y = real_view(y.detach().movedim(dim, 0))
+    y = y.to(compute_dtype([y.dtype]))
+    y = y.unsqueeze(-1).flatten(1)
+    vector = torch.arange(y.shape[1], dtype=y.dtype, device=y.device).square_().cos_()
+    with torch.autocast(y.device.type, enabled=False):
+        return torch.stack((y.mv(vector), torch.linalg.vector_norm(y, dim=1)), 1)
