@@ -51,7 +51,13 @@ def test_a_part_that_is_missing_is_named_before_anything_changes(
         assert_unchanged(ours, before)
 
 
-@pytest.mark.parametrize(("name", "options", "key"), PARTS)
+# What an option asks for may have been switched on since, and then begins at zero.
+BY_OPTION = ("max_exp_avg_sq", "momentum_buffer", "grad_avg")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "key"), [part for part in PARTS if part[2] not in BY_OPTION]
+)
 def test_a_part_that_was_removed_is_an_error_at_the_step(
     name: str, options: dict[str, Any], key: str
 ) -> None:

@@ -24,7 +24,9 @@ def test_an_error_leaves_no_scale_behind(where: str) -> None:
 
     p.grad = torch.full((3,), 3e38) if where == "clip" else torch.ones(3)
     if where == "gradient":
-        p.grad = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (3,))
+        p.grad = torch.sparse_coo_tensor(
+            torch.tensor([[0]]), torch.ones(1), (3,), check_invariants=True
+        )
     handle = None
     if where == "pre-hook":
         handle = optimizer.register_step_pre_hook(fail)
