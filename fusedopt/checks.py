@@ -16,6 +16,9 @@ from .kernels.rule import Rule
 from .layout import is_plain, overlaps_itself
 from .source import MissingInput, Source
 from .statistics.base import Statistics
+from .storage import refusal
+
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 def describe(optimizer: Optimizer, param: Tensor) -> str:
@@ -134,19 +137,24 @@ def check_gradients(
 
 
 def _problem(p: Tensor, gradient: Tensor, what: str) -> tuple[type[Exception], str] | None:
-    if gradient.layout != torch.strided:
+    if gradient.is_sparse or gradient.layout in _COMPRESSED:
         return RuntimeError, (
             f"its {what} is sparse ({gradient.layout}). Use a dense one (for an embedding"
             " sparse=False), or gradient.to_dense(), or torch.optim.SparseAdam for it"
         )
-    if p.layout != torch.strided:
-        return RuntimeError, f"its layout is {p.layout}; only dense parameters are supported"
+    for name, tensor in (("it", p), (f"its {what}", gradient)):
+        if tensor.layout != torch.strided:
+            return RuntimeError, f"the layout of {name} is {tensor.layout}; only dense ones work"
     if gradient.device != p.device:
         return RuntimeError, (
             f"it is on {p.device}, its {what} on {gradient.device}. Move one to the other"
         )
     if p.device.type == "meta":
         return RuntimeError, "it is on the meta device and has no values to update"
+    for name, tensor in (("it", p), (f"its {what}", gradient)):
+        without = refusal(tensor)
+        if without is not None:
+            return RuntimeError, f"{name} {without}"
     if gradient.shape != p.shape:
         return RuntimeError, (
             f"its {what} has shape {tuple(gradient.shape)}; set p.grad = None and run"
@@ -186,6 +194,9 @@ def check_states(optimizer: Any, params: Sequence[Tensor], group_of: Sequence[in
 def _state_problem(p: Tensor, name: str, state: Tensor | None) -> str | None:
     if state is None:
         return None
+    without = "is not dense" if state.layout != torch.strided else refusal(state)
+    if without is not None:
+        return f"its state {name!r} {without}"
     if state.shape != p.shape or state.device != p.device:
         return (
             f"its state {name!r} has shape {tuple(state.shape)} and is on {state.device}, the"

@@ -23,10 +23,11 @@ from .checks import (
 from .clipping import GlobalNorm
 from .coefficients import is_capturing, lives_on_device
 from .kernels.rule import Rule
-from .plan import Plan, local_tensors
+from .plan import Plan
 from .source import Source
 from .statistics.base import Statistics
 from .steps import State, new_step
+from .storage import local_tensors
 
 
 class FusedOptimizer(Optimizer):

@@ -21,20 +21,11 @@ from .coefficients import is_capturing
 from .lane import Lane
 from .layout import Fingerprint
 from .steps import State
+from .storage import addresses as addresses_of
+from .storage import local_tensors, wrappings
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
-
-_PLAIN = {Tensor, torch.nn.Parameter}
-
-
-def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
-    """Replace DTensors by the tensors of this process."""
-    if set(map(type, tensors)) <= _PLAIN:
-        return tensors
-    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-    # What a collective is still working on has no memory to point at.
-    return [t.wait() if hasattr(t, "wait") else t for t in local]
 
 
 class Plan:
@@ -76,8 +67,8 @@ class Plan:
         self._param_print = Fingerprint(local_params)
         self._input_print = Fingerprint(_chained(local_inputs))
         # States are the same objects at every step: only a swapped .data can have moved them.
-        self._state_addresses = list(map(Tensor.data_ptr, local_states))
-        self._placements = _placements(_chained(inputs))
+        self._state_addresses = addresses_of(local_states)
+        self._wrappings = wrappings(_chained(inputs))
 
         materialised = _is_materialised(optimizer)
         slots: dict[tuple[torch.device, bool], list[int]] = {}
@@ -165,7 +156,7 @@ class Plan:
 
     def _take_inputs(self, inputs: list[list[Tensor]]) -> bool:
         tensors = _chained(inputs)
-        if _placements(tensors) != self._placements:
+        if wrappings(tensors) != self._wrappings:
             return False
         tensors = local_tensors(tensors)
         try:
@@ -251,10 +242,3 @@ def _config(optimizer: FusedOptimizer) -> list[Any]:
 
 def _is_setting(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _placements(gradients: list[Tensor]) -> list[Any]:
-    """How DTensors are spread over processes; nothing for other tensors."""
-    if set(map(type, gradients)) <= _PLAIN:
-        return []
-    return [getattr(gradient, "placements", None) for gradient in gradients]

@@ -35,6 +35,7 @@ from ..layout import (
     stacked_order,
     staging_buffer,
 )
+from ..storage import addresses as addresses_of
 from . import Inputs, Slot
 
 TRITON_DTYPES = {
@@ -205,9 +206,7 @@ class Cohort:
         self._staged_memory = [pair for m in members for pair in m.staged_memory()]
         self._numels = [real_view(m.tensors[0]).numel() for m in members]
         self._row_of = [0] * self.width
-        addresses = [
-            [t.data_ptr() for t in row] for row in zip(*(m.tensors for m in members), strict=True)
-        ]
+        addresses = [addresses_of(row) for row in zip(*(m.tensors for m in members), strict=True)]
         host_table = _host([self._numels, self._row_of, *addresses])
         self.table = torch.empty(host_table.shape, dtype=torch.int64, device=device)
         upload(self.table, host_table)
@@ -251,6 +250,7 @@ class Cohort:
         """Write the addresses of inputs into the table; those of buffers stay."""
         first_row = multi_tensor.HEADER_ROWS + 1
         for k, (tensors, buffers) in enumerate(zip(inputs, self._staged_inputs, strict=True)):
+            # The plan has seen that none of them has lost its memory.
             row = [tensors[position].data_ptr() for position in self.positions]
             for column, buffer in buffers.items():
                 row[column] = buffer.data_ptr()

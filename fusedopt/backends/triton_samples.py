@@ -13,6 +13,7 @@ from ..coefficients import upload
 from ..kernels import multi_tensor
 from ..kernels.per_sample import materialised
 from ..layout import ALIGNMENT, is_dense, is_plain, stacked_buffer, stacked_order
+from ..storage import addresses as addresses_of
 from .triton import TRITON_DTYPES, chunk_map, device_vector, launch
 
 Key = tuple[tuple[torch.dtype, ...], tuple[int, ...], bool]
@@ -50,7 +51,7 @@ def _stacked(parameter: Tensor, samples: Tensor) -> Tensor:
 def _launch(device: torch.device, key: Key, members: Sequence[Sequence[Tensor]]) -> None:
     dtypes, counts, aligned = key
     numels = [own[0].numel() for own in members]
-    addresses = [[t.data_ptr() for t in row] for row in zip(*members, strict=True)]
+    addresses = [addresses_of(row) for row in zip(*members, strict=True)]
     rows = torch.tensor([numels, numels, *addresses], dtype=torch.int64, device="cpu")
     table = torch.empty(rows.shape, dtype=torch.int64, device=device)
     upload(table, rows)
