@@ -89,6 +89,10 @@ class GlobalNorm:
     vary from run to run. Under ``torch.amp.GradScaler`` the norm is that of the unscaled
     gradients, with no call of ``unscale_``.
 
+    The norm is that of this process's parameters. Where ``ZeroRedundancyOptimizer`` or FSDP have
+    cut them over processes, clipping is an error, with the way out; other wrappers that cut plain
+    parameters cannot be recognised: clip by their own means.
+
     Args:
         max_norm: the bound, in the unit of the gradients' norm; positive or inf. May be changed
             between steps.

@@ -28,6 +28,7 @@ from .source import Source
 from .statistics.base import Statistics
 from .steps import State, new_step
 from .storage import local_tensors
+from .wrappers import check_flat, watch
 
 
 class FusedOptimizer(Optimizer):
@@ -106,6 +107,7 @@ class FusedOptimizer(Optimizer):
         # Of the latest step, for what is prepared between steps.
         self._samples = 1
         super().__init__(params, defaults)
+        watch(FusedOptimizer)
         if statistics is not None:
             statistics.attach(self)
 
@@ -251,6 +253,7 @@ class FusedOptimizer(Optimizer):
         params, gradients, group_of = self._gather()
         grad_scale, found_inf = self._load_scaler()
         if not params:
+            check_flat(self)
             if self._statistics is not None:
                 check_samples(self, params)
             return
@@ -393,6 +396,7 @@ class FusedOptimizer(Optimizer):
             )
         for group in self.param_groups:
             self.check_group(group)
+        check_flat(self)
         check_gradients(self, params, inputs)
         check_states(self, params, group_of)
         check_present(self, params, group_of)

