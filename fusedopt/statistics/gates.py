@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import joint
+from .joint import reduce as reduce_uses
 from .uses import FallbackUse, Target, Use
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Gate:
         dtype = self.record.parameter.dtype if fused else None
         pending = self.record.pending()
         target = Target(self.record.parameter, self.call.samples, dtype, pending)
-        made, squares = joint.reduce(uses, target)
+        made, squares = reduce_uses(uses, target)
         self.record.propose(squares, self.call)
         gradient = made if fused else gradient
         beside = self.mode is Mode.BESIDE or any(isinstance(use, FallbackUse) for use in uses)
