@@ -38,11 +38,10 @@ class Shown(torch.Tensor):
         def read(x):
             return x.inner if x.factor == 1.0 else x.inner * x.factor
 
-        args, kwargs = pytree.tree_map_only(Shown, read, (args, kwargs or {}))
-        result = function(*args, **kwargs)
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return Shown(result)
-        return result
+            return Shown(function(args[0].inner), args[0].factor)
+        args, kwargs = pytree.tree_map_only(Shown, read, (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 class Named(torch.Tensor):

@@ -21,7 +21,7 @@ from . import batch_dims
 from .calls import Call, sketch_of
 from .gates import Mode, observe
 from .layers import Site
-from .ownership import own_parameters
+from .ownership import every_name, own_parameters
 from .unknown import check_arguments, check_bags
 from .uses import FallbackUse
 
@@ -35,16 +35,6 @@ TOLERANCE = 3e-2
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return those of a module's own parameters that are not frozen."""
     return {name: p for name, p in own_parameters(module).items() if p.requires_grad}
-
-
-def _every_name(module: nn.Module) -> dict[str, int]:
-    """Return ids of own parameters by every name that they have."""
-    named = {name: id(p) for name, p in module._parameters.items() if p is not None}
-    if nn.utils.parametrize.is_parametrized(module):
-        inner: Any = module.parametrizations
-        every = inner.named_parameters(remove_duplicate=False)
-        named |= {f"parametrizations.{name}": id(p) for name, p in every}
-    return named
 
 
 def warning(name: str, module: nn.Module) -> str:
@@ -110,7 +100,7 @@ class Module:
         self.module = module
         self.parameters = list(trained_parameters(module).values())
         # A parameter may have several names.
-        self.named = _every_name(module)
+        self.named = {name: id(p) for name, p in every_name(module)}
         self._left = {id(p) for p in self.parameters}
         self.calls: list[Call] = []
         self._made: dict[int, Tensor] = {}

@@ -42,18 +42,32 @@ def set_by_hooks(module: nn.Module) -> Iterator[str]:
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that a module answers for.
+    """Return the parameters that a module answers for, each once.
 
     Its own, those that parametrise them, those of containers in it, which nobody calls, and, where
     attention goes through torch.func, those of its output, which attention reads by itself.
     """
-    own = dict(module.named_parameters(recurse=False))
-    if nn.utils.parametrize.is_parametrized(module):
-        inner: Any = module.parametrizations
-        own |= {f"parametrizations.{name}": p for name, p in inner.named_parameters()}
-    for name, child in module.named_children():
-        if is_container(child) and child is not getattr(module, "parametrizations", None):
-            own |= {f"{name}.{key}": p for key, p in own_parameters(child).items()}
-    if isinstance(module, nn.MultiheadAttention) and computes_weights(module):
-        own |= {f"out_proj.{key}": p for key, p in own_parameters(module.out_proj).items()}
+    own: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, p in every_name(module):
+        if id(p) not in seen:
+            seen.add(id(p))
+            own[name] = p
     return own
+
+
+def every_name(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name the parameters that a module answers for by every name that they have."""
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    parametrized = nn.utils.parametrize.is_parametrized(module)
+    if parametrized:
+        inner: Any = module.parametrizations
+        for name, p in inner.named_parameters(remove_duplicate=False):
+            yield f"parametrizations.{name}", p
+    within = [(name, child) for name, child in module.named_children() if is_container(child)]
+    if isinstance(module, nn.MultiheadAttention) and computes_weights(module):
+        within.append(("out_proj", module.out_proj))
+    for name, child in within:
+        if not (parametrized and name == "parametrizations"):
+            for key, p in every_name(child):
+                yield f"{name}.{key}", p
