@@ -94,15 +94,15 @@ def check_privacy(optimizer: Any, params: Sequence[Tensor]) -> None:
     if "opacus" not in sys.modules:
         return
     for p in params:
-        # Its optimizer leaves this on every parameter that it is to make private.
-        if "summed_grad" in p.__dict__:
+        # Its optimizers leave these on every parameter that they are to make private.
+        if "summed_grad" in p.__dict__ or "_norm_sample" in p.__dict__:
             raise RuntimeError(
                 f"{describe(optimizer, p)} is trained under Opacus' privacy engine, and"
                 f" {type(optimizer).__name__} reads besides p.grad"
                 f" {type(optimizer.statistics).__name__}, which privacy does not cover: it would be"
                 " lost in silence. Give the engine fusedopt.AdamW, Adam, RMSprop or SGD, which read"
                 " the noised p.grad alone. If the engine is not used any more, delete the"
-                " parameters' attribute summed_grad"
+                " parameters' attributes summed_grad and _norm_sample"
             )
 
 

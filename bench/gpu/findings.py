@@ -190,3 +190,21 @@ def tune(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     results = _one(setting.work / "tune")["results"]
     chosen = ((x["types"], x["chosen"] and x["chosen"]["name"]) for x in results)
     return {f"AdamW {types}": name or "default" for types, name in chosen}
+
+
+def first_step(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return how many first steps were taken; their seconds are in the file."""
+    result = _one(setting.work / "first-step")
+    rows = result["first_step"]
+    if result["failed"] or not rows:
+        raise Bad("; ".join(result["failed"]) or "no first step was measured", {})
+    return {"first steps": len(rows)}
+
+
+def profile(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return how many kernels were profiled; what was found of each is in the log."""
+    text = outcomes[0].output + outcomes[0].errors
+    kernels = len(re.findall(r"^ +Section: GPU Speed Of Light", text, re.MULTILINE))
+    if not kernels:
+        raise Bad("no kernel was profiled: counters may be for administrators alone", {})
+    return {"kernels": kernels}

@@ -12,7 +12,7 @@ from typing import Any
 HEAD, TAIL = 200_000, 800_000
 
 # Stages that write a result, and bytes that one has at most.
-KEPT = ("step", "streams", "per-sample", "training", "tune")
+KEPT = ("step", "streams", "per-sample", "training", "tune", "first-step")
 LARGEST = 4_000_000
 
 

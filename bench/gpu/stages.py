@@ -78,6 +78,11 @@ def _info(setting: Setting) -> list[Command]:
     for tool in ("nvidia-smi", "rocm-smi"):
         if shutil.which(tool):
             commands.append(Command(tool, (tool,), required=False))
+    if shutil.which("nvidia-smi"):
+        # What the figures depend on: how fast it may run, and how fast it does at rest.
+        fields = "name,driver_version,power.limit,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
+        query = ("nvidia-smi", f"--query-gpu={fields}", "--format=csv")
+        commands.append(Command("clocks", query, required=False))
     return commands
 
 
@@ -154,6 +159,22 @@ def _tune(setting: Setting) -> list[Command]:
     return [Command("tune", python("-m", "bench.tune", *options))]
 
 
+def _first_step(setting: Setting) -> list[Command]:
+    folder = str(setting.work / "first-step")
+    return [Command("first step", fusedopt("bench", "first-step", "--core", "--out", folder))]
+
+
+def _profile(setting: Setting) -> list[Command]:
+    tool = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if tool is None:
+        raise LeftOut("ncu is neither on PATH nor in /usr/local/cuda/bin")
+    # The second run of each; counters may be kept from users, which is no failure of ours.
+    options = ("--section", "SpeedOfLight", "--section", "Occupancy", "--section", "LaunchStats")
+    names = ("--kernel-name", "regex:update_tensors|linear_samples|gemm|nvjet|cutlass")
+    command = (tool, *options, *names, *python("-m", "bench.gpu.profiled"))
+    return [Command("ncu", command, required=False)]
+
+
 def _memcheck(setting: Setting) -> list[Command]:
     return [c for c in _sanitizer(setting) if c.name != "racecheck"]
 
@@ -220,8 +241,10 @@ STAGES = (
     Stage("bench", 60, _bench, findings.bench),
     Stage("tests", 60, _tests, findings.tests),
     Stage("sanitizer", 40, _memcheck, findings.sanitizer),
+    Stage("first-step", 40, _first_step, findings.first_step, kept=False),
     Stage("racecheck", 40, _racecheck, findings.sanitizer, kept=False),
     Stage("native", 40, _native, findings.native, kept=False),
+    Stage("profile", 60, _profile, findings.profile, kept=False),
     Stage("precompile", 60, _precompile, findings.precompile, kept=False),
 )
 NAMES = tuple(stage.name for stage in STAGES)

@@ -455,7 +455,8 @@ class PerSampleSquares(Statistics):
         ranks = self._ranks = distributed.get_world_size(group)
         # The same parameters in the same order everywhere, whichever of them were used here.
         records = [r for r in self._records.values() if r.parameter.requires_grad]
-        if records and all(r.reduced_count for r in records):
+        # Done already, or nothing is trained.
+        if all(r.reduced_count for r in records):
             return
         counts = torch.tensor([self._total - r.start for r in records], dtype=torch.int64)
         counts = counts.to(records[0].parameter.device)
