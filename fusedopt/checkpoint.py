@@ -212,8 +212,10 @@ def check_present(optimizer: Any, parameters: Iterable[Tensor], group_of: Iterab
         ValueError: for a step count that is no number.
     """
     # Not what an option switched on since asks for: that starts at zero.
-    always = [set(optimizer.rule.states(group)) for group in optimizer.rule.example_groups]
-    base = set.intersection(*always)
+    rule = optimizer.rule
+    # A rule of a user's own need not have examples.
+    groups = rule.example_groups or optimizer.param_groups
+    base = set.intersection(*(set(rule.states(group)) for group in groups))
     names_of = [
         tuple(name for name in optimizer.rule.states(group) if name in base)
         for group in optimizer.param_groups
