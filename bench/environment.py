@@ -42,8 +42,8 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        # A copy of a checkout may have come without git.
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("FUSEDOPT_COMMIT"),
+        # A copy of a checkout may have come without git, or with that of another commit.
+        "commit": os.environ.get("FUSEDOPT_COMMIT") or _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
         **_device(device),
     }

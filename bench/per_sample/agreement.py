@@ -38,6 +38,13 @@ def distance(found: Tensor, wanted: Tensor) -> Distance:
     return Distance(rms, maximum)
 
 
+def size_at_maximum(found: Tensor, wanted: Tensor) -> float:
+    """Return how large the element is that differs most, over the root mean square."""
+    wanted = wanted.float()
+    place = (found.float() - wanted).abs().argmax()
+    return float(wanted.flatten()[place].abs() / wanted.square().mean().sqrt())
+
+
 def check(
     what: str,
     found: Tensor,
@@ -55,8 +62,8 @@ def check(
     if not (result.rms <= bound and result.maximum <= MAXIMUM * bound):
         raise Mismatch(
             f"{what} differs from {other} by {result.rms:.2g} (at most {bound:.2g}) in the mean and"
-            f" {result.maximum:.2g} (at most {MAXIMUM * bound:.2g}) in one element, in units of"
-            " the root mean square"
+            f" {result.maximum:.2g} (at most {MAXIMUM * bound:.2g}) in one element, which is"
+            f" {size_at_maximum(found, wanted):.3g}, in units of the root mean square"
         )
     return result
 
