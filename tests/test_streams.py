@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import DEVICE
 
 import fusedopt
 from fusedopt import lane, streams
@@ -33,9 +34,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Streams:
 
 def make(cls=fusedopt.AdamW, **options):
     # The second goes through staging buffers.
-    params = [torch.nn.Parameter(torch.randn(6)), torch.nn.Parameter(torch.randn(4, 4)[:, ::2])]
+    values = [torch.randn(6), torch.randn(4, 4)]
+    whole, wide = (x.to(DEVICE) for x in values)
+    params = [torch.nn.Parameter(whole), torch.nn.Parameter(wide[:, ::2])]
     for p in params:
-        p.grad = torch.randn(p.shape)
+        p.grad = torch.randn(p.shape).to(DEVICE)
     return params, cls(params, lr=0.1, backend="triton", **options)
 
 
@@ -95,7 +98,7 @@ def test_coefficients_stay_where_they_are(machine):
     values = ours._plan.lanes[0].table.values
     params[0].grad = None
     ours.step()
-    params[0].grad = torch.randn(6)
+    params[0].grad = torch.randn(6).to(DEVICE)
     ours.step()
     # Unequal step counts are two rows, equal ones one.
     before = ours._plan.lanes[0].table
@@ -112,7 +115,7 @@ def test_parameters_on_meta_are_judged_at_the_step():
     with torch.device("meta"):
         model = torch.nn.Linear(3, 2)
     ours = fusedopt.AdamW(model.parameters(), backend="triton")
-    model.to_empty(device="cpu")
+    model.to_empty(device=DEVICE)
     for p in model.parameters():
         torch.nn.init.ones_(p)
     ours = fusedopt.AdamW(model.parameters(), backend="triton", lr=0.1)
