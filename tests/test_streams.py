@@ -112,8 +112,7 @@ def test_coefficients_stay_where_they_are(machine):
 
 
 def test_parameters_on_meta_are_judged_at_the_step():
-    with torch.device("meta"):
-        model = torch.nn.Linear(3, 2)
+    model = torch.nn.Linear(3, 2, device="meta")
     ours = fusedopt.AdamW(model.parameters(), backend="triton")
     model.to_empty(device=DEVICE)
     for p in model.parameters():

@@ -1,9 +1,10 @@
 """Whether gradients were multiplied by one factor since they arrived, as by ``clip_grad_norm_``.
 
 Of each gradient the sums of absolute values and of squares are kept, both made once at the end of a
-backward pass, for all gradients together. One factor multiplies them by itself and by its square;
-another change of a tensor leaves both ratios alike only where it merely flips signs, which squares
-do not see. Nothing is read on the host until a gradient has been written.
+backward pass, for all gradients together. One factor multiplies both norms by itself. A change that
+leaves both as they are is not seen: signs, which squares do not see either, an order of elements,
+and, in a narrow type, what is small beside its rounding. Nothing is read on the host until a
+gradient has been written.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from warnings import warn
 
@@ -96,8 +97,9 @@ class PerSampleSquares(Statistics):
         # Samples of all backward passes there have been.
         self._total = 0
         self._called = False
-        # What has arrived in the backward pass at hand.
-        self._arrived: list[Record] = []
+        # What has arrived, by backward pass: one that failed never comes to its end, and one within
+        # another (reentrant checkpoints) has an end of its own.
+        self._arrived: dict[int, list[Record]] = {}
         self._lock = threading.RLock()
         self._active: Pass | None = None
         self._last: Pass | None = None
@@ -284,15 +286,17 @@ class PerSampleSquares(Statistics):
             base = calls[0].base
             if record.restarts and base is not None:
                 record.reset(base)
-            if not self._arrived:
+            backward = torch._C._current_graph_task_id()
+            if backward not in self._arrived:
+                self._arrived[backward] = []
                 engine = torch.autograd.Variable._execution_engine
-                engine.queue_callback(self._measure)  # type: ignore[attr-defined]
-            self._arrived.append(record)
+                engine.queue_callback(partial(self._measure, backward))  # type: ignore[attr-defined]
+            self._arrived[backward].append(record)
 
-    def _measure(self) -> None:
+    def _measure(self, backward: int) -> None:
         """Run at the end of a backward pass: see ``factors``."""
         with self._lock:
-            arrived, self._arrived = self._arrived, []
+            arrived = self._arrived.pop(backward)
         measure(arrived)
 
     def _restart(self, arriving: Record, start: int) -> None:
