@@ -21,7 +21,7 @@ RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 NOTHING = (
-    "**No figure has been taken on a GPU yet.** `python -m bench.gpu --out DIR` takes them, on a"
+    "**The whole set has not been taken on a GPU yet.** `python -m bench.gpu --out DIR` takes it, on a"
     " machine with one."
 )
 HEADINGS = (

@@ -16,8 +16,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # As a share of the same sum over magnitudes: rounding of float32 sums of some hundred terms.
 TOLERANCE = 4e-6
 # tf32 keeps 11 bits of each factor: of the squares of 16-bit rows, and of float32 convolutions as
-# torch's own are by default. Tensor cores cut the others off and do not round: a factor is off by up
-# to 2^-10, a product by 2^-9 (1.7e-3 measured on an H200, and 1e-6 from a model that cuts off).
+# torch's own are by default. Tensor cores cut the others off and do not round: a factor is off by
+# up to 2^-10, a product by 2^-9 (1.7e-3 measured on an H200, and 1e-6 from a model that cuts off).
 TF32_TOLERANCE = 2.0**-9
 
 Operation = Callable[[Any, torch.dtype, Tensor, Tensor], tuple[Tensor, Tensor]]
