@@ -96,7 +96,7 @@ def test_readme_has_the_table_as_the_results_have_it() -> None:
 
 def test_without_a_result_that_is_said_with_the_command(tmp_path) -> None:
     assert reader.newest(tmp_path) is None
-    assert "No figure has been taken on a GPU yet." in table.text(None)
+    assert "The whole set has not been taken on a GPU yet." in table.text(None)
     assert "python -m bench.gpu" in table.text(None)
 
 
