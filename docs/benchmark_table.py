@@ -21,8 +21,8 @@ RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 NOTHING = (
-    "**The whole set has not been taken on a GPU yet.** `python -m bench.gpu --out DIR` takes it, on"
-    " a machine with one."
+    "**The whole set has not been taken on a GPU yet.** `python -m bench.gpu --out DIR` takes it,"
+    " on a machine with one."
 )
 HEADINGS = (
     "case", "parameters", "types", "clipping", "ms", "GB/s", "% of a copy", "torch fused",
