@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .clipping import GlobalNorm
+from .storage import local_tensors
 
 Group = dict[str, Any]
 # Neither is absent: None is a value of some options.
@@ -227,19 +228,18 @@ def check_present(optimizer: Any, parameters: Iterable[Tensor], group_of: Iterab
 
 
 def is_initialising(optimizer: Any) -> bool:
-    """Whether a step without statistics is only to create states.
+    """Whether a step of an optimizer that has no state yet is only to create states.
 
     Distributed checkpoint calls ``step()`` of an optimizer without any state, with every lr at 0
     and gradients of zeros. They are looked at, on the host, where the first two hold. Where the
     statistics do have what a step needs, it is the first step of a warm-up.
     """
-    if optimizer.state or not all(_is_zero(group.get("lr", 0)) for group in optimizer.param_groups):
+    if not all(_is_zero(group.get("lr", 0)) for group in optimizer.param_groups):
         return False
     gradients = list(_gradients(optimizer))
     if not gradients or any(g.layout != torch.strided or g.is_meta for g in gradients):
         return False
-    local = [getattr(g, "_local_tensor", g) for g in gradients]
-    if any(bool(g.count_nonzero()) for g in local):
+    if any(bool(g.count_nonzero()) for g in local_tensors(gradients)):
         return False
     if optimizer.statistics is None:
         return True

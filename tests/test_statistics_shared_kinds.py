@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from fusedopt import PerSampleSquares
-from fusedopt.statistics import fallback, joint
+from fusedopt.statistics import joint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.func:UserWarning")
 
@@ -181,8 +181,7 @@ def test_accumulation(name: str, backend: str) -> None:
 
 @each_model
 def test_pieces_of_one_sample(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fallback, joint):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(joint, "CHUNK_ELEMENTS", 1)
     model, x = to(torch.float64, *MODELS[name]())
     gather(model, x, backend="reference")
 

@@ -78,6 +78,13 @@ def test_plain_optimizers_and_svag_under_a_privacy_engine(engine):
     optimizer = fusedopt.AdamW(model.parameters(), lr=0.1, clip=fusedopt.GlobalNorm(1.0))
     optimizer.step()
     assert not torch.equal(model.weight, before)
+    # Its held gradient is of before the noise.
+    pair = fusedopt.SVAG(fusedopt.SGD(model.parameters(), lr=0.1), 2.0)
+    pair.hold()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=r"\[0\].*privacy engine"):
+        pair.step()
 
 
 # Samples of an earlier step

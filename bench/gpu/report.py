@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from bench.files import write_whole
 
 # More of one command's output is not needed to understand it, and the files have to stay small.
 HEAD, TAIL = 200_000, 800_000
@@ -19,8 +20,8 @@ LARGEST = 4_000_000
 def write(summary: Mapping[str, Any], folder: Path) -> None:
     """Write summary.json and summary.md."""
     text = json.dumps(summary, indent=1)
-    _replace(folder / "summary.json", text + "\n")
-    _replace(folder / "summary.md", markdown(summary))
+    write_whole(folder / "summary.json", text + "\n")
+    write_whole(folder / "summary.md", markdown(summary))
 
 
 def collect(work: Path, folder: Path) -> None:
@@ -34,14 +35,7 @@ def collect(work: Path, folder: Path) -> None:
         except (OSError, ValueError, RecursionError):
             found[path.parent.name] = None
     if found:
-        _replace(folder / "results.json", json.dumps(found, indent=1) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+        write_whole(folder / "results.json", json.dumps(found, indent=1) + "\n")
 
 
 def log(folder: Path, heading: str, output: str, errors: str) -> None:

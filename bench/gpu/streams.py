@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import clock
+from bench.files import write_whole
 from fusedopt.kernels.lang import jit, tl
 
 BLOCK = 1024
@@ -63,10 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name: clock.percentiles([moved[name] / (1e6 * on_device) for on_device, _ in measured])
         for name, measured in times.items()
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    part = options.out.with_name(options.out.name + ".part")
-    part.write_text(json.dumps({"elements": options.elements, "gbps": found}, indent=1))
-    os.replace(part, options.out)
+    write_whole(options.out, json.dumps({"elements": options.elements, "gbps": found}, indent=1))
     print(json.dumps(found))
     return 0
 

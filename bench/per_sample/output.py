@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from bench.environment import environment
 from bench.experiments import output
+from bench.files import write_whole
 
 from .aims import aims
 from .figure import draw
@@ -43,12 +43,8 @@ def _environment(device: str) -> dict[str, Any]:
 
 def keep(result: dict[str, Any], folder: Path) -> None:
     """Write what there is so far, in case that the run does not come to its end."""
-    folder.mkdir(parents=True, exist_ok=True)
     result["aims"] = aims(result)
-    # Whole or not at all: a run may be killed at any moment.
-    part = folder / "per_sample.json.part"
-    part.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    os.replace(part, folder / "per_sample.json")
+    write_whole(folder / "per_sample.json", json.dumps(result, indent=1))
 
 
 def write(result: dict[str, Any], folder: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from bench.environment import environment, slug
+from bench.files import write_whole
 
 SCHEMA = 1
 
@@ -56,10 +56,8 @@ class File:
 
     def keep(self, result: dict[str, Any]) -> None:
         """Write what there is; whoever reads meanwhile sees the file before or the file after."""
-        partial = self.path(".json.part")
         text = json.dumps(plain(result), indent=1, allow_nan=False)
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, self.json)
+        write_whole(self.json, text + "\n")
 
 
 def _suffix(result: dict[str, Any]) -> str:

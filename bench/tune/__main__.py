@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.files import write_whole
 from fusedopt.kernels import geometry, lang
 from fusedopt.kernels.rules import REGISTRY
 
@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
             )
             if options.out is not None:
-                _keep(options.out, {"architecture": target, **origin, "results": results})
+                found = {"architecture": target, **origin, "results": results}
+                write_whole(options.out, json.dumps(found, indent=1) + "\n")
     if options.json:
         print(json.dumps({"architecture": target, **origin, "results": results}, indent=1))
     else:
@@ -85,14 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count = write(geometry.TUNED, results, target, origin)
         print(f"{geometry.TUNED}: {count} entries of {len(results)} tuned", file=sys.stderr)
     return 0
-
-
-def _keep(path: Path, found: dict[str, Any]) -> None:
-    """Write what there is, whole or not at all: a run may be killed at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def _show(results: Sequence[dict[str, Any]], title: str) -> None:

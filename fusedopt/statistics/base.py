@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..source import MissingInput, Source
+from ..storage import local_tensors
 from . import shards
 
 REDUCTIONS = ("mean", "sum")
@@ -232,11 +233,11 @@ class Statistics(Source):
         parts = []
         for p in parameters:
             squares = self._squares(p)
-            gradient = shards.local(self._mean(p, squares.dtype, count))
+            gradient, squares = local_tensors([self._mean(p, squares.dtype, count), squares])
             # In float64: on a CPU, torch loses 0.3 % of the norm of forty million float32.
             norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-            own = shards.local(squares).sum(dtype=torch.float64)
-            parts.append((p, torch.stack([norm.double().square(), own.double()])))
+            total = squares.sum(dtype=torch.float64)
+            parts.append((p, torch.stack([norm.double().square(), total.double()])))
         mean, total = shards.total(parts, device).unbind()
         total = total * (self.weight(count) ** 2 / count)
         signal = (count * mean - total) / (count - 1)

@@ -20,13 +20,12 @@ from ..codecs import compute_dtype
 from . import batch_dims
 from .calls import Call, sketch_of
 from .gates import Mode, observe
+from .joint import pieces
 from .layers import Site
 from .ownership import every_name, own_parameters
 from .unknown import check_arguments, check_bags
 from .uses import FallbackUse
 
-# Gradient elements formed at once.
-CHUNK_ELEMENTS = 1 << 20
 # Share of an output's norm by which it may differ between a sample alone and in the batch: a few
 # roundings of bfloat16. Other samples or other random numbers change it by more.
 TOLERANCE = 3e-2
@@ -126,14 +125,12 @@ class Module:
 
     def _make(self, parameters: list[nn.Parameter]) -> dict[int, Tensor]:
         count = self.site.call.samples.count
-        size = max(1, CHUNK_ELEMENTS // max(1, sum(p.numel() for p in parameters)))
-        size = min(size, max(1, count // 2))
         totals = [
             torch.zeros(p.shape, dtype=compute_dtype([p.dtype]), device=p.device)
             for p in parameters
         ]
-        for start in range(0, count, size):
-            rows = self._rows(slice(start, min(start + size, count)), parameters)
+        for piece in pieces(count, sum(p.numel() for p in parameters)):
+            rows = self._rows(piece, parameters)
             for total, row in zip(totals, rows, strict=True):
                 # Not in place: the gradients of two parameters may be views of one tensor.
                 total.add_(row.to(total.dtype).square().sum(0))

@@ -55,7 +55,7 @@ def reduce(uses: Sequence[Use], target: Target) -> Reduced:
         squares = torch.zeros(parameter.shape, dtype=compute, device=parameter.device)
     fused = target.dtype is not None and bool(known)
     gradient = torch.zeros_like(squares) if fused else None
-    for piece in _pieces(target.samples, parameter.numel()):
+    for piece in pieces(target.samples.count, parameter.numel()):
         rows = squares.new_zeros(piece.stop - piece.start, *parameter.shape)
         for use in known:
             _add(rows, use, target.samples, piece)
@@ -69,10 +69,12 @@ def reduce(uses: Sequence[Use], target: Target) -> Reduced:
     return None if gradient is None else gradient.to(target.dtype), squares
 
 
-def _pieces(samples: Samples, numel: int) -> Iterator[slice]:
-    size = max(1, min(samples.count // 2, CHUNK_ELEMENTS // max(1, numel)))
-    for start in range(0, samples.count, size):
-        yield slice(start, min(start + size, samples.count))
+def pieces(count: int, numel: int) -> Iterator[slice]:
+    """Cut samples into pieces whose contributions, ``numel`` elements each, are formed at once."""
+    # Never the whole batch, except where it is one sample.
+    size = max(1, min(count // 2, CHUNK_ELEMENTS // max(1, numel)))
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 def _add(rows: Tensor, use: Known, samples: Samples, piece: slice) -> None:

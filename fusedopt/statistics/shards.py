@@ -9,12 +9,6 @@ import torch
 from torch import Tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor."""
-    whole: Any = tensor
-    return whole.to_local() if hasattr(whole, "to_local") else tensor
-
-
 def total(parts: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
     """Add up what each process has of each tensor.
 
