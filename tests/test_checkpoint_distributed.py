@@ -102,3 +102,14 @@ def test_an_initialising_step_counts_nothing() -> None:
         m(torch.ones(4, 3)).square().sum(1).mean().backward()
         o.step()
     assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_a_first_step_at_lr_0_without_squares_is_an_error() -> None:
+    """Gradients are there: it is no step that is only to create states."""
+    model, optimizer = make(fusedopt.BatchDecoupledAdam, stepped=False)
+    optimizer.param_groups[0]["lr"] = 0.0
+    with optimizer.statistics.paused():
+        model(torch.ones(4, 3)).square().sum(1).mean().backward()
+    with pytest.raises(RuntimeError, match="no per-sample squares"):
+        optimizer.step()
+    assert not optimizer.state
