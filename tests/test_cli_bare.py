@@ -81,7 +81,7 @@ def test_verify_and_demo_draw_nothing_for_json(tmp_path):
 @pytest.mark.skipif(lang.triton is None, reason="needs Triton")
 def test_verify_names_what_is_missing():
     done = run_without(["numpy"], "verify", "--device", "cpu", interpret=True)
-    assert done.returncode == 2 and "numpy" in done.stderr
+    assert done.returncode == 2 and "pip install numpy" in done.stderr
     assert "Triton is not installed" not in done.stderr
     done = run_without(["triton"], "verify", "--device", "cpu", interpret=True)
     assert done.returncode == 2 and "Triton is not installed" in done.stderr
