@@ -31,6 +31,8 @@ ALIGNMENT = 16  # bytes: the widest access of a thread
 class Fingerprint:
     """Where tensors lie in memory, and what of them decides by which launch they are reached.
 
+    Not how large a storage is: one that is cut short later, at the same address, is not seen.
+
     Raises:
         RuntimeError: for sparse tensors, which have no address.
     """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,40 @@ from gpu_command import make_setting, module, python
 @pytest.fixture
 def setting(tmp_path: Path):
     return make_setting(tmp_path)
+
+
+class Parsed(Exception):
+    """Carries what a command line was read as, before anything is run."""
+
+
+def _main_of(arguments):
+    """What ``python -m`` would run, and its arguments."""
+    assert arguments[1] == "-m"
+    name = arguments[2]
+    package = importlib.util.find_spec(name).submodule_search_locations is not None
+    return importlib.import_module(f"{name}.__main__" if package else name).main, arguments[3:]
+
+
+@pytest.mark.parametrize("stage", module("stages").STAGES, ids=lambda stage: stage.name)
+def test_the_stages_commands_are_understood(stage, setting, monkeypatch):
+    """Catches an option or a name that the command would refuse, on a machine that is lent once."""
+    monkeypatch.setattr(module("stages").shutil, "which", lambda name, path=None: f"/bin/{name}")
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, *arguments):
+        raise Parsed(parse(self, *arguments))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    for command in stage.commands(setting):
+        if sys.executable not in command.arguments or "pytest" in command.arguments:
+            continue
+        main, own = _main_of(command.arguments[command.arguments.index(sys.executable) :])
+        with pytest.raises(Parsed) as parsed:
+            main(list(own))
+        if "bench" in own:
+            (options,) = parsed.value.args
+            bench = importlib.import_module("fusedopt.cli.bench")
+            assert bench._wrong(options, bench._step()) is None
 
 
 JUNIT = '<testsuites><testsuite tests="9" failures="{}" errors="0" skipped="2"/></testsuites>'

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fusedopt
+from fusedopt.statistics import factors
 
 
 def make(dtype=torch.float32, sizes=(6, 5, 3), **options):
@@ -115,6 +116,9 @@ CHANGES = {
     "half of one": lambda ps: ([p.grad.mul_(0.5) for p in ps], ps[0].grad[0].mul_(2.0)),
     "another tensor": lambda ps: [setattr(p, "grad", 0.5 * p.grad) for p in ps],
     "zero": lambda ps: [p.grad.zero_() for p in ps],
+    "small noise": lambda ps: [p.grad.add_(0.05 * torch.randn_like(p) * p.grad.std()) for p in ps],
+    "order": lambda ps: [p.grad.copy_(p.grad.flatten().flip(0).view_as(p.grad)) for p in ps],
+    "signs": lambda ps: [p.grad.view(-1)[::2].neg_() for p in ps],
     "nan": lambda ps: [p.grad.mul_(torch.nan) for p in ps],
 }
 
@@ -143,3 +147,54 @@ def test_gradients_are_not_kept_alive():
     gradient = weakref.ref(model[0].weight.grad)
     model.zero_grad()
     assert gradient() is None
+
+
+LARGE = 3 * factors.WIDTH + 77
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("size", [1, 77, factors.WIDTH, LARGE])
+def test_one_factor_is_found_at_every_size(size, dtype):
+    generator = torch.Generator().manual_seed(size)
+    # The sum of float16 is beyond its range.
+    scale = 2.0**12 if dtype == torch.float16 else 1e-6
+    gradient = (scale * torch.randn(size, generator=generator)).to(dtype)
+    for factor in (1.0, 0.37, 3.0):
+        numbers = [factors.norms([g]) for g in (gradient, gradient * factor)]
+        found = factors.common_factor(*numbers, [dtype])
+        assert found == pytest.approx(factor, rel=2 * torch.finfo(dtype).eps + 1e-6)
+
+
+def test_a_row_that_was_masked_is_seen():
+    """Its squares may be too few to be seen in a norm: a token's row of a large embedding."""
+    gradient = torch.randn(20_000, 16, generator=torch.Generator().manual_seed(0))
+    masked = gradient.clone()
+    masked[17] = 0.0
+    ratio = float(masked.norm() / gradient.norm())
+    assert abs(ratio - 1) < 4e-5
+    numbers = [factors.norms([g]) for g in (gradient, masked)]
+    assert abs(float(numbers[0][0][1] - numbers[1][0][1])) > 1e-4 * float(gradient.norm())
+    assert factors.common_factor(*numbers, [torch.float32]) is None
+
+
+@pytest.mark.parametrize("place", [0, factors.WIDTH + 3, LARGE - 1])
+def test_every_element_is_in_the_signed_sum(place):
+    """Catches rows, or what is behind them, that are left out."""
+    vector = torch.zeros(LARGE)
+    vector[place] = 1.0
+    assert abs(float(factors.norms([vector])[0][1])) == 1.0
+
+
+def test_a_change_that_the_signed_sum_does_not_see():
+    """Within elements of one sign, as much is added as is taken away."""
+    signs = factors._signs(torch.device("cpu"), torch.float32)
+    gradient = torch.where(signs[:1000] > 0, 1.0, 0.5)
+    changed = gradient.clone()
+    first, second = (signs[:1000] > 0).nonzero()[:2].flatten().tolist()
+    changed[first], changed[second] = 1.5, 0.5
+    numbers = [factors.norms([g]) for g in (gradient, changed)]
+    assert float(numbers[0][0][1]) == float(numbers[1][0][1])
+    # Beside a gradient that has not changed: the factor is not that of the one alone.
+    other = torch.full((100_000,), 1.0)
+    pairs = [[pair, factors.norms([other])[0]] for (pair,) in numbers]
+    assert factors.common_factor(*pairs, [torch.float32] * 2) is None

@@ -59,7 +59,7 @@ def _beside_torch(
 ) -> tuple[Trajectory, Trajectory]:
     """Our optimizer, and torch's on equal values in the compute type, one group a set."""
     labels = [f"{name}({describe(options, {})})" for options in option_sets]
-    values = [torch.randn(SIZE, dtype=stored, device=device) for _ in option_sets]
+    values = [torch.randn(SIZE, dtype=stored).to(device) for _ in option_sets]
     ours = _groups(option_sets, values)
     optimizer = getattr(fusedopt, name)(ours, backend=backend)
     unsupported = {"foreach", "fused", "capturable"}

@@ -236,7 +236,12 @@ from fusedopt.kernels.geometry import Geometry
 from fusedopt.kernels.rules import REGISTRY
 (entry,) = candidates.work(REGISTRY["Adam"], "fp32")
 tried = (1024, 128), (2048, 256), (8192, 64)
-print(json.dumps([candidates.unfit(entry, Geometry(*one), "cuda:90") for one in tried]))
+if __name__ == "__main__":
+    found = [candidates.unfit(entry, Geometry(*one), "cuda:90") for one in tried]
+    candidates.BLOCKS, candidates.THREADS = (2048, 8192), (64, 256)
+    pooled = candidates.complaints("Adam", "fp32", "cuda:90")
+    found += [pooled["fp32", Geometry(*one)] for one in tried[1:]]
+    print(json.dumps(found))
 """
 
 
@@ -247,10 +252,13 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_what_spills_is_ruled_out():
-    done = _python("-c", SCRIPT, TRITON_INTERPRET="0")
+def test_what_spills_is_ruled_out(tmp_path):
+    # A file: the processes that compile read it, too.
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = _python(str(tmp_path / "script.py"), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
-    default, wide, spilling = json.loads(done.stdout)
+    default, wide, spilling, *pooled = json.loads(done.stdout)
+    assert pooled == [wide, spilling]
     assert default == [] and wide == []
     # In both of Adam's option sets.
     assert sum("stack" in complaint for complaint in spilling) == 2

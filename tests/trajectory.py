@@ -61,7 +61,8 @@ def away_from_zero(like: Tensor, dtype: torch.dtype) -> Tensor:
     A gradient that nearly cancels weight_decay * p leaves a difference of few correct bits, whose
     square would call for a wider tolerance.
     """
-    values = torch.randn_like(like.detach(), dtype=dtype)
+    # Drawn on the CPU, whose numbers are the same on every machine.
+    values = torch.randn_like(like.detach(), dtype=dtype, device="cpu").to(like.device)
     parts = torch.view_as_real(values) if dtype.is_complex else values
     parts.mul_(0.5).add_(parts.sign(), alpha=0.5)
     return values

@@ -133,6 +133,12 @@ def _judge(stage: Stage, setting: Setting, outcomes: Sequence[Outcome]) -> dict[
         if result == "passed":
             result = "failed"
             reasons.append(f"its output cannot be read: {type(error).__name__}: {error}")
+            # Of commands whose exit status alone says nothing, the one that failed tells why.
+            reasons += [
+                f"{x.command.name}: exit status {x.status}{_last_line(x)}"
+                for x in outcomes
+                if x.begun and x.status
+            ]
     return {"result": result, "figures": figures, "reason": "; ".join(reasons)}
 
 

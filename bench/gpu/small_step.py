@@ -23,7 +23,7 @@ from fusedopt.kernels import lang
 from fusedopt.kernels.rules import REGISTRY
 from fusedopt.tolerances import TRAJECTORY, worst_ulps
 
-PARTS = ("rules", "samples")
+PARTS = ("first", "rules", "samples")
 STEPS = 2
 # Whole chunks, a chunk and a part, and less than one.
 SIZES = (2048, 1031, 5)
@@ -69,8 +69,8 @@ def run(device: torch.device, parts: Sequence[str] = PARTS) -> int:
 
 
 def _comparisons(device: torch.device, parts: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    if "rules" in parts:
-        for rule in REGISTRY.values():
+    if "rules" in parts or "first" in parts:
+        for rule in REGISTRY.values() if "rules" in parts else [REGISTRY["Adam"]]:
             # That with the most states: the most addresses.
             group = max(rule.example_groups, key=lambda group: len(rule.states(group)))
             for dtype in DTYPES:

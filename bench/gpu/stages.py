@@ -83,7 +83,9 @@ def _info(setting: Setting) -> list[Command]:
         fields = "name,driver_version,power.limit,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
         query = ("nvidia-smi", f"--query-gpu={fields}", "--format=csv")
         commands.append(Command("clocks", query, required=False))
-    return commands
+    # A launch that is broken shows here, before anything is waited for.
+    launch = python("-m", "bench.gpu.small_step", "--device", "cuda", "first")
+    return [*commands, Command("launch", launch)]
 
 
 def _precompile(setting: Setting) -> list[Command]:
@@ -119,7 +121,10 @@ def _verify(setting: Setting) -> list[Command]:
 
 def _bench(setting: Setting) -> list[Command]:
     further = shlex.split(setting.bench)
-    core = fusedopt("bench", "step", "training", "--core", "--out", str(setting.out), *further)
+    # What stages before have not measured, beside torch's fused step.
+    cases = [f"--case={name}" for name in ("gpt2", "llama-3.2-1b", "odd", "conv", "huge")]
+    some = [*cases, "--contender", "fusedopt", "--contender", "torch-fused"]
+    core = fusedopt("bench", "step", "--core", *some, "--out", str(setting.out), *further)
     return [Command("bench", core)]
 
 
@@ -154,8 +159,8 @@ def _training(setting: Setting) -> list[Command]:
 
 def _tune(setting: Setting) -> list[Command]:
     table = str(setting.work / "tune" / "tune.json")
-    # Types are tuned one after the other, each written when it is done.
-    options = ["--rule", "AdamW", "--types", "fp32", "--types", "bf16", "--out", table]
+    # Types are tuned one after the other, each written as it goes on. AdamW is Adam's rule.
+    options = ["--rule", "Adam", "--types", "fp32", "--types", "bf16", "--out", table]
     return [Command("tune", python("-m", "bench.tune", *options))]
 
 
@@ -232,19 +237,20 @@ def _native(setting: Setting) -> list[Command]:
 # The most valuable first. Their limits and the probe's seconds are within the deadline; the last
 # ones, of which nothing is kept, have what the others leave.
 STAGES = (
-    Stage("info", 15, _info, findings.info),
-    Stage("verify", 45, _verify, findings.verify),
-    Stage("step", 55, _step, findings.step),
-    Stage("per-sample", 30, _per_sample, findings.per_sample),
-    Stage("training", 30, _training, findings.training),
+    Stage("info", 20, _info, findings.info),
+    # By all processors; whatever comes behind it finds its kernels compiled.
+    Stage("precompile", 50, _precompile, findings.precompile),
+    Stage("verify", 40, _verify, findings.verify),
+    Stage("step", 45, _step, findings.step),
+    Stage("per-sample", 25, _per_sample, findings.per_sample),
+    Stage("training", 35, _training, findings.training),
     Stage("tune", 40, _tune, findings.tune),
-    Stage("bench", 60, _bench, findings.bench),
-    Stage("tests", 90, _tests, findings.tests),
-    Stage("sanitizer", 35, _memcheck, findings.sanitizer),
+    Stage("bench", 45, _bench, findings.bench),
+    Stage("tests", 70, _tests, findings.tests),
+    Stage("sanitizer", 30, _memcheck, findings.sanitizer),
     Stage("first-step", 40, _first_step, findings.first_step, kept=False),
     Stage("racecheck", 40, _racecheck, findings.sanitizer, kept=False),
     Stage("native", 40, _native, findings.native, kept=False),
     Stage("profile", 60, _profile, findings.profile, kept=False),
-    Stage("precompile", 60, _precompile, findings.precompile, kept=False),
 )
 NAMES = tuple(stage.name for stage in STAGES)

@@ -44,11 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device())
     target = aot.architecture(lang.triton.runtime.driver.active.get_current_target())
-    entries = [
-        entry
+    asked = [
+        (rule, types)
         for rule in options.rule or REGISTRY
         for types in options.types or DEFAULT_TYPES
-        for entry in candidates.work(REGISTRY[rule], types)
     ]
     measure = measure_with(Clock(device))
     columns = (
@@ -60,24 +59,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = environment(str(device))
     kept = "device", "driver", "torch", "triton", "commit", "uncommitted_changes", "date"
     origin = {name: facts[name] for name in kept}
-    results = []
+    results: list[dict[str, Any]] = []
+
+    def keep(so_far: Sequence[dict[str, Any]]) -> None:
+        if options.out is not None:
+            found = {"architecture": target, **origin, "results": so_far}
+            write_whole(options.out, json.dumps(found, indent=1) + "\n")
+
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        steps = sum(len(candidates.candidates(entry.key)) + 1 for entry in entries)
-        task = progress.add_task("", total=steps)
-        for entry in entries:
-            results.append(
-                tune(
+        task = progress.add_task("", total=None)
+        for rule, types in asked:
+            progress.update(task, description=f"{rule} {types}, compilations")
+            complaints = candidates.complaints(rule, types, target)
+            entries = candidates.work(REGISTRY[rule], types)
+            steps = sum(len(candidates.candidates(entry.key)) + 1 for entry in entries)
+            progress.reset(task, total=steps)
+            for entry in entries:
+                result = tune(
                     entry,
                     device,
-                    lambda entry, candidate: candidates.unfit(entry, candidate, target),
+                    lambda entry, candidate, known=complaints: known[entry.key, candidate],
                     measure,
                     options.elements,
                     lambda what: progress.update(task, advance=1, description=what),
+                    lambda so_far: keep([*results, so_far]),
                 )
-            )
-            if options.out is not None:
-                found = {"architecture": target, **origin, "results": results}
-                write_whole(options.out, json.dumps(found, indent=1) + "\n")
+                results.append(result)
+                keep(results)
     if options.json:
         print(json.dumps({"architecture": target, **origin, "results": results}, indent=1))
     else:
@@ -122,7 +130,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--types", action="append", choices=list(candidates.TYPES), help=f"repeatable ({default})")
     add("--elements", type=int, default=ELEMENTS, help="of each operand (2^28)")
     add("--write", action="store_true", help="bring kernels/tuned.json up to date")
-    add("--out", type=Path, metavar="FILE", help="JSON, written after each entry")
+    add("--out", type=Path, metavar="FILE", help="JSON, written as it goes on")
     add("--json", action="store_true", help="machine-readable output, nothing else")
     options = parser.parse_args(arguments)
     if options.elements < 1:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 from fusedopt.kernels import aot, aot_variants, geometry
 from fusedopt.kernels.geometry import Geometry
 from fusedopt.kernels.rule import Rule
+from fusedopt.kernels.rules import REGISTRY
 
 BLOCKS = (512, 1024, 2048, 4096, 8192)
 THREADS = (64, 128, 256, 512)
@@ -99,6 +102,27 @@ def unfit(entry: Work, candidate: Geometry, target: str) -> list[str]:
         broken = variant.budget.broken(variant, result, parsed)
         complaints += [f"{variant.name}: {text}" for text in broken]
     return complaints
+
+
+def complaints(rule: str, types: str, target: str) -> dict[tuple[str, Geometry], list[str]]:
+    """Return what is wrong with each candidate, by the entry's key, in a process for each core."""
+    tasks = [
+        (rule, types, place, candidate, target)
+        for place, entry in enumerate(work(REGISTRY[rule], types))
+        for candidate in candidates(entry.key)
+    ]
+    keys = [
+        (work(REGISTRY[rule], types)[place].key, candidate) for _, _, place, candidate, _ in tasks
+    ]
+    # Not forked: contexts of a GPU do not survive that.
+    with ProcessPoolExecutor(aot.processors(), get_context("spawn")) as pool:
+        return dict(zip(keys, pool.map(_unfit, tasks), strict=True))
+
+
+def _unfit(task: tuple[str, str, int, Geometry, str]) -> list[str]:
+    # A rule holds kernels, which do not travel between processes: its name does.
+    rule, types, place, candidate, target = task
+    return unfit(work(REGISTRY[rule], types)[place], candidate, target)
 
 
 def at(variant: aot.Variant, candidate: Geometry) -> aot.Variant:

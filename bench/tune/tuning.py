@@ -45,6 +45,7 @@ def tune(
     measure: Measure,
     elements: int = ELEMENTS,
     advance: Callable[[str], object] = lambda what: None,
+    keep: Callable[[dict[str, Any]], object] = lambda so_far: None,
 ) -> dict[str, Any]:
     """Find the geometry of one entry.
 
@@ -55,6 +56,7 @@ def tune(
         measure: what times updates.
         elements: of each operand.
         advance: called with what is done next.
+        keep: given the entry before the final, with ``chosen`` None, in case there is none.
 
     Returns:
         ``rule``, ``types``, ``default``, ``tried`` (each candidate with why it was ruled out, or
@@ -80,6 +82,7 @@ def tune(
     times = measure({key: trial.update(one) for key, one in known.items()}, ROUNDS)
     for key in known:
         tried[key] = _ratio(times, key, name(default))
+    keep(_entry(entry, elements, tried, None))
     final = [name(default), *finalists(times, name(default))]
     times = measure({key: trial.update(known[key]) for key in final}, FINAL_ROUNDS)
     for key in final:
@@ -87,15 +90,20 @@ def tune(
     best = winner(times, name(default))
     del trial
     release()
+    found = None if best is None else {"name": best, **vars(known[best])}
+    return _entry(entry, elements, tried, found)
+
+
+def _entry(
+    entry: Work, elements: int, tried: Mapping[str, Any], found: Mapping[str, Any] | None
+) -> dict[str, Any]:
     return {
         "rule": entry.rule.name,
         "types": entry.key,
         "elements": elements,
-        "default": name(default),
-        "tried": tried,
-        "chosen": None
-        if best is None
-        else {"name": best, **vars(known[best]), "ratio": tried[best]["ratio"]},
+        "default": name(geometry.default(aligned=True)),
+        "tried": dict(tried),
+        "chosen": None if found is None else {**found, "ratio": tried[found["name"]]["ratio"]},
     }
 
 

@@ -261,8 +261,8 @@ def measure(records: Iterable[Record]) -> None:
     """Note the norms of gradients as they are now, so that a factor on them can be followed."""
     own = [r for r in records if r.parameter.grad is not None and r.squares is not None]
     gradients = [r.parameter.grad for r in own]
-    for record, pair in zip(own, factors.norms(gradients), strict=True):  # type: ignore[arg-type]
-        record.norms = pair
+    for record, norms in zip(own, factors.norms(gradients), strict=True):  # type: ignore[arg-type]
+        record.norms = norms
 
 
 @torch.no_grad()
@@ -280,9 +280,9 @@ def follow(records: Sequence[Record]) -> bool:
     factor = factors.common_factor(before, after, [g.dtype for g in gradients])
     if factor is None:
         return False
-    for record, pair in zip(records, after, strict=True):
+    for record, norms in zip(records, after, strict=True):
         record.accept()
-        record.norms = pair
+        record.norms = norms
         if factor != 1.0 and record.squares is not None:
             record.squares.mul_(factor**2)
     return True
