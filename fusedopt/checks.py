@@ -84,6 +84,20 @@ def check_samples(optimizer: Any, params: Sequence[Tensor]) -> None:
         raise RuntimeError(f"{describe(optimizer, error.parameter)}: {error}") from None
 
 
+def follow_unscaling(optimizer: Any, params: Sequence[Tensor]) -> None:
+    """Make inputs besides the gradients follow ``GradScaler.unscale_``, or raise RuntimeError."""
+    source = optimizer.statistics
+    if source.follow(params):
+        return
+    # Where something else is wrong besides, that is the cause.
+    check_samples(optimizer, params)
+    raise RuntimeError(
+        "scaler.unscale_(optimizer) has divided p.grad by the loss scale, but not the"
+        f" {source.names[-1]} that this step reads besides: leave it out,"
+        f" step() divides both{source.instead_of_unscaling}"
+    )
+
+
 def check_privacy(optimizer: Any, params: Sequence[Tensor]) -> None:
     """Raise RuntimeError where squares of samples would get around differential privacy.
 

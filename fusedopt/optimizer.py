@@ -19,6 +19,7 @@ from .checks import (
     check_states,
     check_statistics,
     check_virtual_batch_size,
+    follow_unscaling,
 )
 from .clipping import GlobalNorm
 from .coefficients import is_capturing, lives_on_device
@@ -260,11 +261,11 @@ class FusedOptimizer(Optimizer):
         inputs, factor = [gradients], 1.0
         if self._statistics is not None:
             if found_inf is not None and grad_scale is None:
-                raise RuntimeError(
-                    "scaler.unscale_(optimizer) has divided p.grad by the loss scale, but not the"
-                    f" {self._statistics.names[-1]} that this step reads besides: leave it out,"
-                    f" step() divides both{self._statistics.instead_of_unscaling}"
-                )
+                # unscale_ was called. No factor is found of what is not finite.
+                if bool(found_inf):
+                    self._statistics.used(params)
+                    return
+                follow_unscaling(self, params)
             check_samples(self, params)
             self._samples = self._statistics.count(params)
             factor = self._statistics.gradient_factor(self._samples)

@@ -55,6 +55,14 @@ class Source:
             RuntimeError: for anything else.
         """
 
+    def follow(self, parameters: Sequence[Tensor]) -> bool:
+        """Follow one factor that all gradients of a step were multiplied by, if this can.
+
+        Returns:
+            False where it cannot, or where they were not.
+        """
+        return False
+
     def inputs(
         self, parameters: list[Tensor], gradients: list[Tensor], plain: bool
     ) -> list[list[Tensor]]:

@@ -457,25 +457,17 @@ def test_pitfall_i_loss_scale(backend: str) -> None:
 
 @both_backends
 def test_pitfall_i_unscaled_before_the_step(backend: str) -> None:
-    """unscale_() leaves the squares scaled: refused before anything moves, or right."""
+    """unscale_() leaves the squares scaled; they follow the gradients."""
     x = randn(4, 4, dtype=torch.float32)
     ends = []
-    for mode in ("plain", "unscaled"):
+    for enabled in (False, True):
         model = mlp(torch.float32)
         statistics = PerSampleSquares(model, backend=backend)
         optimizer = _adam(model.parameters(), statistics, virtual_batch_size=2, backend=backend)
-        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=64.0, enabled=mode != "plain")
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=64.0, enabled=enabled)
         scaler.scale(squared_error()(model(x)).sum()).backward()
         scaler.unscale_(optimizer)
-        before = [p.detach().clone() for p in model.parameters()]
-        try:
-            scaler.step(optimizer)
-        except RuntimeError as error:
-            assert mode == "unscaled" and "unscale_" in str(error)
-            for p, b in zip(model.parameters(), before, strict=True):
-                assert torch.equal(p.detach(), b)
-            assert not optimizer.state
-            return
+        scaler.step(optimizer)
         ends.append([p.detach().clone() for p in model.parameters()])
     for mine, other in zip(*ends, strict=True):
         assert_near(other, mine, 1e-6, "unscaled")

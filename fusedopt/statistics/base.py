@@ -207,7 +207,8 @@ class Statistics(Source):
         """Return the gradient noise scale, from the same buffers that the optimizer reads.
 
         Call it between backward and ``zero_grad``. Nothing is read on the host. Under a gradient
-        scaler signal and noise are those of the scaled gradients, and the ratio is unchanged.
+        scaler signal and noise are those of the scaled gradients, and the ratio is unchanged; but
+        not between ``unscale_`` and ``step``, since it divides the gradients alone.
 
         Args:
             decay: average signal and noise over calls, exponentially with this weight on the past

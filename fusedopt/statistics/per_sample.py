@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -348,14 +348,19 @@ class PerSampleSquares(Statistics):
         """Raise where the samples of these parameters cannot be used."""
         self._check_ranks()
         records = [self._settled(p) for p in parameters]
-        known = [r for r in records if r is not None and r.squares is not None]
         # One factor on all gradients of the step; of some alone is more likely to be a mistake.
+        known = _known(records)
         if known and all(r.is_changed() for r in known):
             follow(known)
         for p, record in zip(parameters, records, strict=True):
             problem = self._problem(record)
             if problem is not None:
                 raise MissingSquares(p, problem)
+
+    def follow(self, parameters: Sequence[Tensor]) -> bool:
+        """Follow one factor on all gradients, whether or not autograd knows of it."""
+        # GradScaler.unscale_ divides behind the version counters.
+        return follow(_known(self._settled(p) for p in parameters))
 
     def _problem(self, record: Record | None) -> str | None:
         if record is None:
@@ -475,6 +480,10 @@ class PerSampleSquares(Statistics):
             # The processes' gradients have been averaged in place.
             record.accept()
         measure(records)
+
+
+def _known(records: Iterable[Record | None]) -> list[Record]:
+    return [r for r in records if r is not None and r.squares is not None]
 
 
 class _Forward:
