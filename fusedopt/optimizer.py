@@ -342,6 +342,9 @@ class FusedOptimizer(Optimizer):
         """Take what torch.amp.GradScaler left on the optimizer for this step."""
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and not isinstance(found_inf, Tensor):
+            # A sum over no gradients; squares may be of samples that no gradient was made from.
+            found_inf = torch.zeros((), device=None if grad_scale is None else grad_scale.device)
         if found_inf is not None and found_inf.device.type != "cpu":
             # The host must not read the flag, so that step counts move to the device for good.
             self._device_scaler = True
@@ -377,7 +380,7 @@ class FusedOptimizer(Optimizer):
         """
         super().zero_grad(set_to_none)
         if self._statistics is not None:
-            self._statistics.reset([p for group in self.param_groups for p in group["params"]])
+            self._statistics.cleared([p for group in self.param_groups for p in group["params"]])
 
     def _feed(self, rule: Rule, source: Source) -> None:
         """Update by another rule from now on, with a source of what that reads."""

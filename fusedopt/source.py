@@ -87,11 +87,15 @@ class Source:
         """Note that a step has used what was gathered for some parameters."""
 
     def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
-        """Forget what was gathered; ``optimizer.zero_grad()`` calls this.
+        """Forget what was gathered; ``optimizer.zero_grad()`` does, too.
 
         Args:
             parameters: for which to forget it; all of them by default.
         """
+
+    def cleared(self, parameters: Sequence[Tensor]) -> None:
+        """Forget what was gathered for parameters whose gradients are None or zero now."""
+        self.reset(parameters)
 
     def _all_parameters(self) -> Sequence[Tensor]:
         """List the parameters of all optimizers that this feeds."""

@@ -187,7 +187,7 @@ def test_every_element_is_in_the_signed_sum(place):
 
 def test_a_change_that_the_signed_sum_does_not_see():
     """Within elements of one sign, as much is added as is taken away."""
-    signs = factors._signs(torch.device("cpu"), torch.float32)
+    signs = factors._signs(torch.device("cpu"), torch.float32, 1000)
     gradient = torch.where(signs[:1000] > 0, 1.0, 0.5)
     changed = gradient.clone()
     first, second = (signs[:1000] > 0).nonzero()[:2].flatten().tolist()

@@ -60,17 +60,22 @@ class BackpackSquares(Statistics):
             optimizer: whose parameters are meant.
 
         Raises:
-            RuntimeError: where ``batch_size`` is not set.
+            RuntimeError: where ``batch_size`` is not set, or nothing was left since the last call.
         """
         size = self._size()
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                own = self._sums.get(id(p))
-                if own is None or own.is_spent(p):
-                    own = self._sums[id(p)] = _Sum()
-                squares = getattr(p, "sum_grad_squared", None)
-                own.add(squares, size)
-                p.sum_grad_squared = None
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(_left(p) for p in parameters):
+            raise RuntimeError(
+                "no parameter has a sum_grad_squared: call accumulate() once, after each backward"
+                " pass within backpack(SumGradSquared())"
+            )
+        for p in parameters:
+            own = self._sums.get(id(p))
+            if own is None or own.is_spent(p):
+                own = self._sums[id(p)] = _Sum()
+            own.add(getattr(p, "sum_grad_squared", None), size)
+            own.gradient = Stamp(p.grad)
+            p.sum_grad_squared = None
 
     def used(self, parameters: Sequence[Tensor]) -> None:
         """Note that a step has used what was gathered for some parameters."""
@@ -82,8 +87,16 @@ class BackpackSquares(Statistics):
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise where squares are missing, or nobody knows of how many samples."""
         for p in parameters:
-            if id(p) not in self._sums:
+            own = self._sums.get(id(p))
+            if own is None:
                 self._size()
+            elif _left(p) or not own.gradient.holds(p.grad):
+                raise MissingSquares(
+                    p,
+                    "its gradient has changed since the last accumulate(): call that after each"
+                    " backward pass, and to clip pass clip=fusedopt.GlobalNorm(max_norm) to the"
+                    " optimizer",
+                )
             spent = self._spent.get(id(p))
             if spent is not None and spent.is_stale(p, _left(p)):
                 raise MissingSquares(p, "its sum_grad_squared" + STALE)
@@ -124,6 +137,8 @@ class _Sum:
     def __init__(self) -> None:
         self.squares: Tensor | None = None
         self.count = 0
+        # The gradient as the last ``accumulate`` found it.
+        self.gradient = Stamp(None)
         # The gradient that a step has used.
         self.stamp: Stamp | None = None
 

@@ -38,6 +38,9 @@ def recurrent_inputs(
 def output_dims(site: Site, module: nn.Module, place: int, y: Tensor) -> list[int]:
     """Return the dimensions of an output that may be its batch, the likeliest first.
 
+    Whatever the batch is: an activation checkpoint that runs the module again may be one of a call
+    with another batch, and has to keep as many tensors.
+
     Args:
         site: of the call.
         module: that returned it.
@@ -45,8 +48,12 @@ def output_dims(site: Site, module: nn.Module, place: int, y: Tensor) -> list[in
         y: the output.
     """
     if is_recurrent(module):
-        return exactly(site, y, 0 if module.batch_first and place == 0 else 1)
-    return candidates(site, y)
+        return [0 if module.batch_first and place == 0 else 1] if y.dim() == 3 else []
+    expected = 0 if site.batch_first or y.dim() < 3 else 1
+    if site.call.offsets is not None or site.statistics.sample == "token":
+        # Another dimension of that size is one of something else.
+        return [expected] if y.dim() > expected else []
+    return [expected, *(dim for dim in range(y.dim()) if dim != expected)][: y.dim()]
 
 
 def exactly(site: Site, x: Tensor, dim: int) -> list[int]:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..codecs import compute_dtype
 from ..layout import real_view
 from . import batch_dims
+from .instrument import original_class
+from .ownership import set_by_hooks
 
 if TYPE_CHECKING:
     from .fallback import Module
@@ -29,6 +32,7 @@ class Call:
         structure: of its arguments.
         rest: arguments that are no tensors.
         inputs: arguments that are, by their places.
+        buffers: those of the module, as the call found them.
         fixed: the inputs' batch dimensions by their places, where they are known.
         places: of the differentiable outputs.
         autocast: the state that the call found.
@@ -41,6 +45,7 @@ class Call:
     structure: TreeSpec
     rest: list[Any]
     inputs: dict[int, Tensor]
+    buffers: dict[str, Tensor]
     fixed: dict[int, int] | None
     places: list[int]
     autocast: torch.autocast
@@ -103,12 +108,18 @@ class Call:
 
         def run(parameters: list[Tensor]) -> list[Tensor]:
             values = dict(zip(map(id, chosen), parameters, strict=True))
-            named = {name: values[i] for name, i in source.named.items() if i in values}
+            # A sample leaves its marks on a copy.
+            named = {name: buffer.clone() for name, buffer in self.buffers.items()}
+            named |= {name: values[i] for name, i in source.named.items() if i in values}
             plain = _composed(isinstance(source.module, nn.RNNBase))
-            with source.site.statistics.paused(), self.autocast, plain:
+            with source.site.statistics.paused(), self.autocast, plain, uncached():
                 # Children keep theirs, whose uses are their own.
                 result = torch.func.functional_call(
-                    source.module, named, arguments, keywords, tie_weights=False
+                    Alone(source.module),
+                    {f"inner.{name}": tensor for name, tensor in named.items()},
+                    arguments,
+                    keywords,
+                    tie_weights=False,
                 )
             flat, _ = tree_flatten(result)
             places = zip(self.places, self.output_dims, strict=True)
@@ -138,6 +149,35 @@ class Call:
             ) from error
         rows, outputs = zip(*made, strict=True)
         return _stacked(rows), _stacked(outputs)
+
+
+class Alone(nn.Module):
+    """Runs what a module computes, without what users have hooked to its calls."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """Run the module's own forward."""
+        inner = self.inner
+        if any(True for _ in set_by_hooks(inner)):
+            # Weights are set by them.
+            for key, hook in inner._forward_pre_hooks.items():
+                more = (keywords,) if key in inner._forward_pre_hooks_with_kwargs else ()
+                hook(inner, arguments, *more)  # type: ignore[call-arg]
+        return original_class(inner).forward(inner, *arguments, **keywords)
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Compute parametrized weights, where the user caches those of the call that was observed."""
+    enabled = parametrize._cache_enabled
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
 
 
 @contextmanager

@@ -63,20 +63,24 @@ def _signed_sum(vector: Tensor) -> Tensor:
     # Partial sums of float16 are out of its range.
     vector = vector.float() if vector.dtype == torch.float16 else vector
     rows, rest = divmod(vector.numel(), WIDTH)
-    signs = _signs(vector.device, vector.dtype)
-    total = vector[rows * WIDTH :].dot(signs[:rest])
+    total = vector[rows * WIDTH :].dot(_signs(vector.device, vector.dtype, rest)[:rest])
     wide = torch.promote_types(vector.dtype, torch.float32)
     if rows:
-        partial = vector[: rows * WIDTH].view(rows, WIDTH).mv(signs).to(wide)
+        partial = vector[: rows * WIDTH].view(rows, WIDTH)
+        partial = partial.mv(_signs(vector.device, vector.dtype, WIDTH)).to(wide)
         total = total + partial.dot(_signs(vector.device, wide, rows)[:rows])
     return total.to(wide)
 
 
-@lru_cache(maxsize=16)
-def _signs(device: torch.device, dtype: torch.dtype, count: int = WIDTH) -> Tensor:
-    """Draw signs on the CPU, by a generator of their own: a longer vector begins as a shorter."""
+def _signs(device: torch.device, dtype: torch.dtype, count: int) -> Tensor:
+    """Return at least as many signs; a longer vector begins as a shorter one."""
+    return _drawn(device, dtype, 1 << max(count - 1, 0).bit_length())
+
+
+@lru_cache(maxsize=64)
+def _drawn(device: torch.device, dtype: torch.dtype, count: int) -> Tensor:
+    # By the CPU, and by a generator of its own, which nobody seeds.
     generator = torch.Generator().manual_seed(0)
-    count = 1 << (count - 1).bit_length()
     drawn = torch.randint(0, 2, (count,), generator=generator, device="cpu")
     return (2 * drawn - 1).to(device, dtype)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..codecs import compute_dtype
+from ..layout import real_view
 from . import batch_dims
 from .calls import Call, sketch_of
 from .gates import Mode, observe
@@ -26,6 +27,10 @@ from .ownership import every_name, own_parameters
 from .unknown import check_arguments, check_bags
 from .uses import FallbackUse
 
+# How far the sum of contributions may be from what autograd has made of the batch, in roots of the
+# number of samples times their squares: a few roundings; on a GPU products may be of tf32.
+SUMS = {torch.float64: 1e-9, torch.float32: 1e-4}
+ROUGH = 1e-2
 # Share of an output's norm by which it may differ between a sample alone and in the batch: a few
 # roundings of bfloat16. Other samples or other random numbers change it by more.
 TOLERANCE = 3e-2
@@ -52,6 +57,8 @@ def functional(site: Site, module: nn.Module, plain: Any, arguments: Any, keywor
     check_arguments(site.name, (arguments, keywords))
     check_bags(site.name, module, arguments, keywords)
     leaves, structure = tree_flatten((arguments, keywords))
+    # As the call finds them: running statistics, vectors of a power iteration.
+    buffers = {name: b.detach().clone() for name, b in module.named_buffers(remove_duplicate=False)}
     outputs = plain(*arguments, **keywords)
     flat, out_structure = tree_flatten(outputs)
     places = [i for i, y in enumerate(flat) if isinstance(y, Tensor) and y.requires_grad]
@@ -76,11 +83,14 @@ def functional(site: Site, module: nn.Module, plain: Any, arguments: Any, keywor
         inputs = dict(zip(tensors, saved, strict=False))
         rest_of = iter(saved[len(tensors) :])
         sketches = [[(dim, next(rest_of)) for dim in own] for own in dims]
-        source.calls.append(
-            Call(source, structure, rest, inputs, fixed, places, autocast, errors, sketches)
+        source.add(
+            Call(
+                source, structure, rest, inputs, buffers, fixed, places, autocast, errors, sketches
+            )
         )
+        use = FallbackUse(source, _tolerance(errors, enabled or torch.is_autocast_enabled(device)))
         for gate in gates.values():
-            gate.add(FallbackUse(source))
+            gate.add(use)
 
     # Not the outputs: the next layer may write to them.
     kept = [leaves[i].detach() for i in tensors]
@@ -89,6 +99,11 @@ def functional(site: Site, module: nn.Module, plain: Any, arguments: Any, keywor
     for i, y in zip(places, observed, strict=True):
         flat[i] = y
     return tree_unflatten(flat, out_structure)
+
+
+def _tolerance(errors: Sequence[Tensor], autocast: bool) -> float:
+    rough = autocast or any(e.device.type != "cpu" for e in errors)
+    return ROUGH if rough else max(SUMS.get(real_view(e).dtype, ROUGH) for e in errors)
 
 
 class Module:
@@ -102,10 +117,22 @@ class Module:
         self.named = {name: id(p) for name, p in every_name(module)}
         self._left = {id(p) for p in self.parameters}
         self.calls: list[Call] = []
-        self._made: dict[int, Tensor] = {}
+        self._backward = -1
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def squares_of(self, parameter: Tensor) -> Tensor:
-        """Return the squares of one parameter; those of all are made at the first request."""
+    def add(self, call: Call) -> None:
+        """Note a call of the module whose gradients have arrived."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            # What is there was left by a backward pass that did not reach the parameters.
+            self._backward, self.calls, self._made = backward, [], {}
+        self.calls.append(call)
+
+    def squares_of(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of contributions to a parameter, and of their squares.
+
+        Those of all parameters are made at the first request.
+        """
         if id(parameter) not in self._made:
             self._made = self._make([p for p in self.parameters if id(p) in self._left])
         made = self._made.pop(id(parameter))
@@ -123,18 +150,21 @@ class Module:
         if not self._left:
             self.calls = []
 
-    def _make(self, parameters: list[nn.Parameter]) -> dict[int, Tensor]:
+    def _make(self, parameters: list[nn.Parameter]) -> dict[int, tuple[Tensor, Tensor]]:
         count = self.site.call.samples.count
-        totals = [
-            torch.zeros(p.shape, dtype=compute_dtype([p.dtype]), device=p.device)
-            for p in parameters
-        ]
+
+        def zeros(p: Tensor) -> Tensor:
+            return torch.zeros(p.shape, dtype=compute_dtype([p.dtype]), device=p.device)
+
+        made = {id(p): (zeros(p), zeros(p)) for p in parameters}
         for piece in pieces(count, sum(p.numel() for p in parameters)):
             rows = self._rows(piece, parameters)
-            for total, row in zip(totals, rows, strict=True):
+            for (total, squares), row in zip(made.values(), rows, strict=True):
                 # Not in place: the gradients of two parameters may be views of one tensor.
-                total.add_(row.to(total.dtype).square().sum(0))
-        return {id(p): total for p, total in zip(parameters, totals, strict=True)}
+                wide = row.to(squares.dtype)
+                total.add_(wide.sum(0))
+                squares.add_(wide.square().sum(0))
+        return made
 
     def _rows(self, samples: slice, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the contributions of some samples, summed over the module's calls."""
@@ -180,7 +210,8 @@ class Module:
             if not bool((near | ~expected.isfinite()).all()):
                 raise RuntimeError(
                     f"{self.site.name} ({type(self.module).__name__}) gives another output for a"
-                    " sample alone than within the batch: it mixes samples, or draws random"
-                    " numbers. Its per-sample squares are not defined; use MicroBatchSquares"
+                    " sample alone than within the batch: it mixes samples, draws random numbers,"
+                    " or was changed between forward and backward (its weights, train() or eval())."
+                    " Its per-sample squares are not defined; use MicroBatchSquares"
                 )
         return list(rows)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .joint import reduce as reduce_uses
-from .uses import FallbackUse, Target, Use
+from .uses import Target, Use
 
 if TYPE_CHECKING:
     from .passes import Pass
@@ -58,6 +58,8 @@ class Gate:
         self.call = call
         self.mode = mode
         self.uses: list[Use] = []
+        self._backward = -1
+        self._unplaced = call.statistics.is_unplaced()
         record.watch()
         record.gated = True
         alias, self.ticket = _Enter.apply(record.parameter, self)  # type: ignore[no-untyped-call]
@@ -66,6 +68,25 @@ class Gate:
     def close(self) -> None:
         """Let go of the graph: no further use follows in this call of the model."""
         del self.ticket, self.tensor
+
+    def begin(self) -> None:
+        """Note that a layer behind this is about to add a use.
+
+        Raises:
+            RuntimeError: where it is not known of which call of the model.
+        """
+        if self._unplaced:
+            raise RuntimeError(
+                "an activation checkpoint with use_reentrant=True was run again while several calls"
+                " of the model wait for their backward passes, and does not say of which it is a"
+                " part: pass use_reentrant=False to torch.utils.checkpoint, or call backward (or"
+                " let go of what the model returned) before the next call"
+            )
+        backward = torch._C._current_graph_task_id()
+        self.call.backwards.add(backward)
+        if backward != self._backward:
+            # What is there was left by a backward pass that did not reach the parameter.
+            self._backward, self.uses = backward, []
 
     def add(self, use: Use) -> None:
         """Note a use whose gradient has arrived."""
@@ -81,12 +102,34 @@ class Gate:
         dtype = self.record.parameter.dtype if fused else None
         pending = self.record.pending()
         target = Target(self.record.parameter, self.call.samples, dtype, pending)
-        made, squares = reduce_uses(uses, target)
+        made, squares, total = reduce_uses(uses, target)
         self.record.propose(squares, self.call)
         gradient = made if fused else gradient
-        beside = self.mode is Mode.BESIDE or any(isinstance(use, FallbackUse) for use in uses)
-        self.record.expect(gradient, known=not beside)
+        if total is not None:
+            # No sample's share is larger than the root of all squares.
+            scale = (squares.sum() * target.samples.count).sqrt()
+            self.record.expect_sum(
+                total, scale * max(getattr(use, "tolerance", 0.0) for use in uses)
+            )
+        else:
+            self.record.expect(gradient, known=self.mode is not Mode.BESIDE)
         return gradient
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse ``create_graph=True``: what is handed on has no derivative that would be right."""
+    once = once_differentiable(backward)
+
+    def run(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward with create_graph=True through a call that PerSampleSquares observes:"
+                " second derivatives are not known there. Call the model for it (a gradient"
+                " penalty, a Hessian) within statistics.paused()"
+            )
+        return once(ctx, *gradients)
+
+    return run
 
 
 class _Enter(torch.autograd.Function):
@@ -99,7 +142,7 @@ class _Enter(torch.autograd.Function):
         return parameter.view_as(parameter), parameter.new_zeros(())
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> Any:
         return ctx.gate.finish(gradient), None
 
@@ -118,9 +161,8 @@ def observe(
     if not gates:
         return tuple(outputs)
     tickets = [gate.ticket for gate in gates]
-    counts = len(outputs), len(tickets)
     observed: tuple[Tensor, ...] = _Observe.apply(  # type: ignore[no-untyped-call]
-        arrive, counts, *outputs, *tickets, *saved
+        arrive, gates, len(outputs), *outputs, *tickets, *saved
     )
     return observed
 
@@ -129,10 +171,11 @@ class _Observe(torch.autograd.Function):
     """The identity, which notes the gradients that pass."""
 
     @staticmethod
-    def forward(ctx: Any, arrive: Arrive, counts: tuple[int, int], *rest: Tensor) -> Any:
-        n_outputs, n_tickets = counts
-        tickets = n_outputs + n_tickets
-        ctx.arrive = arrive
+    def forward(
+        ctx: Any, arrive: Arrive, gates: Sequence[Gate], n_outputs: int, *rest: Tensor
+    ) -> Any:
+        tickets = n_outputs + len(gates)
+        ctx.arrive, ctx.gates = arrive, gates
         ctx.zeros = [ticket.detach() for ticket in rest[n_outputs:tickets]]
         ctx.n_saved = len(rest) - tickets
         ctx.save_for_backward(*rest[tickets:])
@@ -141,7 +184,9 @@ class _Observe(torch.autograd.Function):
         return tuple(y.detach() for y in rest[:n_outputs])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        for gate in ctx.gates:
+            gate.begin()
         ctx.arrive(gradients, ctx.saved_tensors)
-        return (None, None, *gradients, *ctx.zeros, *([None] * ctx.n_saved))
+        return (None, None, None, *gradients, *ctx.zeros, *([None] * ctx.n_saved))

@@ -7,6 +7,7 @@ copies and pickles, which are made of the original class, are ordinary modules.
 
 from __future__ import annotations
 
+import copy
 import copyreg
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,7 @@ class Observer:
         self.forward = forward
         self.call = call
         self.original: type[nn.Module] = nn.Module
+        self.observed: type[nn.Module] = nn.Module
 
 
 class Observed:
@@ -50,6 +52,17 @@ class Observed:
         try:
             described = self.__reduce_ex__(protocol)
             return _detached(described)
+        finally:
+            _set_class(self, observed)
+            self.__dict__[_KEY] = observer
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        """Copy the module as one of its original class, which may do that in a way of its own."""
+        observed = type(self)
+        observer: Observer = self.__dict__.pop(_KEY)
+        _set_class(self, observer.original)
+        try:
+            return copy.deepcopy(self, memo)
         finally:
             _set_class(self, observed)
             self.__dict__[_KEY] = observer
@@ -108,6 +121,19 @@ class _CallObserved:
         return observer.call(super().__call__, arguments, keywords)  # type: ignore[misc]
 
 
+def _guarded(kind: type) -> type:
+    """Make a metaclass of which classes lose nothing: ``remove_parametrizations`` would try."""
+
+    class Guarded(kind):  # type: ignore[misc]
+        def __delattr__(cls, name: str) -> None:
+            raise RuntimeError(
+                f"a {cls.__name__} is observed by PerSampleSquares, and what computes its {name}"
+                " cannot be taken off: call remove() on the statistics before, and make them anew"
+            )
+
+    return Guarded
+
+
 def observe_module(module: nn.Module, observer: Observer) -> None:
     """Let an observer see the calls of a module.
 
@@ -126,7 +152,9 @@ def observe_module(module: nn.Module, observer: Observer) -> None:
     # Under its own name: nobody who prints a model need know.
     body = {"__module__": original.__module__, "__qualname__": original.__qualname__}
     module.__dict__[_KEY] = observer
-    _set_class(module, type(original.__name__, (*bases, original), body))
+    make = _guarded(type(original))
+    observer.observed = make(original.__name__, (*bases, original), body)
+    _set_class(module, observer.observed)
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -144,6 +172,17 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def restore_module(module: nn.Module) -> None:
     """Give a module its class back."""
-    if isinstance(module, Observed):
-        _set_class(module, original_class(module))
-        del module.__dict__[_KEY]
+    if not isinstance(module, Observed):
+        return
+    observer: Observer = module.__dict__.pop(_KEY)
+    if type(module) is observer.observed:
+        _set_class(module, observer.original)
+        return
+    # Somebody has derived a class from it since, as a parametrization does.
+    for kind in type(module).__mro__:
+        if observer.observed in kind.__bases__:
+            own = (
+                observer.original if base is observer.observed else base for base in kind.__bases__
+            )
+            kind.__bases__ = tuple(own)
+            return

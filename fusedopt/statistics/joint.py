@@ -19,7 +19,6 @@ from .uses import (
     FallbackUse,
     GainUse,
     LinearUse,
-    Reduced,
     Target,
     Use,
     VectorUse,
@@ -36,25 +35,28 @@ _TOGETHER = ({VectorUse, GainUse}, {LinearUse, EmbeddingUse}, {ConvolutionUse})
 Known = LinearUse | VectorUse | GainUse | EmbeddingUse | ConvolutionUse
 
 
-def reduce(uses: Sequence[Use], target: Target) -> Reduced:
+def reduce(uses: Sequence[Use], target: Target) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Reduce all uses of a parameter in one call of the model, of whatever kinds.
 
     Returns:
-        The gradient, or None, and the squares. The gradient is that of known layers: what others
-        contribute to it goes past the gate.
+        The gradient, or None; the squares; and where modules of unknown kind take part, the sum of
+        all contributions, else None. The gradient is that of known layers: what others contribute
+        to it goes past the gate.
     """
     sources = {id(use.source): use.source for use in uses if isinstance(use, FallbackUse)}
     known: list[Known] = [use for use in uses if not isinstance(use, FallbackUse)]
     kinds = {type(use) for use in known}
     alone = not sources and any(kinds <= together for together in _TOGETHER)
     if alone or (len(sources) == 1 and not known):
-        return reduce_uses(uses, target)
+        made, reduced = reduce_uses(uses, target)
+        return (None, reduced, made) if sources else (made, reduced, None)
     parameter, squares = target.parameter, target.squares
     compute = compute_dtype([parameter.dtype])
     if squares is None:
         squares = torch.zeros(parameter.shape, dtype=compute, device=parameter.device)
     fused = target.dtype is not None and bool(known)
     gradient = torch.zeros_like(squares) if fused else None
+    total = torch.zeros_like(squares) if sources else None
     for piece in pieces(target.samples.count, parameter.numel()):
         rows = squares.new_zeros(piece.stop - piece.start, *parameter.shape)
         for use in known:
@@ -63,10 +65,12 @@ def reduce(uses: Sequence[Use], target: Target) -> Reduced:
             gradient += rows.sum(0)
         for source in sources.values():
             rows += source.rows_of(parameter, piece).to(rows.dtype)
+        if total is not None:
+            total += rows.sum(0)
         squares += rows.square_().sum(0)
     for source in sources.values():
         source.done(parameter)
-    return None if gradient is None else gradient.to(target.dtype), squares
+    return None if gradient is None else gradient.to(target.dtype), squares, total
 
 
 def pieces(count: int, numel: int) -> Iterator[slice]:

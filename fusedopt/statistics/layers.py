@@ -61,10 +61,15 @@ class Site:
         """Bring ``[..., width]`` into canonical form."""
         return self.call.rows(x, self.name, self.batch_first)
 
-    def check_rows(self, x: Tensor) -> None:
-        """Raise where the samples of ``[..., width]`` are not the model's."""
+    def check_rows(self, x: Tensor, shape: torch.Size | None = None) -> None:
+        """Raise where the samples of ``[..., width]`` are not the model's.
+
+        Args:
+            x: an input.
+            shape: of what the layer was called with, where that is another.
+        """
         if not self.statistics.is_replaying():
-            self.rows(x)
+            self.call.rows(x, self.name, self.batch_first, shape)
 
     def check_images(self, x: Tensor) -> None:
         """Raise where the samples of ``[batch, channels, ...]`` are not the model's."""
@@ -135,41 +140,47 @@ def _embedding(site: Site, module: nn.Embedding, ids: Tensor) -> Tensor:
     chosen = site.ops(module.weight)
     w = site.gate(module.weight, chosen)
     ids = site.call.expand_ids(ids, site.name)
-    site.check_rows(ids.unsqueeze(-1))
+    site.check_rows(ids.unsqueeze(-1), ids.shape)
     used = _tensor(module.weight, w)
     assert used is not None
-    y = F.embedding(ids, used, module.padding_idx)
+    # Backward must not read the module, which may have been changed since.
+    padding_idx = module.padding_idx
+    y = F.embedding(ids, used, padding_idx)
 
     def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         assert w is not None
         own = site.rows(saved[0].unsqueeze(-1)).squeeze(-1)
-        w.add(EmbeddingUse(chosen, own, site.rows(errors[0]), module.padding_idx))
+        w.add(EmbeddingUse(chosen, own, site.rows(errors[0]), padding_idx))
 
     return observe([y], arrive, _gates(w), [ids])[0]
 
 
 def _layer_norm(site: Site, module: nn.LayerNorm, x: Tensor) -> Tensor:
+    shape, eps = module.normalized_shape, module.eps
+
     def statistics(rows: Tensor) -> tuple[Tensor | None, Tensor]:
         if rows.numel() == 0:
             # torch warns of the variance of nothing.
             return rows.new_zeros(rows.shape[:-1]), rows.new_zeros(rows.shape[:-1])
         variance, mean = torch.var_mean(rows, -1, correction=0)
-        return mean, (variance + module.eps).rsqrt()
+        return mean, (variance + eps).rsqrt()
 
     def forward(weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+        return F.layer_norm(x, shape, weight, bias, eps)
 
     return _norm(site, module, x, forward, statistics)
 
 
 def _rms_norm(site: Site, module: nn.RMSNorm, x: Tensor) -> Tensor:
+    shape, given = module.normalized_shape, module.eps
+
     def statistics(rows: Tensor) -> tuple[Tensor | None, Tensor]:
         # torch's own default: the precision of the type that the input is widened to.
-        eps = torch.finfo(rows.dtype).eps if module.eps is None else module.eps
+        eps = torch.finfo(rows.dtype).eps if given is None else given
         return None, (rows.square().mean(-1) + eps).rsqrt()
 
     def forward(weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.rms_norm(x, module.normalized_shape, weight, module.eps)
+        return F.rms_norm(x, shape, weight, given)
 
     return _norm(site, module, x, forward, statistics)
 
@@ -206,8 +217,10 @@ def _norm(
 
 
 def _group_norm(site: Site, module: nn.GroupNorm, x: Tensor) -> Tensor:
+    groups, eps = module.num_groups, module.eps
+
     def forward(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
-        return F.group_norm(x, module.num_groups, weight, bias, module.eps)
+        return F.group_norm(x, groups, weight, bias, eps)
 
     return _channel_norm(site, module, x, forward)
 
@@ -215,21 +228,24 @@ def _group_norm(site: Site, module: nn.GroupNorm, x: Tensor) -> Tensor:
 def _batch_norm(site: Site, module: Any, x: Tensor) -> Tensor:
     if module.training or module.running_mean is None:
         raise RuntimeError(coupled_message(site.name, module))
+    mean, variance, eps = module.running_mean, module.running_var, module.eps
 
     def forward(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
-        mean, variance = module.running_mean, module.running_var
-        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, module.eps)
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
     return _channel_norm(site, module, x, forward)
 
 
 def coupled_message(name: str, module: nn.Module) -> str:
     """Say why a layer that mixes samples has no per-sample gradients, and what to do."""
+    evaluate = "Put it into evaluation mode (eval() on that module), replace it by"
+    if getattr(module, "track_running_stats", True) is False:
+        # In evaluation mode, too.
+        evaluate = "It keeps no running statistics (track_running_stats=False): replace it by"
     return (
         f"{name} ({type(module).__name__}) normalises over the batch, so that no sample has a"
-        " gradient of its own. Put it into evaluation mode (eval() on that module), replace it by"
-        " GroupNorm or LayerNorm, or use MicroBatchSquares, for which the batch that is normalised"
-        " over is the sample"
+        f" gradient of its own. {evaluate} GroupNorm or LayerNorm, or use MicroBatchSquares, for"
+        " which the batch that is normalised over is the sample"
     )
 
 
@@ -275,19 +291,21 @@ def _convolution(site: Site, module: Any, x: Tensor) -> Tensor:
         x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode), (0,) * dims
     used = _tensor(weight, w)
     assert used is not None
+    # Backward must not read the module, which may have been changed since.
+    stride, dilation, groups = module.stride, module.dilation, module.groups
     convolve = F.conv1d if dims == 1 else F.conv2d
     y = convolve(
         x, used, _tensor(bias, b),
-        module.stride, padding, module.dilation, module.groups,
+        stride, padding, dilation, groups,
     )  # type: ignore[arg-type]  # fmt: skip
 
     def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         (e,) = errors
         if w is not None:
             own, error = (t.unsqueeze(2) if dims == 1 else t for t in (saved[0], e))
-            kernel, stride = _pair(weight.shape[2:], 1), _pair(module.stride, 1)
-            geometry = kernel, stride, _pair(padding, 0), _pair(module.dilation, 1)
-            w.add(ConvolutionUse(chosen, own, error, *geometry, module.groups))
+            kernel, strides = _pair(weight.shape[2:], 1), _pair(stride, 1)
+            geometry = kernel, strides, _pair(padding, 0), _pair(dilation, 1)
+            w.add(ConvolutionUse(chosen, own, error, *geometry, groups))
         if b is not None:
             b.add(VectorUse(chosen, _channels_last(e)))
 

@@ -53,7 +53,8 @@ class MicroBatchSquares(Statistics):
             optimizer: whose parameters are meant.
 
         Raises:
-            RuntimeError: where no parameter has a gradient, or gradients are of one process alone.
+            RuntimeError: where no parameter has a gradient, where none has changed since the last
+                call, or where gradients are of one process alone.
         """
         own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if all(p.grad is None for p in own):
@@ -65,6 +66,12 @@ class MicroBatchSquares(Statistics):
         if any(id(p) in self._states and self._states[id(p)].is_cleared() for p in own):
             # By the model's zero_grad, or by hand.
             self.reset(own)
+        states = [self._states.get(id(p)) for p in own if p.grad is not None]
+        if all(state is not None and state.is_complete() for state in states):
+            raise RuntimeError(
+                "no gradient has changed since the last accumulate(): call it once, after each"
+                " backward pass"
+            )
         for p in own:
             if id(p) not in self._states:
                 self._states[id(p)] = _kind(p)(p)

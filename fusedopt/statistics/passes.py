@@ -39,6 +39,8 @@ class Pass:
         # For each module of unknown kind, what gathers its calls.
         self.fallbacks: dict[int, Any] = {}
         self._finished: set[int] = set()
+        # Backward passes in which something behind a layer of it has arrived.
+        self.backwards: set[int] = set()
         # How many samples the statistics had seen before these; None until these are counted.
         self.base: int | None = None
 
@@ -53,6 +55,7 @@ class Pass:
         gate = self._gates.get(id(record))
         if gate is None:
             gate = self._gates[id(record)] = Gate(record, self, mode)
+            self.statistics.see(self)
         elif gate.mode is not mode and Mode.BESIDE not in (gate.mode, mode):
             # Through a gate that a module goes past, known layers go by autograd.
             raise RuntimeError(
@@ -104,8 +107,16 @@ class Pass:
         shape[dim] = self._count  # type: ignore[call-overload]
         return ids.expand(shape)
 
-    def rows(self, x: Tensor, name: str, batch_first: bool) -> Tensor:
+    def rows(
+        self, x: Tensor, name: str, batch_first: bool, shape: torch.Size | None = None
+    ) -> Tensor:
         """Bring ``[..., width]`` into canonical form.
+
+        Args:
+            x: an input, or an error.
+            name: of the layer, for messages.
+            batch_first: whether the batch is the first dimension of sequences.
+            shape: of what the layer was called with, for messages; that of x by default.
 
         Returns:
             ``[batch, length, width]``, or ``[tokens, width]`` where samples are packed. A view
@@ -118,7 +129,7 @@ class Pass:
         if x.dim() < 2:
             raise RuntimeError(f"{name} was called with one sample that has no batch dimension")
         x = x if batch_first or x.dim() == 2 else x.transpose(0, 1)
-        self._check_count(len(x), x.shape, name)
+        self._check_count(len(x), x.shape if shape is None else shape, name)
         return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
     def images(self, x: Tensor, name: str) -> Tensor:

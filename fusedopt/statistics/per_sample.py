@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ from .. import backends
 from ..codecs import compute_dtype
 from .attention import attention
 from .base import MissingSquares, Statistics
-from .fallback import functional, warning
+from .fallback import functional, trained_parameters, warning
 from .instrument import (
     Observer,
     is_observed,
@@ -27,7 +28,7 @@ from .instrument import (
 from .layers import KNOWN, Forward, Site, coupled_message
 from .ownership import computes_weights, is_container, own_parameters, set_by_hooks
 from .passes import Pass
-from .records import Record, follow, measure
+from .records import Foreign, Record, follow, measure, settle_deviations
 from .unknown import check_arguments, check_context
 
 SAMPLES = ("sequence", "token")
@@ -59,6 +60,9 @@ class PerSampleSquares(Statistics):
     Linear, Embedding, Conv1d, Conv2d, LayerNorm, RMSNorm, GroupNorm, BatchNorm in evaluation mode
     and MultiheadAttention are known; shared weights, tied embeddings and modules used several times
     are exact. The parameters of any other module go through ``torch.func``, with a warning.
+
+    An observed module is of a subclass of its class, under the same name: ``isinstance`` holds,
+    ``type(module) is nn.Linear`` does not. Initialise, wrap and group by type before.
 
     Args:
         model: the module that is called in training.
@@ -102,12 +106,17 @@ class PerSampleSquares(Statistics):
         self._arrived: dict[int, list[Record]] = {}
         self._lock = threading.RLock()
         self._active: Pass | None = None
+        self._thread = 0
+        # Those with observed layers whose graphs are alive.
+        self._calls: weakref.WeakSet[Pass] = weakref.WeakSet()
         self._last: Pass | None = None
         self._offsets: Tensor | None = None
         self._paused = 0
         self._ranks = 1
+        self._removed = False
         self._backends: dict[torch.device, str] = {}
         self._modules = list(_observable(model))
+        self._computed = {id(module): computes_weights(module) for _, module in self._modules}
         self._check_model()
         self._records = {
             id(p): Record(p, name, self._commit) for name, p in model.named_parameters()
@@ -123,6 +132,12 @@ class PerSampleSquares(Statistics):
                 )
             if _is_coupled(module) and module.training:
                 raise RuntimeError(coupled_message(name, module))
+            if "forward" in module.__dict__ and trained_parameters(module):
+                raise RuntimeError(
+                    f"{name or 'the model'} ({type(module).__name__}) has a forward of its own,"
+                    " which was put on the module and not on its class, so that its calls are not"
+                    " seen: make PerSampleSquares before the module is wrapped"
+                )
             problem = _unsupported(module)
             if problem:
                 raise RuntimeError(f"{name} ({type(module).__name__}): {problem}")
@@ -155,6 +170,7 @@ class PerSampleSquares(Statistics):
             restore_module(module)
         for record in self._records.values():
             record.remove()
+        self._removed = True
         self._release()
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -164,6 +180,11 @@ class PerSampleSquares(Statistics):
 
     def _call(self, plain: Any, arguments: Any, keywords: Any) -> Any:
         """Run the model; this is one batch of samples."""
+        if self._active is not None and self._thread != _thread():
+            raise RuntimeError(
+                "the model that PerSampleSquares observes was called while a call of another thread"
+                " was under way: call it by one thread at a time, or observe a copy for each"
+            )
         if self._active is not None or self._paused or not torch.is_grad_enabled():
             return plain(*arguments, **keywords)
         check_context("the model")
@@ -171,6 +192,7 @@ class PerSampleSquares(Statistics):
         self._release()
         self._called = True
         self._active = Pass(self, (arguments, keywords), self._offsets)
+        self._thread = _thread()
         try:
             return plain(*arguments, **keywords)
         finally:
@@ -207,7 +229,8 @@ class PerSampleSquares(Statistics):
             raise ValueError(f"cu_seqlens must rise from 0, got {cu_seqlens.tolist()}")
         if self.sample == "token":
             raise ValueError("with sample='token' every token is a sample: there are no segments")
-        before, self._offsets = self._offsets, cu_seqlens
+        # Read again in backward, when the vector may be the next batch's.
+        before, self._offsets = self._offsets, cu_seqlens.clone()
         try:
             yield
         finally:
@@ -215,7 +238,11 @@ class PerSampleSquares(Statistics):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Call modules without observing them."""
+        """Call modules without observing them.
+
+        Where the model has activation checkpoints, which call parts of it again in backward, run
+        the backward pass of such a call within this, too, and that of others outside of it.
+        """
         self._paused += 1
         try:
             yield
@@ -226,13 +253,32 @@ class PerSampleSquares(Statistics):
         """Whether an activation checkpoint runs a part of the model again, of whatever call."""
         return self._active is None
 
+    def is_unplaced(self) -> bool:
+        """Whether a part of the model is run again, and there is more than one call to be it of."""
+        if not self.is_replaying():
+            return False
+        backward = torch._C._current_graph_task_id()
+        own = self._replayed(backward)
+        others = (c for c in self._calls if c is not own)
+        return any(c.base is None or backward in c.backwards for c in others)
+
+    def _replayed(self, backward: int) -> Pass | None:
+        """Return the call that an activation checkpoint runs a part of again."""
+        met = [c for c in self._calls if backward in c.backwards]
+        return met[0] if len(met) == 1 else self._last
+
+    def see(self, call: Pass) -> None:
+        """Note a call that a backward pass may reach."""
+        self._calls.add(call)
+
     def current(self, name: str) -> Pass:
         """Return the call of the model that a layer's call belongs to."""
         if self._active is not None:
             return self._active
-        if torch._C._current_graph_task_id() != -1 and self._last is not None:
-            # An activation checkpoint runs its part of the model again.
-            return self._last
+        backward = torch._C._current_graph_task_id()
+        call = None if backward == -1 else self._replayed(backward)
+        if call is not None:
+            return call
         raise RuntimeError(
             f"{name} was called outside of the model that PerSampleSquares observes, so that its"
             " samples are not known: call model(x), not model.forward(x) or a part of it, make"
@@ -259,6 +305,13 @@ class PerSampleSquares(Statistics):
 
     def _unknown(self, parameter: Tensor) -> str:
         """Say why a layer has been called with a parameter that is not known."""
+        for name, module in self._modules:
+            if computes_weights(module) and not self._computed[id(module)]:
+                return (
+                    f"the weights of {name or 'the model'} are computed since PerSampleSquares was"
+                    " made (by a parametrization, weight_norm, pruning): call remove() and make it"
+                    " anew"
+                )
         for name, candidate in self.model.named_parameters():
             # torch.func.functional_call puts other tensors in their place, for one call.
             if candidate is parameter and isinstance(parameter, nn.Parameter):
@@ -350,10 +403,11 @@ class PerSampleSquares(Statistics):
         records = [self._settled(p) for p in parameters]
         # One factor on all gradients of the step; of some alone is more likely to be a mistake.
         known = _known(records)
+        settle_deviations(known)
         if known and all(r.is_changed() for r in known):
             follow(known)
         for p, record in zip(parameters, records, strict=True):
-            problem = self._problem(record)
+            problem = self._problem(p, record)
             if problem is not None:
                 raise MissingSquares(p, problem)
 
@@ -362,25 +416,23 @@ class PerSampleSquares(Statistics):
         # GradScaler.unscale_ divides behind the version counters.
         return follow(_known(self._settled(p) for p in parameters))
 
-    def _problem(self, record: Record | None) -> str | None:
+    def _problem(self, parameter: Tensor, record: Record | None) -> str | None:
         if record is None:
+            if any(candidate is parameter for candidate in self.model.parameters()):
+                return self._unknown(parameter)
             return (
                 "it is not part of the model that PerSampleSquares observes: give it an optimizer"
                 " of its own"
             )
         if record.squares is None:
             return f"{record.name!r} has a gradient but no per-sample squares: {self._why(record)}"
-        if record.foreign:
-            return (
-                f"{record.name!r} is used outside of its module as well (by a function, or a"
-                " penalty in the loss), or a hook on it changes its gradient, for which there are"
-                " no per-sample squares. Call the module for every use, put penalties into the"
-                " optimizer (weight_decay), and mask the layer's output"
-            )
+        if record.foreign is not None:
+            return f"{record.name!r} {_FOREIGN[record.foreign]}"
         if record.altered or record.is_changed():
             return (
                 f"the gradient of {record.name!r} was changed between backward and step(), and not"
-                " by one factor, which squares would have followed. To clip, pass"
+                " by one factor other than zero, in place and with all others, which squares would"
+                " have followed. To clip, pass"
                 " clip=fusedopt.GlobalNorm(max_norm) to the optimizer; if all gradients were"
                 " multiplied by a factor, tell it by statistics.rescale(factor); if processes have"
                 " averaged them, call statistics.all_reduce()"
@@ -390,6 +442,11 @@ class PerSampleSquares(Statistics):
     def _why(self, record: Record) -> str:
         """Say why a gradient came without squares, and what to do."""
         again = "Call zero_grad(), then run forward and backward again"
+        if self._removed:
+            return (
+                "remove() was called, and nothing observes the model any more: make"
+                " PerSampleSquares anew, and set optimizer.statistics to it"
+            )
         if not self._called:
             return (
                 "the model has not been called since PerSampleSquares was made, so that the"
@@ -426,6 +483,8 @@ class PerSampleSquares(Statistics):
     def rescale(self, factor: float | Tensor) -> None:
         """Follow a change of all gradients, made by hand between backward and ``step()``.
 
+        Call it after the change: one that comes later is followed by itself where it can be.
+
         Args:
             factor: what every gradient was multiplied by; 1 for a change that squares are not to
                 follow.
@@ -447,6 +506,13 @@ class PerSampleSquares(Statistics):
         for record in records:
             record.settle()
             record.reset(self._total)
+
+    def cleared(self, parameters: Sequence[Tensor]) -> None:
+        """Forget what was gathered for parameters whose gradients are None or zero now."""
+        self.reset(parameters)
+        for p in parameters:
+            if id(p) in self._records:
+                self._records[id(p)].cleared()
 
     @torch.no_grad()
     def all_reduce(self, group: Any = None) -> None:
@@ -480,6 +546,32 @@ class PerSampleSquares(Statistics):
             # The processes' gradients have been averaged in place.
             record.accept()
         measure(records)
+
+
+_FOREIGN = {
+    Foreign.OUTSIDE: (
+        "is used outside of its module as well (by a function, or a penalty in the loss), or a hook"
+        " on it changes its gradient, for which there are no per-sample squares. Call the module"
+        " for every use, put penalties into the optimizer (weight_decay), and mask the layer's"
+        " output"
+    ),
+    Foreign.UNOBSERVED: (
+        "got a gradient from a backward pass in which no observed layer used it (of a call within"
+        " paused(), of a penalty or another function of it alone), for which there are no"
+        " per-sample squares. Call the module for every use, and put penalties into the optimizer"
+        " (weight_decay)"
+    ),
+    Foreign.BEFORE: (
+        "had a gradient already when the first that was observed was added to it (written by hand,"
+        " or of a call within paused()), for which there are no per-sample squares. Call"
+        " zero_grad() before"
+    ),
+}
+
+
+def _thread() -> int:
+    # Graphs that are traced are called by one thread.
+    return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()
 
 
 def _known(records: Iterable[Record | None]) -> list[Record]:

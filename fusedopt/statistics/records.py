@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +80,34 @@ def _versions(gradient: Any) -> tuple[int, int]:
     return gradient._version, _local(gradient)._version
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What observed layers hand to autograd for a parameter in one call of the model.
+
+    Attributes:
+        tensor: the gradient, or the sum of contributions where autograd makes the gradient.
+        version: how often the gradient has been written; None for a sum, equal to rounding.
+        allowed: how far the sum may be from the gradient, of shape (); None for the gradient.
+    """
+
+    tensor: Tensor
+    version: int | None
+    allowed: Tensor | None
+
+
+class Foreign(Enum):
+    """Where a part of a gradient came from that no observed layer made."""
+
+    OUTSIDE = auto()
+    UNOBSERVED = auto()
+    BEFORE = auto()
+
+
+# What is allowed where several gradients are added up, beside their norms: a few roundings.
+ADDED = {torch.float64: 1e-12, torch.float32: 1e-5}
+ADDED_NARROW = 3e-2
+
+
 class Record:
     """The squares of one parameter.
 
@@ -95,7 +125,9 @@ class Record:
         start: how many samples the statistics had seen when ``parameter.grad`` was cleared.
         reduced_count: number of samples of all processes, once squares are added up over them; 0
             before.
-        foreign: whether the parameter received a gradient that no observed layer made.
+        foreign: where a part of the gradient came from that no observed layer made, or None.
+        deviates: whether what arrived is not what was expected, on the device; None where that is
+            known on the host.
         norms: of the gradient as it arrived, see ``factors``; None where they were not made.
         altered: whether a gradient was changed by hand before another was added to it.
     """
@@ -108,7 +140,8 @@ class Record:
         self.squares: Tensor | None = None
         self.start = 0
         self.reduced_count = 0
-        self.foreign = False
+        self.foreign: Foreign | None = None
+        self.deviates: Tensor | None = None
         self.norms: Tensor | None = None
         self.altered = False
         # Whether the gradient was gone before the one that now arrives.
@@ -122,8 +155,11 @@ class Record:
         self._pending: Tensor | None = None
         self._pending_calls: list[Pass] = []
         self._backward = -1
-        self._expected: list[tuple[Tensor | None, int] | None] = []
-        self._unexpected = False
+        self._expected: list[Expected | None] = []
+        self._unexpected: Foreign | None = None
+        self._deviates: Tensor | None = None
+        # The gradient as it was when it was known to be zero.
+        self._zero: Stamp | None = None
         self._stamp: Stamp | None = None
         self._stepped = False
         self._check_hook: Any = None
@@ -146,8 +182,12 @@ class Record:
 
     def expect(self, gradient: Tensor | None, known: bool) -> None:
         """Note the gradient that an observed layer hands to autograd, if it is known."""
-        version = 0 if gradient is None else gradient._version
-        self._expected.append((gradient, version) if known else None)
+        found = gradient is not None and known
+        self._expected.append(Expected(gradient, gradient._version, None) if found else None)  # type: ignore[union-attr, arg-type]
+
+    def expect_sum(self, total: Tensor, allowed: Tensor) -> None:
+        """Note what the gradient that autograd makes should be, and how far it may be from that."""
+        self._expected.append(Expected(total, None, allowed))
 
     def watch(self) -> None:
         """See the gradient as it arrives, behind hooks that others have registered since."""
@@ -172,17 +212,35 @@ class Record:
     def _check(self, gradient: Tensor) -> None:
         """Compare what reaches the parameter with what the layers handed over."""
         expected, self._expected = self._expected, []
-        # One contribution is passed on as it is, several are added to a new tensor: in which the
-        # layers' part cannot be told from a function that used the parameter directly.
-        self._unexpected = not expected
-        if len(expected) == 1 and expected[0] is not None:
-            tensor, version = expected[0]
-            self._unexpected = gradient is not tensor or gradient._version != version
+        self._unexpected = self._deviates = None
+        if not expected:
+            self._unexpected = Foreign.UNOBSERVED
+        elif len(expected) == 1 and expected[0] is not None and expected[0].allowed is None:
+            own = expected[0]
+            # One contribution is passed on as it is.
+            if gradient is not own.tensor or gradient._version != own.version:
+                self._unexpected = Foreign.OUTSIDE
+        elif None not in expected:
+            self._deviates = _deviation(gradient, expected)  # type: ignore[arg-type]
+        if self.squares is None and not self._is_zero():
+            self._unexpected = Foreign.BEFORE
         self.restarts = self.is_cleared()
         if not self.restarts and self.squares is not None and self.is_changed():
             # Else what is added now would hide it.
             self.altered |= not follow([self])
         self._arriving = torch._C._current_graph_task_id()
+
+    def _is_zero(self) -> bool:
+        """Whether there is nothing in ``parameter.grad`` that is now added to."""
+        gradient = self.parameter.grad
+        if gradient is None or (self._zero is not None and self._zero.holds(gradient)):
+            return True
+        return not bool(gradient.any())
+
+    def cleared(self) -> None:
+        """Note that the gradient is None or zero."""
+        gradient = self.parameter.grad
+        self._zero = None if gradient is None else Stamp(gradient)
 
     def _arrived(self, _: Tensor) -> None:
         """Run after autograd has added a gradient to ``parameter.grad``."""
@@ -208,7 +266,10 @@ class Record:
         if pending is not None:
             self._commit(self, calls)
             self.squares = pending if self.squares is None else self.squares.add_(pending)
-        self.foreign |= self._unexpected
+        self.foreign = self.foreign or self._unexpected
+        if self._deviates is not None:
+            known = self.deviates
+            self.deviates = self._deviates if known is None else known | self._deviates
         self._stamp, self._stepped = Stamp(parameter.grad), False
         self.norms = None
 
@@ -246,7 +307,8 @@ class Record:
         self.squares = None
         self.start = start
         self.reduced_count = 0
-        self.foreign = self.altered = False
+        self.foreign = self.deviates = self._zero = None
+        self.altered = False
         self._stamp, self._stepped, self.norms = None, False, None
 
     def remove(self) -> None:
@@ -255,6 +317,30 @@ class Record:
             self._check_hook.remove()
             self._arrived_hook.remove()
         self._check_hook = self._arrived_hook = None
+
+
+def _deviation(gradient: Tensor, expected: Sequence[Expected]) -> Tensor:
+    """Whether a gradient is not the sum of what was expected, on the device."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    rounding = ADDED.get(gradient.dtype, ADDED_NARROW)
+    distance = gradient.to(wide)
+    allowed = torch.zeros((), dtype=wide, device=gradient.device)
+    for one in expected:
+        distance = distance - one.tensor
+        part = rounding * one.tensor.norm(dtype=wide) if one.allowed is None else one.allowed
+        allowed = allowed + part
+    # What is not finite is told from its overflow, and not from its sums.
+    return (distance.norm() > allowed) & gradient.isfinite().all()
+
+
+def settle_deviations(records: Sequence[Record]) -> None:
+    """Read, at once, which gradients were not what was expected."""
+    doubtful = [r for r in records if r.deviates is not None]
+    flags = [r.deviates.cpu() for r in doubtful if r.deviates is not None]
+    for record, flag in zip(doubtful, flags, strict=True):
+        record.deviates = None
+        if flag:
+            record.foreign = record.foreign or Foreign.OUTSIDE
 
 
 def measure(records: Iterable[Record]) -> None:

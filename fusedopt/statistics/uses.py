@@ -79,8 +79,8 @@ class ConvolutionUse:
 class Fallback(Protocol):
     """Squares that are formed for a whole module at once: the way of last resort."""
 
-    def squares_of(self, parameter: Tensor) -> Tensor:
-        """Return the squares of one of the module's parameters."""
+    def squares_of(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the contributions to one of the module's parameters, and of squares."""
 
     def rows_of(self, parameter: Tensor, samples: slice) -> Tensor:
         """Return what some samples contribute to one parameter, ``[samples, *parameter]``."""
@@ -91,9 +91,15 @@ class Fallback(Protocol):
 
 @dataclass(frozen=True)
 class FallbackUse:
-    """Anything else: all uses by one module, which knows how to combine them."""
+    """Anything else: all uses by one module, which knows how to combine them.
+
+    Attributes:
+        source: the module.
+        tolerance: how far the sum of contributions may be from autograd's, beside their size.
+    """
 
     source: Fallback
+    tolerance: float = 0.0
 
 
 Use = LinearUse | VectorUse | GainUse | EmbeddingUse | ConvolutionUse | FallbackUse
@@ -166,8 +172,8 @@ def _reduce_single(use: Use, target: Target) -> Reduced:
 def _reduce_fallback(uses: Sequence[Use], target: Target) -> Reduced:
     """Reduce the calls of one module."""
     (source,) = {id(use.source): use.source for use in uses}.values()  # type: ignore[union-attr]
-    made = source.squares_of(target.parameter)
-    return None, made if target.squares is None else target.squares.add_(made)
+    total, made = source.squares_of(target.parameter)
+    return total, made if target.squares is None else target.squares.add_(made)
 
 
 def _start(target: Target, like: Tensor) -> tuple[Tensor | None, Tensor]:
