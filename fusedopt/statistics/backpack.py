@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import MissingSquares, Statistics
 from .records import Stamp
-from .spent import STALE, Spent
+from .spent import STALE, Arrivals, Spent
 
 
 class BackpackSquares(Statistics):
@@ -38,6 +38,12 @@ class BackpackSquares(Statistics):
         self.batch_size = batch_size
         self._sums: dict[int, _Sum] = {}
         self._spent: dict[int, Spent] = {}
+        self._arrivals = Arrivals()
+
+    def attach(self, optimizer: Any) -> None:
+        """Note an optimizer that this feeds."""
+        super().attach(optimizer)
+        self._arrivals.watch(p for group in optimizer.param_groups for p in group["params"])
 
     def count_of(self, parameter: Tensor) -> int:
         """Return how many samples were gathered for a parameter."""
@@ -76,6 +82,8 @@ class BackpackSquares(Statistics):
             own.add(getattr(p, "sum_grad_squared", None), size)
             own.gradient = Stamp(p.grad)
             p.sum_grad_squared = None
+        self._arrivals.watch(parameters)
+        self._arrivals.forget(parameters)
 
     def used(self, parameters: Sequence[Tensor]) -> None:
         """Note that a step has used what was gathered for some parameters."""
@@ -90,16 +98,17 @@ class BackpackSquares(Statistics):
             own = self._sums.get(id(p))
             if own is None:
                 self._size()
-            elif _left(p) or not own.gradient.holds(p.grad):
-                raise MissingSquares(
-                    p,
-                    "its gradient has changed since the last accumulate(): call that after each"
-                    " backward pass, and to clip pass clip=fusedopt.GlobalNorm(max_norm) to the"
-                    " optimizer",
-                )
             spent = self._spent.get(id(p))
             if spent is not None and spent.is_stale(p, _left(p)):
                 raise MissingSquares(p, "its sum_grad_squared" + STALE)
+            problem = self._arrivals.problem(p) if own is None else own.problem(p)
+            if problem is not None:
+                raise MissingSquares(
+                    p,
+                    f"its gradient {problem}, and its sum_grad_squared not: call"
+                    " accumulate(optimizer) after each backward pass where there are several, and"
+                    " to clip pass clip=fusedopt.GlobalNorm(max_norm) to the optimizer",
+                )
             if self.sum_of_squares(p) is None:
                 raise MissingSquares(
                     p,
@@ -117,7 +126,10 @@ class BackpackSquares(Statistics):
 
     def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
         """Forget what was gathered; ``optimizer.zero_grad()`` calls this."""
-        for p in self._all_parameters() if parameters is None else parameters:
+        own = self._all_parameters() if parameters is None else parameters
+        self._arrivals.watch(own)
+        self._arrivals.forget(own)
+        for p in own:
             self._sums.pop(id(p), None)
             self._spent.pop(id(p), None)
             # BackPACK leaves it there, and it does not belong to the next gradient.
@@ -147,6 +159,11 @@ class _Sum:
         self.count += count
         if squares is not None:
             self.squares = squares.clone() if self.squares is None else self.squares.add_(squares)
+
+    def problem(self, parameter: Tensor) -> str | None:
+        """Say how the gradient is not the one that was accumulated; None where it is."""
+        same = not _left(parameter) and self.gradient.holds(parameter.grad)
+        return None if same else "has changed since the last accumulate()"
 
     def is_spent(self, parameter: Tensor) -> bool:
         """Whether a step has used this, and the gradient has been cleared since."""

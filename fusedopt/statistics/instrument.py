@@ -56,17 +56,6 @@ class Observed:
             _set_class(self, observed)
             self.__dict__[_KEY] = observer
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        """Copy the module as one of its original class, which may do that in a way of its own."""
-        observed = type(self)
-        observer: Observer = self.__dict__.pop(_KEY)
-        _set_class(self, observer.original)
-        try:
-            return copy.deepcopy(self, memo)
-        finally:
-            _set_class(self, observed)
-            self.__dict__[_KEY] = observer
-
     def __prepare_scriptable__(self) -> Any:
         """Refuse ``torch.jit.script``, which would put compiled modules in the place of others."""
         raise RuntimeError(
@@ -74,6 +63,18 @@ class Observed:
             " compile what observes it. Call remove() on the statistics before, or script a"
             " copy.deepcopy of the model, which is a plain one"
         )
+
+
+def _copied(self: Any, memo: Any) -> Any:
+    """Copy a module as one of its original class, which does that in a way of its own."""
+    observed = type(self)
+    observer: Observer = self.__dict__.pop(_KEY)
+    _set_class(self, observer.original)
+    try:
+        return copy.deepcopy(self, memo)
+    finally:
+        _set_class(self, observed)
+        self.__dict__[_KEY] = observer
 
 
 def _set_class(module: Any, kind: type) -> None:
@@ -150,7 +151,12 @@ def observe_module(module: nn.Module, observer: Observer) -> None:
         bases.append(_ForwardObserved)
     observer.original = original
     # Under its own name: nobody who prints a model need know.
-    body = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    body: dict[str, Any] = {
+        "__module__": original.__module__, "__qualname__": original.__qualname__
+    }  # fmt: skip
+    if hasattr(original, "__deepcopy__"):
+        # Not of others: torch gives one to the classes that it parametrizes, where there is none.
+        body["__deepcopy__"] = _copied
     module.__dict__[_KEY] = observer
     make = _guarded(type(original))
     observer.observed = make(original.__name__, (*bases, original), body)

@@ -109,7 +109,8 @@ class PerSampleSquares(Statistics):
         self._thread = 0
         # Those with observed layers whose graphs are alive.
         self._calls: weakref.WeakSet[Pass] = weakref.WeakSet()
-        self._last: Pass | None = None
+        # The latest, for as long as its graph is.
+        self._last: weakref.ref[Pass] | None = None
         self._offsets: Tensor | None = None
         self._paused = 0
         self._ranks = 1
@@ -196,14 +197,14 @@ class PerSampleSquares(Statistics):
         try:
             return plain(*arguments, **keywords)
         finally:
-            self._last, self._active = self._active, None
-            self._last.release()
+            call, self._active = self._active, None
+            call.release()
+            self._last = weakref.ref(call)
 
     def _release(self) -> None:
-        if self._last is not None:
-            # Activation checkpoints may have called layers again since.
-            self._last.release()
-            self._last = None
+        # Activation checkpoints may have called layers again since.
+        for call in self._calls:
+            call.release()
 
     @contextmanager
     def segments(self, cu_seqlens: Tensor) -> Iterator[None]:
@@ -265,7 +266,9 @@ class PerSampleSquares(Statistics):
     def _replayed(self, backward: int) -> Pass | None:
         """Return the call that an activation checkpoint runs a part of again."""
         met = [c for c in self._calls if backward in c.backwards]
-        return met[0] if len(met) == 1 else self._last
+        if len(met) == 1:
+            return met[0]
+        return None if self._last is None else self._last()
 
     def see(self, call: Pass) -> None:
         """Note a call that a backward pass may reach."""
@@ -424,7 +427,7 @@ class PerSampleSquares(Statistics):
                 "it is not part of the model that PerSampleSquares observes: give it an optimizer"
                 " of its own"
             )
-        if record.squares is None:
+        if record.squares is None or self._removed:
             return f"{record.name!r} has a gradient but no per-sample squares: {self._why(record)}"
         if record.foreign is not None:
             return f"{record.name!r} {_FOREIGN[record.foreign]}"

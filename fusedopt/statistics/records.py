@@ -54,6 +54,11 @@ class Stamp:
             return False
         return mark_of(_local(gradient)) == self._mark
 
+    def writes(self, gradient: Tensor | None) -> int:
+        """Return how often the same tensor has been written since."""
+        assert gradient is not None and self._versions is not None
+        return _versions(gradient)[0] - self._versions[0]
+
 
 _MARKS = itertools.count(1)
 
