@@ -6,6 +6,9 @@ name stands an empty ``OrderedDict`` that carries the value as an attribute. ``t
 for ``weights_only=True``), pickle and ``copy.deepcopy`` keep it; distributed checkpoint, which
 flattens containers, finds nothing to write, and asks for nothing. What it leaves out stays what the
 constructor was given, on every rank alike.
+
+An option that decides what the states mean must not be left out. ``claim`` makes distributed
+checkpoint ask for it, and keeps it from finding what torch's optimizer would ask for.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ Group = dict[str, Any]
 _ABSENT = object()
 # How apex and deepspeed spell ``bias_correction``.
 _SWITCH = {True: "adam", False: None}
+# An entry of every group of torch's that says nothing here, and to which torch's SGD does not look.
+_TORCHS = "differentiable"
+_CLAIM = "form"
 
 
 class IncompleteState(KeyError, ValueError):
@@ -54,9 +60,40 @@ def _carrier(value: Any) -> OrderedDict[str, Any]:
 
 def _carried(value: Any) -> Any:
     """Return what was saved, plainly or aside, or ``_ABSENT`` where distributed checkpoint was."""
-    if isinstance(value, Mapping) and not value:
-        return getattr(value, "value", _ABSENT)
+    if isinstance(value, Mapping):
+        if not value:
+            return getattr(value, "value", _ABSENT)
+        if value.keys() == {_CLAIM}:
+            return value[_CLAIM]
     return value
+
+
+def claim(group: Group, name: str) -> None:
+    """Make a saved group one for optimizers with this option alone, in place.
+
+    Distributed checkpoint then refuses a file without the option, and refuses this group's file for
+    an optimizer that has torch's entries: either way a key is missing.
+    """
+    group[name] = {_CLAIM: _carried(group[name])}
+    put_aside(group, [_TORCHS])
+
+
+def saved_form(group: Mapping[str, Any], name: str) -> Any:
+    """Return an option that decides what the states of a saved group mean; None where it is not.
+
+    Raises:
+        ValueError: for a group that was put together of two, as torch completes full state dicts by
+            what the loading optimizer has.
+    """
+    value = group.get(name, _ABSENT)
+    claimed = isinstance(value, Mapping) and bool(value)
+    if claimed and not isinstance(group.get(_TORCHS, {}), Mapping):
+        raise ValueError(
+            f"the checkpoint is one of an optimizer with another {name}, completed by this one's:"
+            f" make this one with the {name} of the optimizer that saved it"
+        )
+    form = _carried(value)
+    return None if form is _ABSENT else form
 
 
 def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -88,6 +125,7 @@ def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, A
         loaded["state"] = _with_steps(optimizer, groups, state_dict["state"])
         for own, saved in zip(optimizer.param_groups, groups, strict=True):
             _check_states(optimizer, own, saved, loaded["state"])
+        loaded["state"] = _without_gaps(optimizer, loaded["state"])
     return loaded, clip
 
 
@@ -98,7 +136,7 @@ def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
 def _complete(optimizer: Any, groups: list[Group]) -> None:
     """Give saved groups the optimizer's own options where they lack them, and check the groups."""
     for index, (saved, group) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-        for name in {*optimizer.choices, *optimizer.own_options}:
+        for name in {*optimizer.choices, *optimizer.own_options, _TORCHS}:
             value = _carried(saved.get(name, _ABSENT))
             if value is not _ABSENT:
                 saved[name] = value
@@ -137,6 +175,24 @@ def _with_steps(optimizer: Any, groups: list[Group], states: Mapping[Any, Any]) 
     return states
 
 
+def _is_gap(value: Any) -> bool:
+    """Whether torch found nothing for an entry of a flattened state: it fills in an empty dict."""
+    return isinstance(value, Mapping) and not value
+
+
+def _without_gaps(optimizer: Any, states: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Leave out the gaps of what the saved options do not ask for."""
+    groups = optimizer.rule.example_groups or optimizer.param_groups
+    known = {name for group in groups for name in optimizer.rule.states(group)}
+
+    def present(state: Any) -> Any:
+        if not isinstance(state, Mapping) or not any(map(_is_gap, state.values())):
+            return state
+        return {n: v for n, v in state.items() if n not in known or not _is_gap(v)}
+
+    return {key: present(state) for key, state in states.items()}
+
+
 def _is_number(step: Any) -> bool:
     if isinstance(step, Tensor):
         return step.numel() == 1 and not step.is_complex()
@@ -151,6 +207,10 @@ def _check_states(optimizer: Any, own: Group, saved: Group, states: Mapping[Any,
         if not isinstance(state, Mapping):
             continue
         place = _Place(optimizer, parameter)
+        asked = ("step", *names) if optimizer.rule.counts_steps else names
+        for name in asked:
+            if _is_gap(state.get(name)):
+                raise _incomplete(place, name, state)
         _check_complete(optimizer.rule, names, state, place)
         for name in names:
             value = state.get(name)
@@ -198,11 +258,16 @@ def _check_complete(rule: Any, names: tuple[str, ...], state: Mapping[str, Any],
         # As torch's SGD, whose buffers begin with the first step that has momentum.
         return
     if missing:
-        raise IncompleteState(
-            f"{who}: its state has no {missing[0]!r}, but {', '.join(map(repr, state))}."
-            " Going on would start that one from zero beside the others: complete the state, or"
-            " remove all of it (optimizer.state.pop(parameter)) to start afresh"
-        )
+        raise _incomplete(who, missing[0], state)
+
+
+def _incomplete(who: Any, name: str, state: Mapping[str, Any]) -> IncompleteState:
+    found = ", ".join(repr(n) for n, value in state.items() if not _is_gap(value))
+    return IncompleteState(
+        f"{who}: its state has no {name!r}, but {found or 'nothing'}."
+        " Going on would start that one from zero beside the others: complete the state, or"
+        " remove all of it (optimizer.state.pop(parameter)) to start afresh"
+    )
 
 
 def check_present(optimizer: Any, parameters: Iterable[Tensor], group_of: Iterable[int]) -> None:

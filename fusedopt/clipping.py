@@ -108,16 +108,54 @@ class GlobalNorm:
     def __init__(
         self, max_norm: float, *, norm_type: float = 2.0, error_if_nonfinite: bool = False
     ) -> None:
-        if isinstance(max_norm, Tensor):
-            raise TypeError("max_norm is a number, got a tensor: use max_norm=float(...)")
-        if not max_norm > 0:
-            raise ValueError(f"max_norm must be positive, got {max_norm}")
-        if float(norm_type) not in (2.0, math.inf):
-            raise ValueError(f"norm_type must be 2 or inf, got {norm_type}")
-        self.max_norm = float(max_norm)
-        self.norm_type = float(norm_type)
-        self.error_if_nonfinite = bool(error_if_nonfinite)
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.error_if_nonfinite = error_if_nonfinite
         self.last: Tensor | None = None
+
+    # Checked at every assignment: the sign of the bound would become that of the step.
+
+    @property
+    def max_norm(self) -> float:
+        """The bound."""
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float) -> None:
+        if isinstance(value, Tensor):
+            raise TypeError("max_norm is a number, got a tensor: use max_norm=float(...)")
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError(f"max_norm must be a number, got {value!r}")
+        number = _float("max_norm", value)
+        if not number > 0:
+            raise ValueError(f"max_norm must be positive, got {value}")
+        self._max_norm = number
+
+    @property
+    def norm_type(self) -> float:
+        """The order of the norm."""
+        return self._norm_type
+
+    @norm_type.setter
+    def norm_type(self, value: float) -> None:
+        number = _float("norm_type", value)
+        if number not in (2.0, math.inf):
+            raise ValueError(f"norm_type must be 2 or inf, got {value}")
+        self._norm_type = number
+
+    @property
+    def error_if_nonfinite(self) -> bool:
+        """Whether a norm that is nan or infinite is an error."""
+        return self._error_if_nonfinite
+
+    @error_if_nonfinite.setter
+    def error_if_nonfinite(self, value: bool) -> None:
+        self._error_if_nonfinite = bool(value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # By name: pickles of before had the public ones.
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def __repr__(self) -> str:
         return (
@@ -169,3 +207,12 @@ class GlobalNorm:
                 f" {self.last.item()}: nothing was updated. Pass error_if_nonfinite=False to"
                 " clip by it anyway"
             )
+
+
+def _float(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a float: {value}") from None

@@ -84,8 +84,7 @@ class FusedOptimizer(Optimizer):
         if capturable is not None:
             defaults = {**defaults, "capturable": capturable}
         backends.check_name(backend)
-        if clip is not None and not isinstance(clip, GlobalNorm):
-            raise TypeError(f"clip must be a fusedopt.GlobalNorm or None, got {clip!r}")
+        self.clip = clip
         for name, value in (
             ("state_dtype", state_dtype),
             ("rounding", rounding),
@@ -99,7 +98,6 @@ class FusedOptimizer(Optimizer):
         if virtual_batch_size is not None:
             defaults = {**defaults, "virtual_batch_size": virtual_batch_size}
         self.backend = backend
-        self.clip = clip
         self._statistics: Source | None = statistics
         self._plan: Plan | None = None
         self._captured_plans: list[Plan] = []
@@ -111,6 +109,17 @@ class FusedOptimizer(Optimizer):
         watch(FusedOptimizer)
         if statistics is not None:
             statistics.attach(self)
+
+    @property
+    def clip(self) -> GlobalNorm | None:
+        """How gradients are clipped; None for not at all. May be set between steps."""
+        return self._clip
+
+    @clip.setter
+    def clip(self, clip: GlobalNorm | None) -> None:
+        if clip is not None and not isinstance(clip, GlobalNorm):
+            raise TypeError(f"clip must be a fusedopt.GlobalNorm or None, got {clip!r}")
+        self._clip = clip
 
     @property
     def statistics(self) -> Source | None:
@@ -494,6 +503,9 @@ class FusedOptimizer(Optimizer):
         else:
             self._plan, self._captured_plans = None, []
         self._device_scaler = False
+        # States of a pickle have it under its public name.
+        if "clip" in self.__dict__:
+            self.clip = self.__dict__.pop("clip")
         # Pickles of before had it under its public name.
         self.__dict__.setdefault("_statistics", self.__dict__.pop("statistics", None))
         self.__dict__.setdefault("_samples", 1)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .checkpoint import claim, saved_form
 from .kernels.rules import ADAM, RMSPROP
 from .kernels.rules import SGD as SGD_RULE
 from .kernels.rules.averages import CORRECTIONS
@@ -55,7 +56,9 @@ class SGD(FusedOptimizer):
             ``"ema"``: outside, and the buffer is an average of gradients, in which lr has the
             meaning that it has without momentum; no dampening then. The buffers of these forms are
             not of one unit: before it is loaded into torch's class or into another form, or the
-            form is changed in the middle of a run, a buffer has to be converted.
+            form is changed in the middle of a run, a buffer has to be converted. A file of
+            distributed checkpoint loads into the form that wrote it, and is refused for a missing
+            key (``momentum_form``, or ``differentiable``) between torch's and the others.
         **common: ``backend``, ``clip``: see ``FusedOptimizer``.
 
     Raises:
@@ -112,6 +115,14 @@ class SGD(FusedOptimizer):
                 group["momentum"] < 1.0, "momentum", "below 1, for an average", group["momentum"]
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, as torch's optimizer does for torch's form of momentum."""
+        state_dict = super().state_dict()
+        for saved in state_dict["param_groups"]:
+            if saved_form(saved, "momentum_form") not in (None, "torch"):
+                claim(saved, "momentum_form")
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by this class or by ``torch.optim.SGD``.
 
@@ -124,7 +135,8 @@ class SGD(FusedOptimizer):
         states = state_dict["state"].values()
         if any(state.get("momentum_buffer") is not None for state in states):
             for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-                if "momentum_form" not in saved and group["momentum_form"] != "torch":
+                form = saved_form(saved, "momentum_form")
+                if form is None and group["momentum_form"] != "torch":
                     raise ValueError(_not_torchs(group["momentum_form"]))
         super().load_state_dict(state_dict)
 

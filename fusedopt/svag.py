@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .kernels.rules import PAIRED, SGD
 from .optimizer import FusedOptimizer
 from .scaling import rescale_
 from .source import MissingInput, Source
+from .storage import local_tensors
 
 # Beyond it, weights of nearly 10^6 cost float32 most of the digits that their sum of 1 leaves.
 _LARGEST = 10**6
@@ -69,17 +70,17 @@ class SVAG:
     ell = 1 the step is that of the first gradient alone. Schedulers and gradient scalers take
     ``svag.optimizer``, whose ``step()`` is the same; make schedulers afterwards, as they keep the
     lr that they find. An overflow in either gradient skips the step, but a scaler sees only that of
-    the last, and lowers its scale for no other.
+    the last, and lowers its scale for no other. Both gradients are divided by the scale of the
+    step: no ``scaler.update()`` may come between the two backwards, not for another optimizer that
+    shares the scaler, either.
+
+    A gradient is held as it is, without a copy, so that writing to it before the step is an error.
+    Only a view of memory that others write, as DDP's buckets are with
+    ``gradient_as_bucket_view=True``, is copied.
 
     Args:
         optimizer: ``fusedopt.SGD``, ``RMSprop``, ``Adam`` or ``AdamW``.
         ell: at least 1; the equation is approached as it grows.
-
-    Attributes:
-        optimizer: the optimizer, rescaled.
-        ell: as given.
-        weights: r1 and r2, of the gradient held and of the last one.
-        steps_per_step: how many of these steps make one of the original optimizer's.
 
     Raises:
         TypeError: for another optimizer.
@@ -97,19 +98,51 @@ class SVAG:
         if any(_MARK in group for group in optimizer.param_groups):
             raise ValueError("the hyper-parameters are those of another SVAG's optimizer already")
         adaptive = optimizer.rule is not SGD
-        self.optimizer = optimizer
-        self.ell = ell
-        self.steps_per_step = ell**2 if adaptive else ell
-        root = math.sqrt(2 * self.steps_per_step - 1)
-        self.weights = (1 + root) / 2, (1 - root) / 2
+        self._optimizer = optimizer
+        self._ell = ell
+        self._steps_per_step = ell**2 if adaptive else ell
+        root = math.sqrt(2 * self._steps_per_step - 1)
+        self._weights = (1 + root) / 2, (1 - root) / 2
         _rescale_(optimizer, ell, adaptive)
         for group in optimizer.param_groups:
             group[_MARK] = ell
-        self._pair = _Pair(self.weights, ell)
+        self._pair = _Pair(self._weights, ell)
         optimizer._feed(PAIRED[optimizer.rule.name], self._pair)
+
+    # Hyper-parameters and states are rescaled for these: another SVAG has others.
+
+    @property
+    def optimizer(self) -> FusedOptimizer:
+        """The optimizer, rescaled."""
+        return self._optimizer
+
+    @property
+    def ell(self) -> float:
+        """As given."""
+        return self._ell
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """The factors r1 and r2, of the gradient held and of the last one."""
+        return self._weights
+
+    @property
+    def steps_per_step(self) -> float:
+        """How many of these steps make one of the original optimizer's."""
+        return self._steps_per_step
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Called for what is not found: param_groups, for example, by a scaler.
+        raise _NoOptimizer(
+            f"an SVAG is no optimizer and has no attribute {name!r}: what takes an optimizer, as"
+            " schedulers and gradient scalers do, takes svag.optimizer"
+        )
 
     def hold(self) -> None:
         """Set the gradients aside as the first of the two; the next backward makes the second.
+
+        They must not be written to until the step. Of a ``GradScaler``, the scale must stay what it
+        is until then, too: it is the step that divides both, by the scale that it finds.
 
         Raises:
             RuntimeError: where there is none, or a first one is held already.
@@ -127,7 +160,8 @@ class SVAG:
             What both calls of the closure returned, or None without one.
 
         Raises:
-            RuntimeError: for a parameter with one gradient only; nothing has changed then.
+            RuntimeError: for a parameter with one gradient only, or whose first one was written to
+                since; nothing has changed then.
             ValueError: for groups that were changed to what SVAG does not cover.
         """
         if closure is None:
@@ -162,16 +196,27 @@ class SVAG:
             state_dict: what ``state_dict()`` returned.
 
         Raises:
+            TypeError: for anything but a dictionary.
             ValueError: where it is no such state, or that of another ell, whose hyper-parameters it
                 has.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"the state is what svag.state_dict() returned, got {type(state_dict).__name__}"
+            )
         if "ell" not in state_dict:
             raise ValueError(
                 "this is no state of an SVAG: load it into svag.optimizer, or wrap anew"
             )
         if state_dict["ell"] != self.ell:
             raise ValueError(f"the state is that of ell = {state_dict['ell']}, not {self.ell}")
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        inner = state_dict.get("optimizer")
+        if not isinstance(inner, Mapping) or not {"state", "param_groups"} <= inner.keys():
+            raise ValueError(
+                "this is no whole state of an SVAG: under 'optimizer' it has no"
+                " svag.optimizer.state_dict()"
+            )
+        self.optimizer.load_state_dict(inner)  # type: ignore[arg-type]
         self._pair.reset()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,6 +224,17 @@ class SVAG:
             "an SVAG cannot be copied or pickled, only its state_dict(): copies of optimizers are"
             " plain ones"
         )
+
+
+class _NoOptimizer(TypeError, AttributeError):
+    """An SVAG where an optimizer belongs; an AttributeError so that ``hasattr`` says no."""
+
+
+class _Held(NamedTuple):
+    """A gradient that is set aside, and what tells whether it was written to since."""
+
+    gradient: Tensor
+    version: tuple[int, int]
 
 
 class _Pair(Source):
@@ -190,8 +246,9 @@ class _Pair(Source):
         super().__init__()
         self.weights = weights
         self.ell = ell
-        self.held: dict[Tensor, Tensor] = {}
+        self.held: dict[Tensor, _Held] = {}
 
+    @torch.no_grad()
     def hold(self) -> None:
         """Move the gradients aside."""
         if self.held:
@@ -201,7 +258,9 @@ class _Pair(Source):
             raise RuntimeError("no parameter has a gradient: call backward before hold()")
         for p in with_gradient:
             assert p.grad is not None
-            self.held[p], p.grad = p.grad, None
+            gradient = p.grad.clone() if _is_part(p.grad) else p.grad
+            self.held[p] = _Held(gradient, *_versions([gradient]))
+            p.grad = None
 
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise where a parameter has one gradient only, or a group is not what it was."""
@@ -227,12 +286,28 @@ class _Pair(Source):
                     f"it has the {which} of SVAG's two gradients only: both batches have to reach"
                     " it, or its gradient has to be set to zeros",
                 )
+        self._check_kept(parameters)
+
+    def _check_kept(self, parameters: Sequence[Tensor]) -> None:
+        """Raise where a gradient held is no longer what it was, or is the second one, too."""
+        held = [self.held[p] for p in parameters]
+        first = [one.gradient for one in held]
+        second = [p.grad for p in parameters if p.grad is not None]
+        now, places = _versions(first), zip(_addresses(first), _addresses(second), strict=True)
+        for p, one, version, (a, b) in zip(parameters, held, now, places, strict=True):
+            if version != one.version or a == b != 0:
+                raise MissingInput(
+                    p,
+                    "the first of SVAG's two gradients was written to after hold(), or is the"
+                    " second one, too: call zero_grad(), and where one buffer is used for both, set"
+                    " p.grad = p.grad.clone() before hold()",
+                )
 
     def inputs(
         self, parameters: list[Tensor], gradients: list[Tensor], plain: bool
     ) -> list[list[Tensor]]:
         """Return both gradients, the last one first."""
-        return [gradients, [self.held[p] for p in parameters]]
+        return [gradients, [self.held[p].gradient for p in parameters]]
 
     def factors(self, virtual_batch_size: float, count: int) -> dict[str, float]:
         """Return the weights of both gradients."""
@@ -247,6 +322,41 @@ class _Pair(Source):
         """Let go of the held gradients of some parameters."""
         for p in list(self.held) if parameters is None else parameters:
             self.held.pop(p, None)
+
+
+def _is_part(gradient: Tensor) -> bool:
+    """Whether it is a part of memory that may be written through others, as DDP's buckets are."""
+    # The gradients that autograd makes have their memory for themselves.
+    (t,) = local_tensors([gradient])
+    if t._is_view() or t.layout != torch.strided:
+        return t.layout == torch.strided
+    try:
+        return t.untyped_storage().nbytes() > t.numel() * t.element_size()
+    except RuntimeError:
+        # The step refuses by name what has no memory of its own.
+        return False
+
+
+def _versions(gradients: list[Tensor]) -> list[tuple[int, int]]:
+    """Return counters that a write changes, whatever tensor of that memory it goes through."""
+    pairs = zip(gradients, local_tensors(gradients), strict=True)
+    return [(_version(g), _version(t)) for g, t in pairs]
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def _addresses(gradients: list[Tensor]) -> list[int]:
+    """Return where their values begin; 0 where there are none, or none that can be read."""
+    return [_address(t) for t in local_tensors(gradients)]
+
+
+def _address(t: Tensor) -> int:
+    try:
+        return t.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def _check_kind(optimizer: Any) -> None:

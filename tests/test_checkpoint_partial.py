@@ -103,6 +103,53 @@ def test_a_moment_of_another_shape_is_refused() -> None:
         _stepped(fusedopt.Adam).load_state_dict(saved)
 
 
+FLAT = [("Adam", {}, "step"), ("RMSprop", {}, "square_avg"), ("SGD", {"momentum": 0.9}, None)]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["entry", "parameter"])
+@pytest.mark.parametrize(("name", "options", "key"), FLAT)
+def test_a_gap_in_a_flattened_state_is_named(
+    name: str, options: dict[str, Any], key: str | None, whole: bool
+) -> None:
+    # Catches torch's empty dictionary for what is missing taken for a value, or for a fresh start.
+    from torch.distributed.checkpoint import state_dict as sd
+
+    key = key or "momentum_buffer"
+    form = sd.StateDictOptions(flatten_optimizer_state_dict=True)
+    model = torch.nn.Linear(3, 2)
+    ours = getattr(fusedopt, name)(model.parameters(), **options)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    ours.step()
+    saved = sd.get_optimizer_state_dict(model, ours, options=form)
+    prefix = f"state.bias.{'' if whole else key}"
+    gone = {name: value for name, value in saved.items() if not name.startswith(prefix)}
+    before = snapshot(ours)
+    first = "step" if whole and name != "SGD" else key
+    with pytest.raises(ValueError, match=rf"has no '{first}'"):
+        sd.set_optimizer_state_dict(model, ours, gone, options=form)
+    assert_unchanged(ours, before)
+    sd.set_optimizer_state_dict(model, ours, saved, options=form)
+
+
+def test_a_flattened_state_need_not_have_what_its_options_do_not_ask_for() -> None:
+    # Catches a refusal of it, and the empty dictionary that stays where a buffer belongs.
+    from torch.distributed.checkpoint import state_dict as sd
+
+    form = sd.StateDictOptions(flatten_optimizer_state_dict=True)
+    model = torch.nn.Linear(3, 2)
+    made = [fusedopt.SGD(model.parameters(), momentum=momentum) for momentum in (0.0, 0.9)]
+    for optimizer in made:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    saved = sd.get_optimizer_state_dict(model, made[0], options=form)
+    sd.set_optimizer_state_dict(model, made[1], saved, options=form)
+    assert made[1].param_groups[0]["momentum"] == 0
+    assert not any(made[1].state.values())
+    made[1].step()
+
+
 @pytest.mark.parametrize("kind", [int, torch.tensor])
 def test_a_step_in_the_group_counts_for_all_of_its_parameters(kind: Any) -> None:
     saved = copy.deepcopy(_stepped(torch.optim.Adam).state_dict())

@@ -326,6 +326,52 @@ def test_states_of_something_else() -> None:
     svag.hold()
 
 
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [
+        ({"ell": 2}, ValueError),
+        ({"ell": 2, "optimizer": None}, ValueError),
+        ({"ell": 2, "optimizer": {"state": {}}}, ValueError),
+        (None, TypeError),
+        ([], TypeError),
+    ],
+    ids=str,
+)
+def test_states_that_are_not_whole(state: Any, error: type[Exception]) -> None:
+    # Catches a bare KeyError, and a held gradient that such a load lets go of.
+    params, svag = made("Adam", 2)
+    hold(svag)
+    before = snapshot(svag.optimizer)
+    with pytest.raises(error, match="state") as raised:
+        svag.load_state_dict(state)
+    assert not isinstance(raised.value, KeyError)
+    assert_unchanged(svag.optimizer, before)
+    svag.step()
+
+
+@pytest.mark.parametrize("name", ["ell", "optimizer", "weights", "steps_per_step"])
+def test_what_is_rescaled_for_is_fixed(name: str) -> None:
+    # Catches an assignment that half of the class goes by: a mix for one ell, a state of another.
+    _, svag = made("Adam", 2)
+    kept = getattr(svag, name)
+    with pytest.raises(AttributeError, match=rf"{name}"):
+        setattr(svag, name, kept)
+    assert getattr(svag, name) is kept
+
+
+def test_an_svag_is_no_optimizer() -> None:
+    # Catches words that do not say what a scaler takes, and an attribute that is there after all.
+    params = new_params([(3,)])
+    svag = SVAG(fusedopt.Adam(params), 2)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    params[0].grad = torch.ones_like(params[0])
+    for call in (scaler.step, scaler.unscale_):
+        with pytest.raises(TypeError, match=r"param_groups.*svag\.optimizer"):
+            call(svag)
+    assert not hasattr(svag, "param_groups") and not hasattr(svag, "state")
+
+
 def test_wrapped_twice() -> None:
     # Catches hyper-parameters that are rescaled twice, and words that blame the class.
     svag = SVAG(fusedopt.Adam(new_params([(3,)])), 2)

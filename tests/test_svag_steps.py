@@ -321,12 +321,12 @@ def test_launches(name: str, live: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_gradient_itself_is_held() -> None:
-    # Catches a copy of them: what is held is what backward has made.
+    # Catches a copy of them: what is held is what backward has made. (Nothing sees .data written.)
     params, svag = made("SGD", 2)
     first = draw(params, 1)
     give(params, first)
     svag.hold()
-    first[0].zero_()
+    first[0].data.zero_()
     give(params, [torch.zeros_like(p) for p in params])
     start = params[0].detach().clone()
     svag.step()
