@@ -115,8 +115,48 @@ def test_error_changes_nothing() -> None:
         with pytest.raises(ValueError, match=r"betas\[0\]|count must be positive"):
             warmup.step(count)
         state = {"samples": 0, "batch_size": 32, "milestones": {0: 32, 32: 64}}
-        assert warmup.state_dict() == state
+        assert warmup.state_dict() == {**state, "rule": "sqrt", "beta_form": None}
         assert optimizer.state_dict() == before
+
+
+# Groups that come later
+
+
+def late_group(optimizer, **options) -> None:
+    optimizer.add_param_group({"params": [Parameter(torch.zeros(3))], **options})
+
+
+def test_group_added_before_the_batch_grows_is_rescaled() -> None:
+    # Catches a refusal of groups whose defaults are for the batch size that is in use.
+    optimizer = make()
+    warmup = BatchSizeWarmup(optimizer, {0: 32, 64: 128}, "linear")
+    warmup.step()
+    late_group(optimizer)
+    warmup.step()
+    warmup.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([4e-3, 4e-3])
+
+
+def test_group_added_after_the_batch_has_grown_is_refused() -> None:
+    # Catches defaults of the first batch size, multiplied by what is left of the way to the last.
+    optimizer = make()
+    warmup = BatchSizeWarmup(optimizer, {0: 32, 32: 64, 96: 128}, "linear")
+    step(optimizer, 1.0)
+    warmup.step()
+    late_group(optimizer)
+    before, counted = copy.deepcopy((optimizer.state_dict(), warmup.state_dict()))
+    with pytest.raises(ValueError, match="rescaled 1 parameter groups.*has 2.*a batch of 64"):
+        warmup.step()
+    torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    assert warmup.state_dict() == counted
+    # The way out that the message names.
+    lr = scaling.rescale({"lr": 1e-3}, 32, 64, "linear")["lr"]
+    optimizer.param_groups[1]["lr"] = lr
+    again = BatchSizeWarmup(optimizer, {0: 32, 32: 64, 96: 128}, "linear")
+    again.load_state_dict(warmup.state_dict())
+    again.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([4e-3, 4e-3])
 
 
 # With a schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..kernels.rules.sgd import MOMENTUM_FORMS
-from .checks import check_decay, check_positive
-from .states import Batches, check_states, rescale_states
+from .checks import check_optimizer, decay, not_negative, number, positive
+from .groups import check_tensors, hand_down, write
+from .holders import state_holder
+from .states import Batches, check_overflow, check_states, rescale_states
 
 RULES = ("decoupled", "sqrt", "linear", "constant")
 _BETA_FORMS: dict[str, Callable[[Any, float], Any]] = {
@@ -59,6 +61,9 @@ def rescale(
         ValueError: for batch sizes that are not positive, an unknown rule or form, a decay that
             is or would become less than 0, or 1 or more, or the square-root rule for a denominator
             that it does not hold for: a variance, or the root of a virtual batch's second moment.
+            Also for numbers that lr, eps or weight_decay cannot be, or would become: less than 0,
+            not finite, or 0 for what was not.
+        TypeError: for what is no number, and would be changed.
     """
     kappa = _ratio(from_batch, to_batch)
     change = _decay_change(rule, beta_form, kappa)
@@ -67,8 +72,8 @@ def rescale(
     factor = _lr_factor(rule, kappa)
     if change is not None:
         if "betas" in scaled:
-            names = (f"betas[{i}]" for i in range(len(scaled["betas"])))
-            scaled["betas"] = tuple(map(change, names, scaled["betas"]))
+            betas = enumerate(_sequence("betas", scaled["betas"]))
+            scaled["betas"] = tuple(change(f"betas[{i}]", beta) for i, beta in betas)
         if "alpha" in scaled:
             scaled["alpha"] = change("alpha", scaled["alpha"])
         # 0 is no momentum at all, and stays that.
@@ -78,11 +83,14 @@ def rescale(
                 factor = factor * (1.0 - scaled["momentum"]) / (1.0 - old)
     for name in ("lr", "initial_lr"):
         if name in scaled:
-            scaled[name] = scaled[name] * factor
-    if rule == "sqrt" and "eps" in scaled:
-        scaled["eps"] = scaled["eps"] / math.sqrt(kappa)
-    if rule == "sqrt" and scaled.get("decoupled_weight_decay"):
-        scaled["weight_decay"] = scaled["weight_decay"] * math.sqrt(kappa)
+            scaled[name] = _changed(name, scaled[name], lambda lr: _times(lr, factor), kappa)
+    if rule == "sqrt":
+        root = math.sqrt(kappa)
+        if "eps" in scaled:
+            scaled["eps"] = _changed("eps", scaled["eps"], lambda eps: eps / root, kappa)
+        if scaled.get("decoupled_weight_decay") and "weight_decay" in scaled:
+            old = scaled["weight_decay"]
+            scaled["weight_decay"] = _changed("weight_decay", old, lambda x: x * root, kappa)
     return scaled
 
 
@@ -106,40 +114,58 @@ def rescale_(
     ``samples_schedule``, which reads the ``initial_lr`` that is rescaled here with lr. For a
     captured CUDA graph, call ``optimizer.push_hyperparameters()`` afterwards.
 
+    A group that is added afterwards starts from the optimizer's defaults. These stay as they were,
+    as no checkpoint carries them: give the group the hyper-parameters that ``rescale`` returns.
+
     Args:
         optimizer: SGD, RMSprop, Adam or AdamW of torch.optim or of fusedopt, or, before its first
-            step, another whose lr, betas, alpha and momentum are what they are in these.
+            step, another whose lr, betas, alpha and momentum are what they are in these. A
+            ``ZeroRedundancyOptimizer`` around one is passed as it is, on every rank: each has the
+            state of a part of the parameters.
         from_batch: samples a step that the hyper-parameters are for.
         to_batch: samples a step wanted.
         rule: as for ``rescale``.
         beta_form: as for ``rescale``.
 
     Raises:
-        ValueError: as ``rescale``, where groups share one lr tensor and need it to differ, or for a
-            state of which it is not known what to do. Nothing has changed then.
+        ValueError: as ``rescale``, where groups share one lr tensor and need it to differ, for a
+            state of which it is not known what to do, or which would overflow in its type. Nothing
+            has changed then.
+        TypeError: as ``rescale``, or for what is no optimizer of torch's, as SVAG.
     """
+    check_optimizer(optimizer)
     groups = optimizer.param_groups
     # All of them first: an error must not leave half of the groups scaled, nor a tensor that groups
     # share, as they do when it was the constructor's lr, be scaled once for each.
     scaled = [rescale(g, from_batch, to_batch, rule, beta_form=beta_form) for g in groups]
-    _check_shared(groups, scaled)
+    check_tensors(groups, scaled)
     kappa = _ratio(from_batch, to_batch)
     batches = Batches(kappa, _lr_factor(rule, kappa), rule in _OWN_FORM, rule == "sqrt")
-    check_states(optimizer, batches)
+    holder = state_holder(optimizer)
+    check_states(holder, groups, batches)
+    clip = getattr(holder, "clip", None) if rule == "sqrt" else None
+    bound = None if clip is None else _bound(clip.max_norm, kappa)
+    check_overflow(holder, groups, scaled, batches)
     if rule == "decoupled":
-        _warn_of_dependence(optimizer)
-    rescale_states(optimizer, scaled, batches)
-    clip = getattr(optimizer, "clip", None)
-    if rule == "sqrt" and clip is not None:
-        # The norm of noise falls with the batch, as eps has to beside the root of its square.
-        clip.max_norm = clip.max_norm / math.sqrt(kappa)
-    for group, new in zip(groups, scaled, strict=True):
-        for name in ("lr", "initial_lr", "alpha", "momentum", "eps", "weight_decay"):
-            if name in group:
-                group[name] = _written(group[name], new[name])
-        if "betas" in group:
-            pairs = zip(group["betas"], new["betas"], strict=True)
-            group["betas"] = tuple(_written(old, value) for old, value in pairs)
+        _warn_of_dependence(holder)
+    rescale_states(holder, groups, scaled, batches)
+    if clip is not None:
+        clip.max_norm = bound
+    write(groups, scaled)
+    hand_down(groups, holder.param_groups)
+
+
+def _bound(max_norm: float, kappa: float) -> float:
+    """Return the bound of the norm for the new batch size.
+
+    The norm of noise falls with the batch, as eps has to beside the root of its square.
+    """
+    new = max_norm / math.sqrt(kappa)
+    if not 0 < new < math.inf and math.isfinite(max_norm):
+        raise ValueError(
+            f"clip.max_norm = {max_norm} would become {new} for a batch {kappa:g} times as large"
+        )
+    return new
 
 
 def _warn_of_dependence(optimizer: Optimizer) -> None:
@@ -157,9 +183,11 @@ def _warn_of_dependence(optimizer: Optimizer) -> None:
 
 
 def _ratio(from_batch: float, to_batch: float) -> float:
-    check_positive("from_batch", from_batch)
-    check_positive("to_batch", to_batch)
-    return to_batch / from_batch
+    old, new = positive("from_batch", from_batch), positive("to_batch", to_batch)
+    kappa = new / old
+    if not 0 < kappa < math.inf:
+        raise ValueError(f"from_batch = {old} and to_batch = {new} are too far apart")
+    return kappa
 
 
 def _lr_factor(rule: str, kappa: float) -> float:
@@ -179,18 +207,44 @@ def _decay_change(rule: str, form: str | None, kappa: float) -> Callable[[str, A
         return None
     form = form or _OWN_FORM[rule]
 
-    def change(name: str, decay: Any) -> Any:
-        check_decay(name, decay)
-        new = _BETA_FORMS[form](decay, kappa)
+    def change(name: str, old: Any) -> Any:
+        decay(name, old)
+        new = _BETA_FORMS[form](old, kappa)
         if not 0.0 <= new < 1.0:
             remedy = ': beta_form="power", beta**kappa, always is' if form == "linear" else ""
             raise ValueError(
-                f"{name} = {decay} would become {new} for a batch {kappa:g} times as large, which"
+                f"{name} = {old} would become {new} for a batch {kappa:g} times as large, which"
                 f" is not in [0, 1){remedy}"
             )
         return new
 
     return change
+
+
+def _sequence(name: str, values: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of decays, got {values!r}") from None
+
+
+def _times(lr: Any, factor: Any) -> Any:
+    # The momentum may be a tensor where lr is not, and must not make it one.
+    number_by_tensor = isinstance(factor, Tensor) and not isinstance(lr, Tensor)
+    return lr * (float(factor) if number_by_tensor else factor)
+
+
+def _changed(name: str, old: Any, change: Callable[[Any], Any], kappa: float) -> Any:
+    """Return ``change(old)``; raise where one of them is no value of a hyper-parameter."""
+    before = not_negative(name, old)
+    new = change(old)
+    after = number(name, new)
+    if not math.isfinite(after) or (after == 0 and before != 0):
+        raise ValueError(
+            f"{name} = {before} would become {after} for a batch {kappa:g} times as large, beyond"
+            " what its type can hold"
+        )
+    return new
 
 
 def _check_fits(rule: str, hyper_parameters: Mapping[str, Any]) -> None:
@@ -212,29 +266,3 @@ def _check_fits(rule: str, hyper_parameters: Mapping[str, Any]) -> None:
             'rule="sqrt" is for a second moment that falls as the batch grows, and that of a'
             ' virtual batch does not: use rule="decoupled"'
         )
-
-
-def _check_shared(groups: list[dict[str, Any]], scaled: list[dict[str, Any]]) -> None:
-    values: dict[int, float] = {}
-    for old, new in _learning_rates(groups, scaled):
-        if isinstance(old, Tensor) and values.setdefault(id(old), float(new)) != new:
-            raise ValueError(
-                "groups of different momentum share one lr tensor, and need different values of it:"
-                " give each group a tensor of its own"
-            )
-
-
-def _learning_rates(
-    groups: list[dict[str, Any]], scaled: list[dict[str, Any]]
-) -> Iterator[tuple[Any, Any]]:
-    for group, new in zip(groups, scaled, strict=True):
-        for name in ("lr", "initial_lr"):
-            if name in group:
-                yield group[name], new[name]
-
-
-def _written(old: Any, new: Any) -> Any:
-    """Return the new value, in the old tensor if it is one: others may hold on to that."""
-    if isinstance(old, Tensor):
-        return old.copy_(new)
-    return new

@@ -1,14 +1,14 @@
 """Between the ways to state a learning rate or a decay.
 
-Pure functions of Python numbers. mu is the momentum, B the samples of a batch, whose gradient is
-the mean of theirs.
+Pure functions of Python numbers, which a tensor of one number is taken for. mu is the momentum, B
+the samples of a batch, whose gradient is the mean of theirs.
 """
 
 from __future__ import annotations
 
 import math
 
-from .checks import check_decay, check_not_negative, check_positive
+from .checks import decay, not_negative, number, positive
 
 
 def temperature_lr(eta0: float, momentum: float, batch_size: float) -> float:
@@ -33,12 +33,12 @@ def temperature_lr(eta0: float, momentum: float, batch_size: float) -> float:
 
     Raises:
         ValueError: for a momentum outside [0, 1), a batch size that is not positive, or a negative
-            eta0.
+            eta0, or numbers whose lr no float can hold.
     """
-    check_not_negative("eta0", eta0)
-    check_decay("momentum", momentum)
-    check_positive("batch_size", batch_size)
-    return (1.0 - momentum) * batch_size * eta0
+    eta0 = not_negative("eta0", eta0)
+    momentum = decay("momentum", momentum)
+    batch_size = positive("batch_size", batch_size)
+    return _in_range("lr", (1.0 - momentum) * batch_size * eta0, eta0)
 
 
 def average_lr(lr: float, momentum: float) -> float:
@@ -55,11 +55,11 @@ def average_lr(lr: float, momentum: float) -> float:
         lr for ``momentum_form="ema"``, in the same unit.
 
     Raises:
-        ValueError: for a momentum outside [0, 1) or a negative lr.
+        ValueError: for a momentum outside [0, 1), a negative lr, or a result that no float can
+            hold.
     """
-    check_not_negative("lr", lr)
-    check_decay("momentum", momentum)
-    return lr / (1.0 - momentum)
+    lr = not_negative("lr", lr)
+    return _in_range("lr", lr / (1.0 - decay("momentum", momentum)), lr)
 
 
 def beta_from_horizon(horizon: float) -> float:
@@ -77,6 +77,7 @@ def beta_from_horizon(horizon: float) -> float:
     Raises:
         ValueError: for a horizon below 1, or one whose decay would round to 1.
     """
+    horizon = number("horizon", horizon)
     if not horizon >= 1:
         raise ValueError(f"horizon must be at least 1 step, got {horizon}")
     return _representable("horizon", horizon, 1.0 - 1.0 / horizon)
@@ -94,8 +95,7 @@ def horizon_from_beta(beta: float) -> float:
     Raises:
         ValueError: for a decay outside [0, 1).
     """
-    check_decay("beta", beta)
-    return 1.0 / (1.0 - beta)
+    return 1.0 / (1.0 - decay("beta", beta))
 
 
 def half_life(beta: float, tokens_per_step: float) -> float:
@@ -112,12 +112,15 @@ def half_life(beta: float, tokens_per_step: float) -> float:
         The half-life, in tokens, or samples.
 
     Raises:
-        ValueError: for a decay outside (0, 1), or a number of tokens that is not positive.
+        ValueError: for a decay outside (0, 1), a number of tokens that is not positive, or a
+            half-life that no float can hold.
     """
+    beta = number("beta", beta)
     if not 0.0 < beta < 1.0:
         raise ValueError(f"beta must be in (0, 1), got {beta}")
-    check_positive("tokens_per_step", tokens_per_step)
-    return tokens_per_step * (math.log(0.5) / math.log(beta))
+    tokens_per_step = positive("tokens_per_step", tokens_per_step)
+    tokens = tokens_per_step * (math.log(0.5) / math.log(beta))
+    return _in_range("the half-life", tokens, tokens_per_step)
 
 
 def beta_from_half_life(tokens: float, tokens_per_step: float) -> float:
@@ -136,8 +139,8 @@ def beta_from_half_life(tokens: float, tokens_per_step: float) -> float:
         ValueError: for numbers that are not positive, or a half-life of so many steps that the
             decay would round to 1.
     """
-    check_positive("tokens", tokens)
-    check_positive("tokens_per_step", tokens_per_step)
+    tokens = positive("tokens", tokens)
+    tokens_per_step = positive("tokens_per_step", tokens_per_step)
     return _representable("tokens", tokens, 0.5 ** (tokens_per_step / tokens))
 
 
@@ -158,11 +161,18 @@ def epsilon_decoupled_lr(eta0: float, eps: float) -> float:
         lr, in units of the parameter.
 
     Raises:
-        ValueError: for an eps that is not positive, or a negative eta0.
+        ValueError: for an eps that is not positive, a negative eta0, or a product that no float
+            can hold.
     """
-    check_not_negative("eta0", eta0)
-    check_positive("eps", eps)
-    return eta0 * eps
+    eta0 = not_negative("eta0", eta0)
+    return _in_range("lr", eta0 * positive("eps", eps), eta0)
+
+
+def _in_range(name: str, value: float, source: float) -> float:
+    """Return what is in proportion to `source`; raise where it is inf, or 0 for none of 0."""
+    if not value < math.inf or (value == 0 and source != 0):
+        raise ValueError(f"{name} would be {value}: the numbers are out of a float's range")
+    return value
 
 
 def _representable(name: str, value: float, beta: float) -> float:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from .checks import finite, saved
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
@@ -79,12 +81,40 @@ class Curve:
         return copy.deepcopy(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a place on the curve of a scheduler made alike."""
+        """Go to a place on the curve of a scheduler made alike.
+
+        Raises:
+            ValueError: for what is no such place. Then this is where it was.
+        """
+        saved(state_dict, "index", _checked_index)
+        saved(state_dict, "scheduler", _checked_mapping)
+        saved(state_dict, "groups", self._checked_groups)
+        before = self.state_dict()
+        try:
+            self._load(state_dict)
+        except Exception as error:
+            self._load(before)
+            kind = type(self._scheduler).__name__
+            raise ValueError(
+                f"state_dict['scheduler'] is no state of {kind}, which says {error!r}"
+            ) from error
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         state = copy.deepcopy(state_dict)
         self._scheduler.load_state_dict(state["scheduler"])
-        for group, saved in zip(self._shadow.param_groups, state["groups"], strict=True):
-            group.update(saved)
+        for group, entries in zip(self._shadow.param_groups, state["groups"], strict=True):
+            group.update(entries)
         self.index = state["index"]
+
+    def _checked_groups(self, name: str, groups: Any) -> None:
+        ours = len(self._shadow.param_groups)
+        if not isinstance(groups, list | tuple) or len(groups) != ours:
+            raise ValueError(f"{name} must be a list of {ours} groups, got {groups!r}")
+        for i, group in enumerate(groups):
+            _checked_mapping(f"{name}[{i}]", group)
+            for key in _LEARNING_RATES:
+                if key in group:
+                    finite(f"{name}[{i}][{key!r}]", group[key])
 
     def _check_scheduler(self) -> None:
         scheduler = self._scheduler
@@ -141,3 +171,13 @@ def _host_copy(value: Any) -> Any:
 def _is_written(name: str, found: dict[str, Any]) -> bool:
     """Whether the scheduler may have written an entry of a group."""
     return name in _LEARNING_RATES or name not in found
+
+
+def _checked_index(name: str, index: Any) -> None:
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+        raise ValueError(f"{name} must be an integer, at least 0, got {index!r}")
+
+
+def _checked_mapping(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dictionary, got {value!r}")

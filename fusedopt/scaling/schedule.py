@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .checks import check_positive
+from .checks import check_optimizer, finite_numbers, not_negative, positive, saved
 from .curve import Curve, PastEnd, SchedulerFactory
+
+# Of the scheduler, within one step: each takes the host some tens of microseconds.
+_MOST_STEPS = 1_000_000
 
 
 def samples_schedule(
@@ -55,8 +58,10 @@ def samples_schedule(
         The schedule.
 
     Raises:
-        TypeError: where the factory returns no scheduler, or ReduceLROnPlateau.
-        ValueError: for sizes that are not positive, a scheduler that was made for another
+        TypeError: where the factory returns no scheduler, or ReduceLROnPlateau, or for what is no
+            optimizer of torch's, or no number.
+        ValueError: for sizes that are not positive, or so different that one batch is more than a
+            million steps of the scheduler, a scheduler that was made for another
             optimizer, or one that changes more than learning rates, as OneCycleLR and CyclicLR do
             unless ``cycle_momentum=False``.
     """
@@ -80,9 +85,9 @@ class SamplesSchedule:
         from_batch: float,
         batch_size: float | None = None,
     ) -> None:
-        check_positive("from_batch", from_batch)
-        batch_size = from_batch if batch_size is None else batch_size
-        check_positive("batch_size", batch_size)
+        check_optimizer(optimizer)
+        from_batch = positive("from_batch", from_batch)
+        batch_size = from_batch if batch_size is None else positive("batch_size", batch_size)
         self.optimizer = optimizer
         self.from_batch = from_batch
         self.samples: float = 0
@@ -107,10 +112,12 @@ class SamplesSchedule:
                 by the scheduler where the next step begins past its end. (A step that begins before
                 has the mean of what there is.) Nothing has been written then.
         """
-        size = self.batch_size if batch_size is None else batch_size
-        check_positive("batch_size", size)
+        size = positive("batch_size", self.batch_size if batch_size is None else batch_size)
+        # Attributes may be set, and no number of steps leads to nan.
+        positive("from_batch", self.from_batch)
         self._check_groups(self._base_lrs)
-        seen = self.samples + self.batch_size
+        done = positive("batch_size", self.batch_size)
+        seen = not_negative("samples", self.samples) + done
         self._means = self._mean(seen, size)
         self.samples, self.batch_size = seen, size
         self._write()
@@ -137,15 +144,19 @@ class SamplesSchedule:
             state_dict: what ``state_dict()`` returned.
 
         Raises:
-            ValueError: where the number of groups differs.
+            ValueError: where the number of groups differs, or for what no schedule saves. Nothing
+                has changed then.
         """
-        self._check_groups(state_dict["base_lrs"])
-        self.samples = state_dict["samples"]
-        self.batch_size = state_dict["batch_size"]
-        self.from_batch = state_dict["from_batch"]
-        self._base_lrs = list(state_dict["base_lrs"])
-        self._means = list(state_dict["means"])
-        self._curve.load_state_dict(state_dict["curve"])
+        base_lrs = saved(state_dict, "base_lrs", finite_numbers)
+        self._check_groups(base_lrs)
+        means = saved(state_dict, "means", finite_numbers)
+        self._check_groups(means)
+        samples = saved(state_dict, "samples", not_negative)
+        batch_size = saved(state_dict, "batch_size", positive)
+        from_batch = saved(state_dict, "from_batch", positive)
+        saved(state_dict, "curve", lambda _, curve: self._curve.load_state_dict(curve))
+        self.samples, self.batch_size, self.from_batch = samples, batch_size, from_batch
+        self._base_lrs, self._means = base_lrs, means
         self._write()
 
     def _check_groups(self, values: Sequence[float]) -> None:
@@ -158,6 +169,11 @@ class SamplesSchedule:
     def _mean(self, start: float, size: float) -> list[float]:
         """Return the mean of the curve over samples from `start` on, for each group."""
         end = start + size
+        if not end / self.from_batch - self._curve.index <= _MOST_STEPS:
+            raise ValueError(
+                f"a batch of {size} after {start} samples is more than {_MOST_STEPS} steps of the"
+                f" scheduler, which are of from_batch = {self.from_batch} samples each"
+            )
         while self._end_of_base_step() <= start:
             self._curve.advance()
         sums, covered = [0.0] * len(self.optimizer.param_groups), 0.0

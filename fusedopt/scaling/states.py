@@ -38,7 +38,7 @@ the square of the mean and divides the variance alone, which also keeps that pos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..kernels.rules import REGISTRY
+from .groups import Groups
+from .holders import has_state_elsewhere
 
 _TORCHS = (torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam, torch.optim.AdamW)
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
@@ -70,14 +72,20 @@ class Batches:
     noise: bool
 
 
-def check_states(optimizer: Optimizer, batches: Batches) -> None:
+def check_states(optimizer: Optimizer, groups: Groups, batches: Batches) -> None:
     """Raise ValueError for a state of which it is not known what to do."""
+    follows = batches.decays or any(g.get("momentum_form") == "velocity" for g in groups)
+    if follows and has_state_elsewhere(optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps its state in another optimizer, and it is not known"
+            " how: rescale before the first step"
+        )
     if batches.decays and any(optimizer.state.values()) and not _is_known(optimizer):
         raise ValueError(
             f"it is not known how the state of {type(optimizer).__name__} depends on the batch"
             " size: rescale before the first step"
         )
-    for group in optimizer.param_groups:
+    for group in groups:
         for state in _states(optimizer, group):
             for name, value in state.items():
                 problem = _problem(name, value) if batches.decays else None
@@ -104,26 +112,107 @@ def _problem(name: str, value: Any) -> str | None:
     return None
 
 
-def rescale_states(
-    optimizer: Optimizer, scaled: Sequence[dict[str, Any]], batches: Batches
-) -> None:
-    """Rescale the states of all groups in place; ``check_states`` has passed.
+@dataclass(frozen=True)
+class _Change:
+    """What becomes of one tensor of a state.
+
+    Attributes:
+        name: of the state.
+        tensor: that is changed.
+        apply: changes a tensor as `tensor` is to be, in place.
+        widens: whether numbers may become larger.
+        elementwise: whether `apply` is for tensors of the shape of `tensor` alone; else it is a
+            multiplication, under which the largest number stays that.
+    """
+
+    name: str
+    tensor: Tensor
+    apply: Callable[[Tensor], Any]
+    widens: bool
+    elementwise: bool = False
+
+
+def check_overflow(optimizer: Optimizer, groups: Groups, scaled: Groups, batches: Batches) -> None:
+    """Raise ValueError where finite numbers would become infinite in the type of a state.
+
+    Each rank looks at what it has. The host waits once for each device.
+    """
+    verdicts: dict[torch.device, list[tuple[_Change, Tensor]]] = {}
+    for change in _changes(optimizer, groups, scaled, batches):
+        local = _local(change.tensor)
+        if change.widens and local.numel() and not local.is_meta:
+            verdicts.setdefault(local.device, []).append((change, _stays_finite(change, local)))
+    for found in verdicts.values():
+        passed = torch.stack([verdict for _, verdict in found]).tolist()
+        for (change, _), fine in zip(found, passed, strict=True):
+            if not fine:
+                raise ValueError(
+                    f"{type(optimizer).__name__} has a state {change.name!r} that would overflow"
+                    f" {change.tensor.dtype} for a batch {batches.kappa:g} times as large: take"
+                    " steps between, or rescale before the first step"
+                )
+
+
+def _stays_finite(change: _Change, tensor: Tensor) -> Tensor:
+    before = tensor.detach()
+    if not change.elementwise:
+        # Two numbers, in the tensor's own type, and no copy of it. An inf or nan that is there
+        # already hides what else may come, and there is nothing left to save.
+        before = torch.stack(torch.aminmax(_real(before)))
+    after = before.clone()
+    change.apply(after)
+    return (after.isfinite() | ~before.isfinite()).all()
+
+
+def _local(tensor: Any) -> Any:
+    """Return this rank's part of a DTensor, or the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def rescale_states(optimizer: Optimizer, groups: Groups, scaled: Groups, batches: Batches) -> None:
+    """Rescale the states of all groups in place; the checks have passed.
 
     Args:
-        optimizer: with the hyper-parameters for the old batch size.
+        optimizer: that has the states.
+        groups: with the hyper-parameters for the old batch size.
         scaled: for each group, the hyper-parameters for the new one.
         batches: the change.
     """
-    counted: set[int] = set()
-    for group, new in zip(optimizer.param_groups, scaled, strict=True):
+    for change in _changes(optimizer, groups, scaled, batches):
+        change.apply(change.tensor)
+    if batches.decays:
+        for group in groups:
+            for state in _states(optimizer, group):
+                if "step" in state and not isinstance(state["step"], Tensor):
+                    state["step"] = state["step"] / batches.kappa
+
+
+def _changes(
+    optimizer: Optimizer, groups: Groups, scaled: Groups, batches: Batches
+) -> Iterator[_Change]:
+    """Yield what becomes of each tensor of the states, once."""
+    kappa, counted = batches.kappa, set[int]()
+    for group, new in zip(groups, scaled, strict=True):
         factor = _buffer_factor(group, new, batches)
         for state in _states(optimizer, group):
             if batches.noise:
-                _reduce_noise(group, state, batches.kappa)
-            if state.get("momentum_buffer") is not None:
-                state["momentum_buffer"].mul_(factor)
-            if batches.decays and "step" in state:
-                _rescale_step(state, batches.kappa, counted)
+                yield from _reductions(group, state, kappa)
+            buffer = state.get("momentum_buffer")
+            if buffer is not None:
+                yield _Change("momentum_buffer", buffer, _multiply(factor), float(factor) > 1)
+            step = state.get("step")
+            # Parameters may share one count: a checkpoint keeps what was shared when it was made.
+            if batches.decays and isinstance(step, Tensor) and id(step) not in counted:
+                counted.add(id(step))
+                yield _Change("step", step, _divide(kappa), kappa < 1)
+
+
+def _multiply(factor: Any) -> Callable[[Tensor], Any]:
+    return lambda tensor: tensor.mul_(factor)
+
+
+def _divide(kappa: float) -> Callable[[Tensor], Any]:
+    return lambda tensor: tensor.div_(kappa)
 
 
 def _states(optimizer: Optimizer, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -145,33 +234,28 @@ def _buffer_factor(group: dict[str, Any], new: dict[str, Any], batches: Batches)
     return fill * math.sqrt(batches.kappa) if sums_ratios and batches.noise else fill
 
 
-def _reduce_noise(group: dict[str, Any], state: dict[str, Any], kappa: float) -> None:
+def _reductions(group: dict[str, Any], state: dict[str, Any], kappa: float) -> Iterator[_Change]:
     for name in _SECOND_MOMENTS:
-        if state.get(name) is None:
+        moment = state.get(name)
+        if moment is None:
             continue
         if name == "square_avg" and group.get("centered"):
-            _reduce_variance(state, kappa)
+            yield _reduction_of_variance(state, kappa)
         else:
-            state[name].div_(kappa)
+            yield _Change(name, moment, _divide(kappa), kappa < 1)
 
 
-def _reduce_variance(state: dict[str, Any], kappa: float) -> None:
-    square, mean = _real(state["square_avg"]), _real(state["grad_avg"])
-    signal = mean * mean
-    # Rounding may have made the variance negative, which a smaller batch would make worse.
-    square.sub_(signal).clamp_(min=0).div_(kappa).add_(signal)
+def _reduction_of_variance(state: dict[str, Any], kappa: float) -> _Change:
+    def apply(square: Tensor) -> None:
+        square, mean = _real(square), _real(state["grad_avg"])
+        if not hasattr(square, "to_local"):
+            mean = _local(mean)
+        signal = mean * mean
+        # Rounding may have made the variance negative, which a smaller batch would make worse.
+        square.sub_(signal).clamp_(min=0).div_(kappa).add_(signal)
+
+    return _Change("square_avg", state["square_avg"], apply, kappa < 1, elementwise=True)
 
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _rescale_step(state: dict[str, Any], kappa: float, counted: set[int]) -> None:
-    step = state["step"]
-    if not isinstance(step, Tensor):
-        state["step"] = step / kappa
-        return
-    # Parameters may share one count: a checkpoint keeps what was shared when it was made.
-    if id(step) not in counted:
-        counted.add(id(step))
-        step.div_(kappa)
