@@ -861,7 +861,7 @@ UNKNOWN: dict[str, Factory] = {
     "transposed": lambda: (nn.Sequential(nn.ConvTranspose2d(2, 3, 2)), randn(3, 2, 3, 2)),
     "used-twice": lambda: (nn.Sequential(*[Gain()] * 2, nn.Linear(4, 2)), randn(3, 2, 4)),
     "instance-norm": lambda: (
-        nn.Sequential(nn.Conv1d(2, 3, 2), _norm(nn.InstanceNorm1d(3, affine=True))),
+        nn.Sequential(nn.Conv1d(2, 3, 2, bias=False), _norm(nn.InstanceNorm1d(3, affine=True))),
         randn(3, 2, 5),
     ),
     "gru": lambda: (First(nn.GRU(3, 4, batch_first=True)), randn(3, 2, 3)),

@@ -83,3 +83,23 @@ def _flat(rank: int) -> None:
 
 def test_flat_parameters(tmp_path):
     in_ranks(2, tmp_path, _flat)
+
+
+def _really_flat(rank: int) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.manual_seed(0)
+    inner = torch.nn.Linear(4, 3)
+    model = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
+    clipped = fusedopt.AdamW(model.parameters(), clip=fusedopt.GlobalNorm(1.0))
+    model(torch.ones(2, 4)).square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"FullyShardedDataParallel.*model\.clip_grad_norm_"):
+        clipped.step()
+    assert not clipped.state
+    model.clip_grad_norm_(1.0)
+    fusedopt.AdamW(model.parameters()).step()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_fully_sharded_flat_parameters_as_torch_makes_them(tmp_path):
+    in_ranks(2, tmp_path, _really_flat)
