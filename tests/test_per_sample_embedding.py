@@ -8,8 +8,8 @@ from sums import check
 from torch.nn import functional as F  # noqa: N812
 
 from fusedopt.kernels.per_sample import embedding as kernels
+from fusedopt.statistics.ops.samples import Samples
 from fusedopt.statistics.ops.triton_embedding import embedding
-from fusedopt.statistics.samples import Samples
 
 
 def check_table(result, ids, e, sample_of, vocabulary, padding_idx=None, before=None):

@@ -21,8 +21,8 @@ from fusedopt.kernels.per_sample.shapes import (
 )
 from fusedopt.statistics.ops import tiles as ops_tiles
 from fusedopt.statistics.ops import triton_linear
+from fusedopt.statistics.ops.samples import Samples
 from fusedopt.statistics.ops.triton_linear import linear, linear_in_tiles
-from fusedopt.statistics.samples import Samples
 
 # Small enough that tiny shapes take several tiles and several steps.
 SMALL = Tile(16, 16, 16, 128, 2)

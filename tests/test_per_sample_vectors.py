@@ -9,8 +9,8 @@ from torch import nn
 
 from fusedopt.kernels.per_sample import vectors
 from fusedopt.statistics.ops import triton_vectors
+from fusedopt.statistics.ops.samples import Samples
 from fusedopt.statistics.ops.triton_vectors import affine, affine_and_bias, plan, vector
-from fusedopt.statistics.samples import Samples
 
 # Samples, positions, columns: one of each; one position; one column block and a bit; one sample.
 SHAPES = ((1, 1, 1), (40, 1, 33), (3, 5, 7), (2, 3, 130), (1, 300, 5), (17, 9, 16))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fusedopt
-from fusedopt.statistics import factors
+from fusedopt.statistics.per_sample import factors
 
 
 def make(dtype=torch.float32, sizes=(6, 5, 3), **options):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fusedopt
 from fusedopt import BackpackSquares, GradSampleSquares, MicroBatchSquares, PerSampleSquares
-from fusedopt.statistics import records
+from fusedopt.statistics.per_sample import expected as expectations
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.func:UserWarning")
 
@@ -105,10 +105,10 @@ def test_an_overflow_is_no_other_use():
 def test_an_infinite_gradient_of_finite_contributions_is_none_either():
     """The sum may be out of a narrow type's range where its parts are not."""
     total, allowed = torch.full((2,), 6e4), torch.tensor(1.0)
-    expected = [records.Expected(total, None, allowed)]
+    expected = [expectations.Expected(total, None, allowed)]
     overflowed = torch.tensor([torch.inf, 6e4], dtype=torch.float16)
-    assert not records._deviation(overflowed, expected)
-    assert records._deviation(torch.tensor([5e4, 6e4], dtype=torch.float16), expected)
+    assert not expectations.deviation(overflowed, expected)
+    assert expectations.deviation(torch.tensor([5e4, 6e4], dtype=torch.float16), expected)
 
 
 # What was in the gradient before.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from fusedopt import PerSampleSquares
-from fusedopt.statistics import joint
+from fusedopt.statistics.per_sample import reduce as joint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.func:UserWarning")
 

@@ -16,7 +16,8 @@ from fusedopt import (
     MicroBatchSquares,
     PerSampleSquares,
 )
-from fusedopt.statistics.records import Stamp
+from fusedopt.statistics.grad_version import GradVersion
+from fusedopt.statistics.per_sample import autograd
 
 
 def _model(device: torch.device) -> nn.Sequential:
@@ -98,12 +99,11 @@ def test_autograd_grad_adds_nothing(device: torch.device) -> None:
 
 def test_an_exception_in_backward(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     # Catches samples that count although their gradients never arrived.
-    from fusedopt.statistics import gates
 
     model = _model(device)
     statistics = PerSampleSquares(model)
     with monkeypatch.context() as patch:
-        patch.setattr(gates, "reduce_uses", lambda *_: 1 / 0)
+        patch.setattr(autograd, "reduce_uses", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             _backward(model, _batch(device))
     model.zero_grad()
@@ -143,18 +143,18 @@ def test_micro_batches_and_autograd_grad(device: torch.device) -> None:
     optimizer.step()
 
 
-def test_a_stamp_outlives_its_gradient(device: torch.device) -> None:
+def test_a_version_outlives_its_gradient(device: torch.device) -> None:
     # Catches an id for an identity: a gradient may be given that of one that was freed.
     reused = 0
     for _ in range(100):
         gradient = torch.zeros(3, device=device)
-        identity, stamp = id(gradient), Stamp(gradient)
-        assert stamp.holds(gradient)
+        identity, version = id(gradient), GradVersion(gradient)
+        assert version.holds(gradient)
         del gradient
         other = torch.zeros(3, device=device)
         reused += id(other) == identity
-        assert not stamp.holds(other)
-        assert not stamp.is_same_tensor(other)
+        assert not version.holds(other)
+        assert not version.is_same_tensor(other)
     assert reused, "no id was reused: this run has tested nothing"
 
 

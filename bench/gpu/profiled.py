@@ -13,7 +13,7 @@ import torch
 
 import fusedopt
 from fusedopt.statistics import ops
-from fusedopt.statistics.samples import Samples
+from fusedopt.statistics.ops.samples import Samples
 
 # Elements of the update; samples, rows of each, and widths of the layer.
 UPDATE, LAYER = 2**28, (32, 512, 4096, 4096)

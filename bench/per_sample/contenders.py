@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fusedopt import backends
 from fusedopt.statistics.ops import reference
-from fusedopt.statistics.samples import Samples
+from fusedopt.statistics.ops.samples import Samples
 
 from .cases import Shape
 

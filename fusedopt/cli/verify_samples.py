@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.statistics.ops import reference
-from fusedopt.statistics.samples import Samples
+from fusedopt.statistics.ops.samples import Samples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.per_sample import vectors
 from ..kernels.per_sample.aot_variants import WIDTHS
 from ..statistics.ops import triton_embedding, triton_linear, triton_vectors
-from ..statistics.samples import Samples
+from ..statistics.ops.samples import Samples
 from .cases import TORCH_DTYPES, Case
 
 # Type of errors and inputs, and type of the gradient; they differ under autocast.

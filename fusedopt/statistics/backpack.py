@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import MissingSquares, Statistics
-from .records import Stamp
+from .grad_version import GradVersion
 from .spent import STALE, Arrivals, Spent
 
 
@@ -80,7 +80,7 @@ class BackpackSquares(Statistics):
             if own is None or own.is_spent(p):
                 own = self._sums[id(p)] = _Sum()
             own.add(getattr(p, "sum_grad_squared", None), size)
-            own.gradient = Stamp(p.grad)
+            own.gradient = GradVersion(p.grad)
             p.sum_grad_squared = None
         self._arrivals.watch(parameters)
         self._arrivals.forget(parameters)
@@ -89,7 +89,7 @@ class BackpackSquares(Statistics):
         """Note that a step has used what was gathered for some parameters."""
         for p in parameters:
             if id(p) in self._sums:
-                self._sums[id(p)].stamp = Stamp(p.grad)
+                self._sums[id(p)].version = GradVersion(p.grad)
             self._spent[id(p)] = Spent(p, _left(p))
 
     def check(self, parameters: Sequence[Tensor]) -> None:
@@ -150,9 +150,9 @@ class _Sum:
         self.squares: Tensor | None = None
         self.count = 0
         # The gradient as the last ``accumulate`` found it.
-        self.gradient = Stamp(None)
+        self.gradient = GradVersion(None)
         # The gradient that a step has used.
-        self.stamp: Stamp | None = None
+        self.version: GradVersion | None = None
 
     def add(self, squares: Tensor | None, count: int) -> None:
         """Take the sum over ``count`` samples; None for no contribution of theirs."""
@@ -167,4 +167,4 @@ class _Sum:
 
     def is_spent(self, parameter: Tensor) -> bool:
         """Whether a step has used this, and the gradient has been cleared since."""
-        return self.stamp is not None and not self.stamp.is_same_tensor(parameter.grad)
+        return self.version is not None and not self.version.is_same_tensor(parameter.grad)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..codecs import compute_dtype
 from ..layout import real_view
 from .base import MissingSquares, Statistics
-from .records import Stamp, weakly
+from .grad_version import GradVersion, weakly
 from .replicas import Replicas
 
 
@@ -237,7 +237,7 @@ class _Summed(_Parameter):
     def __init__(self, parameter: Tensor) -> None:
         super().__init__(parameter)
         self._copy: Tensor | None = None
-        self._seen: Stamp | None = None
+        self._seen: GradVersion | None = None
 
     def is_cleared(self) -> bool:
         gradient = self.parameter.grad
@@ -252,7 +252,7 @@ class _Summed(_Parameter):
         if self.is_complete():
             return
         self._add(gradient if self._copy is None else gradient - self._copy)
-        self._copy, self._seen = gradient.clone(), Stamp(gradient)
+        self._copy, self._seen = gradient.clone(), GradVersion(gradient)
 
     def is_complete(self) -> bool:
         gradient = self.parameter.grad

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, distributed
 
-from .records import Stamp, mark, mark_of, weakly
+from .grad_version import GradVersion, mark, mark_of, weakly
 
 STALE = (
     " has been used by an earlier step, and its gradient is another since: the last backward pass"
@@ -27,7 +27,7 @@ class Spent:
     def __init__(self, parameter: Tensor, used: Sequence[Tensor]) -> None:
         # What is written in place is new.
         self._used = {(mark(x), x._version) for x in used}
-        self._gradient = Stamp(parameter.grad)
+        self._gradient = GradVersion(parameter.grad)
 
     def is_stale(self, parameter: Tensor, current: Sequence[Tensor]) -> bool:
         """Whether any of the current tensors was used, with a gradient that is gone."""
@@ -52,13 +52,13 @@ class Arrivals:
     def problem(self, parameter: Tensor) -> str | None:
         """Say why what one backward pass left is not that of the gradient; None where it may be."""
         own = self._of.get(id(parameter))
-        if own is None or own.count == 0 or not own.stamp.is_same_tensor(parameter.grad):
+        if own is None or own.count == 0 or not own.version.is_same_tensor(parameter.grad):
             # Gradients that were put there by hand are what they are.
             return None
         if distributed.is_available() and distributed.is_initialized():
             # Which are averaged after they have arrived.
             return None
-        if not own.stamp.holds(parameter.grad):
+        if not own.version.holds(parameter.grad):
             return "was changed between backward and step()"
         return "is the sum of several backward passes" if own.count > 1 else None
 
@@ -75,13 +75,13 @@ class _Arrival:
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
         self.count = 0
-        self.stamp = Stamp(None)
+        self.version = GradVersion(None)
         # Where the parameter has been converted, its hooks went with the old contents.
         self._handle: Any = parameter.register_post_accumulate_grad_hook(weakly(self._arrived))
 
     def _arrived(self, _: Tensor) -> None:
         gradient = self.parameter.grad
         # Added in place, to what was there and had not been written since.
-        adds = self.stamp.is_same_tensor(gradient) and self.stamp.writes(gradient) == 1
+        adds = self.version.is_same_tensor(gradient) and self.version.writes(gradient) == 1
         self.count = self.count + 1 if adds else 1
-        self.stamp = Stamp(gradient)
+        self.version = GradVersion(gradient)

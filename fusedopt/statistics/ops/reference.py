@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ...codecs import compute_dtype
-from ..samples import Samples
+from .samples import Samples
 
 Pair = tuple[Tensor | None, Tensor]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...backends.triton import launch
 from ...kernels.per_sample import embedding as kernels
-from ..samples import Samples
+from .samples import Samples
 
 
 def embedding(

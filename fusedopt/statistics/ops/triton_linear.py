@@ -9,7 +9,7 @@ from ...backends.triton import launch
 from ...kernels.per_sample import linear as kernels
 from ...kernels.per_sample.shapes import Tile, choose_splits, rows_tile, samples_tile
 from ...layout import has_wide_rows
-from ..samples import Samples
+from .samples import Samples
 from .tiles import (
     GROUP,
     capability,

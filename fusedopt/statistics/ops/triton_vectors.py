@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...backends.triton import launch
 from ...kernels.per_sample import vectors
-from ..samples import Samples
+from .samples import Samples
 
 Pair = tuple[Tensor | None, Tensor]
 

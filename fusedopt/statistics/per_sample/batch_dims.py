@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from .instrument import original_class
-
-if TYPE_CHECKING:
-    from .layers import Site
+from .layer_call import LayerCall
 
 RECURRENT = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
 # How many ways to read the dimensions of one call are tried.
@@ -35,42 +33,42 @@ def recurrent_inputs(
     return {i: sequence if x is first else 1 for i, x in enumerate(leaves) if isinstance(x, Tensor)}
 
 
-def output_dims(site: Site, module: nn.Module, place: int, y: Tensor) -> list[int]:
+def output_dims(layer: LayerCall, module: nn.Module, place: int, y: Tensor) -> list[int]:
     """Return the dimensions of an output that may be its batch, the likeliest first.
 
     Whatever the batch is: an activation checkpoint that runs the module again may be one of a call
     with another batch, and has to keep as many tensors.
 
     Args:
-        site: of the call.
+        layer: of the call.
         module: that returned it.
         place: its index among what was returned.
         y: the output.
     """
     if is_recurrent(module):
         return [0 if module.batch_first and place == 0 else 1] if y.dim() == 3 else []
-    expected = 0 if site.batch_first or y.dim() < 3 else 1
-    if site.call.offsets is not None or site.statistics.sample == "token":
+    expected = 0 if layer.batch_first or y.dim() < 3 else 1
+    if layer.call.offsets is not None or layer.call.options.sample == "token":
         # Another dimension of that size is one of something else.
         return [expected] if y.dim() > expected else []
     return [expected, *(dim for dim in range(y.dim()) if dim != expected)][: y.dim()]
 
 
-def exactly(site: Site, x: Tensor, dim: int) -> list[int]:
+def exactly(layer: LayerCall, x: Tensor, dim: int) -> list[int]:
     """Return the dimension if the tensor has its batch there, else nothing."""
-    return [dim] if x.dim() == 3 and site.call._count in (None, x.shape[dim]) else []
+    return [dim] if x.dim() == 3 and layer.call.count in (None, x.shape[dim]) else []
 
 
-def candidates(site: Site, x: Tensor) -> list[int]:
+def candidates(layer: LayerCall, x: Tensor) -> list[int]:
     """Return the dimensions that may be the batch: the one where it is expected comes first.
 
     In forward the first layer may come before the size is known.
     """
-    call = site.call
-    expected = 0 if site.batch_first or x.dim() < 3 else 1
-    fits = x.dim() > expected and call._count in (None, x.shape[expected])
-    if call._count is None or call.offsets is not None or site.statistics.sample == "token":
+    call = layer.call
+    expected = 0 if layer.batch_first or x.dim() < 3 else 1
+    fits = x.dim() > expected and call.count in (None, x.shape[expected])
+    if call.count is None or call.offsets is not None or layer.call.options.sample == "token":
         # Another dimension of that size is one of something else.
         return [expected] if fits else []
-    others = [dim for dim, size in enumerate(x.shape) if size == call._count and dim != expected]
+    others = [dim for dim, size in enumerate(x.shape) if size == call.count and dim != expected]
     return [expected, *others] if fits else others

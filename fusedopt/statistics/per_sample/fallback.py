@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..codecs import compute_dtype
-from ..layout import real_view
+from ...codecs import compute_dtype
+from ...layout import real_view
 from . import batch_dims
-from .calls import Call, sketch_of
-from .gates import Mode, observe
-from .joint import pieces
-from .layers import Site
+from .autograd import observe
+from .layer_call import LayerCall
 from .ownership import every_name, own_parameters
+from .reduce import pieces
+from .replay import Call, Replayed, sketch_of
 from .unknown import check_arguments, check_bags
 from .uses import FallbackUse
 
@@ -52,50 +52,58 @@ def warning(name: str, module: nn.Module) -> str:
     )
 
 
-def functional(site: Site, module: nn.Module, plain: Any, arguments: Any, keywords: Any) -> Any:
+def functional(
+    layer: LayerCall, module: nn.Module, plain: Any, arguments: Any, keywords: Any
+) -> Any:
     """Run a module of any kind, and note what its own parameters' squares need."""
-    check_arguments(site.name, (arguments, keywords))
-    check_bags(site.name, module, arguments, keywords)
+    check_arguments(layer.name, (arguments, keywords))
+    check_bags(layer.name, module, arguments, keywords)
     leaves, structure = tree_flatten((arguments, keywords))
     # As the call finds them: running statistics, vectors of a power iteration.
     buffers = {name: b.detach().clone() for name, b in module.named_buffers(remove_duplicate=False)}
     outputs = plain(*arguments, **keywords)
     flat, out_structure = tree_flatten(outputs)
     places = [i for i, y in enumerate(flat) if isinstance(y, Tensor) and y.requires_grad]
-    gates = {
-        name: site.call.gate(site.statistics.record_of(p), Mode.BESIDE)
-        for name, p in trained_parameters(module).items()
-    }
-    if not places or not gates:
+    taps = {name: layer.tap_beside(p) for name, p in trained_parameters(module).items()}
+    if not places or not taps:
         return outputs
-    sources = site.call.fallbacks
-    source = sources.setdefault(id(module), Module(site, module))
+    sources = layer.call.fallbacks
+    source = sources.setdefault(id(module), Module(layer, module))
     tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     rest = [None if isinstance(x, Tensor) else x for x in leaves]
     ys = [flat[i] for i in places]
     fixed = batch_dims.recurrent_inputs(module, leaves, arguments, keywords)
-    dims = [batch_dims.output_dims(site, module, i, y) for i, y in zip(places, ys, strict=True)]
+    dims = [batch_dims.output_dims(layer, module, i, y) for i, y in zip(places, ys, strict=True)]
     device = ys[0].device.type
     narrow, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     autocast = torch.autocast(device, narrow, enabled, cache_enabled=False)
 
-    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    def on_grad(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         inputs = dict(zip(tensors, saved, strict=False))
         rest_of = iter(saved[len(tensors) :])
         sketches = [[(dim, next(rest_of)) for dim in own] for own in dims]
         source.add(
             Call(
-                source, structure, rest, inputs, buffers, fixed, places, autocast, errors, sketches
+                source.replayed,
+                structure,
+                rest,
+                inputs,
+                buffers,
+                fixed,
+                places,
+                autocast,
+                errors,
+                sketches,
             )
         )
         use = FallbackUse(source, _tolerance(errors, enabled or torch.is_autocast_enabled(device)))
-        for gate in gates.values():
-            gate.add(use)
+        for tap in taps.values():
+            tap.add(use)
 
     # Not the outputs: the next layer may write to them.
     kept = [leaves[i].detach() for i in tensors]
     kept += [sketch_of(y, dim) for y, own in zip(ys, dims, strict=True) for dim in own]
-    observed = observe(ys, arrive, list(gates.values()), kept)
+    observed = observe(ys, on_grad, list(taps.values()), kept)
     for i, y in zip(places, observed, strict=True):
         flat[i] = y
     return tree_unflatten(flat, out_structure)
@@ -109,12 +117,10 @@ def _tolerance(errors: Sequence[Tensor], autocast: bool) -> float:
 class Module:
     """The calls of one module within one call of the model: see ``uses.Fallback``."""
 
-    def __init__(self, site: Site, module: nn.Module) -> None:
-        self.site = site
-        self.module = module
+    def __init__(self, layer: LayerCall, module: nn.Module) -> None:
+        named = {name: id(p) for name, p in every_name(module)}
+        self.replayed = Replayed(layer, module, named)
         self.parameters = list(trained_parameters(module).values())
-        # A parameter may have several names.
-        self.named = {name: id(p) for name, p in every_name(module)}
         self._left = {id(p) for p in self.parameters}
         self.calls: list[Call] = []
         self._backward = -1
@@ -151,7 +157,7 @@ class Module:
             self.calls = []
 
     def _make(self, parameters: list[nn.Parameter]) -> dict[int, tuple[Tensor, Tensor]]:
-        count = self.site.call.samples.count
+        count = self.replayed.layer.call.samples.count
 
         def zeros(p: Tensor) -> Tensor:
             return torch.zeros(p.shape, dtype=compute_dtype([p.dtype]), device=p.device)
@@ -209,9 +215,10 @@ class Module:
             # What was not finite in the batch either says nothing.
             if not bool((near | ~expected.isfinite()).all()):
                 raise RuntimeError(
-                    f"{self.site.name} ({type(self.module).__name__}) gives another output for a"
-                    " sample alone than within the batch: it mixes samples, draws random numbers,"
-                    " or was changed between forward and backward (its weights, train() or eval())."
+                    f"{self.replayed.layer.name} ({type(self.replayed.module).__name__}) gives"
+                    " another output for a sample alone than within the batch: it mixes samples,"
+                    " draws random numbers, or was changed between forward and backward (its"
+                    " weights, train() or eval())."
                     " Its per-sample squares are not defined; use MicroBatchSquares"
                 )
         return list(rows)

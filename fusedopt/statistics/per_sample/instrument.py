@@ -100,7 +100,7 @@ def _new(kind: type, *arguments: Any) -> Any:
 class _ForwardObserved:
     """Mixed into the class of a module whose forward is replaced."""
 
-    @torch._disable_dynamo  # gates are Python objects of one backward pass  # type: ignore
+    @torch._disable_dynamo  # taps are Python objects of one backward pass  # type: ignore
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Run the observer's forward."""
         observer: Observer = self.__dict__[_KEY]

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..codecs import compute_dtype
-from ..layout import real_view
+from ...codecs import compute_dtype
+from ...layout import real_view
 from . import batch_dims
 from .instrument import original_class
+from .layer_call import LayerCall
 from .ownership import set_by_hooks
 
-if TYPE_CHECKING:
-    from .fallback import Module
+
+@dataclass(frozen=True)
+class Replayed:
+    """A module of unknown kind in one call of the model.
+
+    Attributes:
+        layer: its call.
+        module: itself.
+        named: the identity of each of its parameters, by all of their names.
+    """
+
+    layer: LayerCall
+    module: nn.Module
+    named: Mapping[str, int]
 
 
 @dataclass
@@ -41,7 +54,7 @@ class Call:
         ways: to read the dimensions, which are left to be tried; the first is in use.
     """
 
-    source: Module
+    source: Replayed
     structure: TreeSpec
     rest: list[Any]
     inputs: dict[int, Tensor]
@@ -54,15 +67,15 @@ class Call:
     ways: list[tuple[Any, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        site = self.source.site
-        count = site.call.samples.count
+        layer = self.source.layer
+        count = layer.call.samples.count
         dims = {i: self._input_dims(i, x) for i, x in self.inputs.items()}
         self._batched = [i for i, own in dims.items() if own]
         outputs = [[own for own in sketch if len(own[1]) == count] for sketch in self.sketches]
         if not self._batched or not all(outputs):
             shapes = [tuple(t.shape) for t in (*self.inputs.values(), *self.errors)]
             raise RuntimeError(
-                f"{site.name}: its inputs and outputs, of shapes {shapes}, do not all have a batch"
+                f"{layer.name}: its inputs and outputs, of shapes {shapes}, do not all have a batch"
                 f" dimension of size {count}"
             )
 
@@ -72,8 +85,8 @@ class Call:
 
     def _input_dims(self, place: int, x: Tensor) -> list[int]:
         if self.fixed is None:
-            return batch_dims.candidates(self.source.site, x)
-        return batch_dims.exactly(self.source.site, x, self.fixed[place])
+            return batch_dims.candidates(self.source.layer, x)
+        return batch_dims.exactly(self.source.layer, x, self.fixed[place])
 
     def _read(self) -> None:
         way, n = self.ways[0], len(self._batched)
@@ -112,7 +125,7 @@ class Call:
             named = {name: buffer.clone() for name, buffer in self.buffers.items()}
             named |= {name: values[i] for name, i in source.named.items() if i in values}
             plain = _composed(isinstance(source.module, nn.RNNBase))
-            with source.site.statistics.paused(), self.autocast, plain, uncached():
+            with source.layer.call.options.paused(), self.autocast, plain, uncached():
                 # Children keep theirs, whose uses are their own.
                 result = torch.func.functional_call(
                     Alone(source.module),
@@ -135,7 +148,7 @@ class Call:
         self, chosen: Sequence[Tensor], inputs: list[Tensor], errors: list[Tensor]
     ) -> tuple[Any, Any]:
         """Do what vmap of ``contribution`` does, for modules that it cannot transform."""
-        site, kind = self.source.site, type(self.source.module).__name__
+        layer, kind = self.source.layer, type(self.source.module).__name__
         try:
             made = [
                 self.contribution(chosen, [x[b] for x in inputs], [e[b] for e in errors])
@@ -143,8 +156,8 @@ class Call:
             ]
         except Exception as error:
             raise RuntimeError(
-                f"{site.name} ({kind}): its per-sample squares are not known, and torch.func cannot"
-                f" run it on one sample ({error}). Freeze its parameters, replace it, or use"
+                f"{layer.name} ({kind}): its per-sample squares are not known, and torch.func"
+                f" cannot run it on one sample ({error}). Freeze its parameters, replace it, or use"
                 " MicroBatchSquares"
             ) from error
         rows, outputs = zip(*made, strict=True)

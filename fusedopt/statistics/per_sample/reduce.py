@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..codecs import compute_dtype
-from .samples import Samples
+from ...codecs import compute_dtype
+from ..ops.samples import Samples
 from .uses import (
     ConvolutionUse,
     EmbeddingUse,
     FallbackUse,
     GainUse,
     LinearUse,
+    ParamUse,
     Target,
-    Use,
     VectorUse,
     _as_vector,
     _unfold,
@@ -35,13 +35,13 @@ _TOGETHER = ({VectorUse, GainUse}, {LinearUse, EmbeddingUse}, {ConvolutionUse})
 Known = LinearUse | VectorUse | GainUse | EmbeddingUse | ConvolutionUse
 
 
-def reduce(uses: Sequence[Use], target: Target) -> tuple[Tensor | None, Tensor, Tensor | None]:
+def reduce(uses: Sequence[ParamUse], target: Target) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Reduce all uses of a parameter in one call of the model, of whatever kinds.
 
     Returns:
         The gradient, or None; the squares; and where modules of unknown kind take part, the sum of
         all contributions, else None. The gradient is that of known layers: what others contribute
-        to it goes past the gate.
+        to it goes past the tap.
     """
     sources = {id(use.source): use.source for use in uses if isinstance(use, FallbackUse)}
     known: list[Known] = [use for use in uses if not isinstance(use, FallbackUse)]
@@ -98,7 +98,9 @@ def _add_dense(rows: Tensor, use: Known, piece: slice, packed: bool = False) -> 
 
     if isinstance(use, LinearUse):
         own = rows if use.rows is None else rows[:, use.rows]
-        own += cut(use.e).to(rows.dtype).transpose(1, 2) @ cut(use.a).to(rows.dtype)
+        own += cut(use.grad_output).to(rows.dtype).transpose(1, 2) @ cut(use.activations).to(
+            rows.dtype
+        )
     elif isinstance(use, EmbeddingUse):
         ids, errors = (cut(x) for x in _unpadded(use))
         ids = ids.to(torch.int64)
@@ -106,10 +108,10 @@ def _add_dense(rows: Tensor, use: Known, piece: slice, packed: bool = False) -> 
         flat = errors.to(rows.dtype).flatten(0, 1)
         rows.view(-1, rows.shape[2]).index_add_(0, (ids + first).flatten(), flat)
     elif isinstance(use, ConvolutionUse):
-        e = use.e[piece].flatten(2).unflatten(1, (use.groups, -1)).to(rows.dtype)
+        e = use.grad_output[piece].flatten(2).unflatten(1, (use.groups, -1)).to(rows.dtype)
         rows += (e @ _unfold(use, piece).to(rows.dtype)).reshape(rows.shape)
     else:
         vector = _as_vector(use)
         flat = rows.view(len(rows), -1)
         own = flat if vector.rows is None else flat[:, vector.rows]
-        own += cut(vector.e).to(rows.dtype).sum(1)
+        own += cut(vector.grad_output).to(rows.dtype).sum(1)

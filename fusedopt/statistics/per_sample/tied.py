@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .samples import Samples
+from ..ops.samples import Samples
 
 Packed = tuple[Tensor, Tensor, Samples]
 

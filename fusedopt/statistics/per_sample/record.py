@@ -2,115 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..grad_version import GradVersion, weakly
 from . import factors
-
-if TYPE_CHECKING:
-    from .passes import Pass
-
-
-def weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """Return a hook for a tensor that its owner holds: a cycle through autograd is for ever."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(*arguments: Any) -> None:
-        bound = reference()
-        if bound is not None:
-            bound(*arguments)
-
-    return hook
-
-
-class Stamp:
-    """A gradient as it was at some moment: the tensor, and how often it had been written.
-
-    A shard (DTensor) counts with its local tensor, which FSDP writes behind autograd's back.
-    """
-
-    def __init__(self, gradient: Tensor | None) -> None:
-        # A gradient that is set to None is to be freed, so that it is not held. Not known by its
-        # id, which the next gradient may well be given once this one is.
-        self._mark = None if gradient is None else mark(_local(gradient))
-        self._versions = None if gradient is None else _versions(gradient)
-
-    def holds(self, gradient: Tensor | None) -> bool:
-        """Whether the gradient is still that one, unwritten."""
-        if gradient is None:
-            return self._mark is None
-        return self.is_same_tensor(gradient) and _versions(gradient) == self._versions
-
-    def is_same_tensor(self, gradient: Tensor | None) -> bool:
-        """Whether the gradient is still that tensor, written or not."""
-        if gradient is None or self._mark is None:
-            return False
-        return mark_of(_local(gradient)) == self._mark
-
-    def writes(self, gradient: Tensor | None) -> int:
-        """Return how often the same tensor has been written since."""
-        assert gradient is not None and self._versions is not None
-        return _versions(gradient)[0] - self._versions[0]
-
-
-_MARKS = itertools.count(1)
-
-
-def mark(tensor: Tensor) -> int:
-    """Return the number of a tensor, which no other tensor has; it is given one at first.
-
-    A weak reference would say as much, but a tensor that has one cannot be swapped, as
-    ``torch.__future__.set_swap_module_params_on_conversion`` does with gradients.
-    """
-    return int(tensor.__dict__.setdefault("_fusedopt_mark", next(_MARKS)))
-
-
-def mark_of(tensor: Tensor) -> int | None:
-    """Return the number that ``mark`` gave a tensor, or None."""
-    return tensor.__dict__.get("_fusedopt_mark")
-
-
-def _local(gradient: Any) -> Any:
-    return getattr(gradient, "_local_tensor", gradient)
-
-
-def _versions(gradient: Any) -> tuple[int, int]:
-    return gradient._version, _local(gradient)._version
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What observed layers hand to autograd for a parameter in one call of the model.
-
-    Attributes:
-        tensor: the gradient, or the sum of contributions where autograd makes the gradient.
-        version: how often the gradient has been written; None for a sum, equal to rounding.
-        allowed: how far the sum may be from the gradient, of shape (); None for the gradient.
-    """
-
-    tensor: Tensor
-    version: int | None
-    allowed: Tensor | None
-
-
-class Foreign(Enum):
-    """Where a part of a gradient came from that no observed layer made."""
-
-    OUTSIDE = auto()
-    UNOBSERVED = auto()
-    BEFORE = auto()
-
-
-# What is allowed where several gradients are added up, beside their norms: a few roundings.
-ADDED = {torch.float64: 1e-12, torch.float32: 1e-5}
-ADDED_NARROW = 3e-2
+from .expected import Expected, Foreign, deviation
+from .sample_count import SampleCount
 
 
 class Record:
@@ -138,7 +39,7 @@ class Record:
     """
 
     def __init__(
-        self, parameter: Tensor, name: str, commit: Callable[[Record, list[Pass]], None]
+        self, parameter: Tensor, name: str, commit: Callable[[Record, list[SampleCount]], None]
     ) -> None:
         self.parameter = parameter
         self.name = name
@@ -158,14 +59,14 @@ class Record:
         self._memory = -1
         self._commit = commit
         self._pending: Tensor | None = None
-        self._pending_calls: list[Pass] = []
+        self._pending_calls: list[SampleCount] = []
         self._backward = -1
         self._expected: list[Expected | None] = []
         self._unexpected: Foreign | None = None
         self._deviates: Tensor | None = None
         # The gradient as it was when it was known to be zero.
-        self._zero: Stamp | None = None
-        self._stamp: Stamp | None = None
+        self._zero: GradVersion | None = None
+        self._version: GradVersion | None = None
         self._stepped = False
         self._check_hook: Any = None
         self._arrived_hook: Any = None
@@ -180,7 +81,7 @@ class Record:
             self._pending, self._pending_calls, self._expected = None, [], []
         return self._pending
 
-    def propose(self, squares: Tensor, call: Pass) -> None:
+    def propose(self, squares: Tensor, call: SampleCount) -> None:
         """Take the squares of a call of the model, which belong to a gradient on its way."""
         self._pending = squares
         self._pending_calls.append(call)
@@ -226,7 +127,7 @@ class Record:
             if gradient is not own.tensor or gradient._version != own.version:
                 self._unexpected = Foreign.OUTSIDE
         elif None not in expected:
-            self._deviates = _deviation(gradient, expected)  # type: ignore[arg-type]
+            self._deviates = deviation(gradient, expected)  # type: ignore[arg-type]
         if self.squares is None and not self._is_zero():
             self._unexpected = Foreign.BEFORE
         self.restarts = self.is_cleared()
@@ -245,7 +146,7 @@ class Record:
     def cleared(self) -> None:
         """Note that the gradient is None or zero."""
         gradient = self.parameter.grad
-        self._zero = None if gradient is None else Stamp(gradient)
+        self._zero = None if gradient is None else GradVersion(gradient)
 
     def _arrived(self, _: Tensor) -> None:
         """Run after autograd has added a gradient to ``parameter.grad``."""
@@ -275,22 +176,22 @@ class Record:
         if self._deviates is not None:
             known = self.deviates
             self.deviates = self._deviates if known is None else known | self._deviates
-        self._stamp, self._stepped = Stamp(parameter.grad), False
+        self._version, self._stepped = GradVersion(parameter.grad), False
         self.norms = None
 
     def stepped(self) -> None:
         """Note that a step has used the squares."""
-        self._stamp, self._stepped = Stamp(self.parameter.grad), True
+        self._version, self._stepped = GradVersion(self.parameter.grad), True
         self.norms = None
 
     def accept(self) -> None:
         """Take the gradient as it is now for what the squares belong to."""
-        self._stamp = Stamp(self.parameter.grad)
+        self._version = GradVersion(self.parameter.grad)
         self.norms = None
 
     def is_same_tensor(self) -> bool:
         """Whether the gradient is still the tensor that arrived, written or not."""
-        return self._stamp is not None and self._stamp.is_same_tensor(self.parameter.grad)
+        return self._version is not None and self._version.is_same_tensor(self.parameter.grad)
 
     def is_cleared(self) -> bool:
         """Whether the gradient that the squares belong to is gone."""
@@ -305,7 +206,7 @@ class Record:
 
     def is_changed(self) -> bool:
         """Whether the gradient was written or replaced since it arrived."""
-        return self._stamp is not None and not self._stamp.holds(self.parameter.grad)
+        return self._version is not None and not self._version.holds(self.parameter.grad)
 
     def reset(self, start: int) -> None:
         """Forget the squares; count samples from ``start`` on."""
@@ -314,7 +215,7 @@ class Record:
         self.reduced_count = 0
         self.foreign = self.deviates = self._zero = None
         self.altered = False
-        self._stamp, self._stepped, self.norms = None, False, None
+        self._version, self._stepped, self.norms = None, False, None
 
     def remove(self) -> None:
         """Take the hooks off the parameter."""
@@ -322,20 +223,6 @@ class Record:
             self._check_hook.remove()
             self._arrived_hook.remove()
         self._check_hook = self._arrived_hook = None
-
-
-def _deviation(gradient: Tensor, expected: Sequence[Expected]) -> Tensor:
-    """Whether a gradient is not the sum of what was expected, on the device."""
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    rounding = ADDED.get(gradient.dtype, ADDED_NARROW)
-    distance = gradient.to(wide)
-    allowed = torch.zeros((), dtype=wide, device=gradient.device)
-    for one in expected:
-        distance = distance - one.tensor
-        part = rounding * one.tensor.norm(dtype=wide) if one.allowed is None else one.allowed
-        allowed = allowed + part
-    # What is not finite is told from its overflow, and not from its sums.
-    return (distance.norm() > allowed) & gradient.isfinite().all()
 
 
 def settle_deviations(records: Sequence[Record]) -> None:

@@ -1,10 +1,10 @@
-"""How squares ride on autograd: gates in front of parameters, observers behind layers.
+"""How squares ride on autograd: taps in front of parameters, observers behind layers.
 
-    parameter --> gate --+--> layer --> observer -->      one use of the parameter
-                         +--> layer --> observer -->      another one, if it is shared
+    parameter --> tap --+--> layer --> observer -->      one use of the parameter
+                        +--> layer --> observer -->      another one, if it is shared
 
 In backward an observer notes the layer's input and the gradient of its output. Autograd runs a
-gate once, after everything behind it: at that moment all uses of the parameter have arrived, and
+tap once, after everything behind it: at that moment all uses of the parameter have arrived, and
 contributions of one sample can be summed over uses before they are squared. Nothing is kept that
 autograd would not keep (saved tensors are saved by autograd, so that activation checkpointing and
 offloading see them), and no hook has to guess when a parameter is complete.
@@ -14,20 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .joint import reduce as reduce_uses
-from .uses import Target, Use
+from .record import Record
+from .reduce import reduce as reduce_uses
+from .sample_count import SampleCount
+from .uses import ParamUse, Target
 
-if TYPE_CHECKING:
-    from .passes import Pass
-    from .records import Record
-
-Arrive = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+OnGrad = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 
 
 class Mode(Enum):
@@ -35,8 +33,8 @@ class Mode(Enum):
 
     ``FUSED``: by the kernel that makes the squares. The layer computes with a detached parameter,
     so that autograd neither makes the gradient nor keeps the layer's input for it.
-    ``AUTOGRAD``: by autograd, through the gate.
-    ``BESIDE``: by autograd, past the gate: the module reads its parameter itself.
+    ``AUTOGRAD``: by autograd, through the tap.
+    ``BESIDE``: by autograd, past the tap: the module reads its parameter itself.
     """
 
     FUSED = auto()
@@ -44,30 +42,31 @@ class Mode(Enum):
     BESIDE = auto()
 
 
-class Gate:
+class ParamTap:
     """One parameter in one call of the model.
 
     Args:
         record: where the parameter's squares are gathered.
-        call: the call of the model.
+        call: the samples of the call.
         mode: see ``Mode``.
+        unplaced: whether it is not known which call of the model this is a part of.
     """
 
-    def __init__(self, record: Record, call: Pass, mode: Mode) -> None:
+    def __init__(self, record: Record, call: SampleCount, mode: Mode, unplaced: bool) -> None:
         self.record = record
         self.call = call
         self.mode = mode
-        self.uses: list[Use] = []
+        self.uses: list[ParamUse] = []
         self._backward = -1
-        self._unplaced = call.statistics.is_unplaced()
+        self._unplaced = unplaced
         record.watch()
         record.gated = True
-        alias, self.ticket = _Enter.apply(record.parameter, self)  # type: ignore[no-untyped-call]
+        alias, self.order_token = _Enter.apply(record.parameter, self)  # type: ignore[no-untyped-call]
         self.tensor: Tensor = record.parameter.detach() if mode is Mode.FUSED else alias
 
     def close(self) -> None:
         """Let go of the graph: no further use follows in this call of the model."""
-        del self.ticket, self.tensor
+        del self.order_token, self.tensor
 
     def begin(self) -> None:
         """Note that a layer behind this is about to add a use.
@@ -88,7 +87,7 @@ class Gate:
             # What is there was left by a backward pass that did not reach the parameter.
             self._backward, self.uses = backward, []
 
-    def add(self, use: Use) -> None:
+    def add(self, use: ParamUse) -> None:
         """Note a use whose gradient has arrived."""
         self.uses.append(use)
 
@@ -97,7 +96,7 @@ class Gate:
         uses, self.uses = self.uses, []
         if not uses:
             return gradient
-        self.call.finish(self.record)
+        self.call.finish(id(self.record), self.record.name)
         fused = self.mode is Mode.FUSED
         dtype = self.record.parameter.dtype if fused else None
         pending = self.record.pending()
@@ -133,36 +132,36 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Enter(torch.autograd.Function):
-    """Hand out an alias of the parameter, and a ticket that orders the graph."""
+    """Hand out an alias of the parameter, and a order_token that orders the graph."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
-        ctx.gate = gate
+    def forward(ctx: Any, parameter: Tensor, tap: ParamTap) -> tuple[Tensor, Tensor]:
+        ctx.tap = tap
         ctx.set_materialize_grads(False)
         return parameter.view_as(parameter), parameter.new_zeros(())
 
     @staticmethod
     @first_order
     def backward(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> Any:
-        return ctx.gate.finish(gradient), None
+        return ctx.tap.finish(gradient), None
 
 
 def observe(
-    outputs: Sequence[Tensor], arrive: Arrive, gates: Sequence[Gate], saved: Sequence[Tensor]
+    outputs: Sequence[Tensor], on_grad: OnGrad, taps: Sequence[ParamTap], saved: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Return the outputs; in backward call ``arrive(their gradients, saved)`` before any gate.
+    """Return the outputs; in backward call ``on_grad(their gradients, saved)`` before any tap.
 
     Args:
         outputs: of a layer, of floating type.
-        arrive: notes the use at the gates.
-        gates: of the layer's parameters; without any there is nothing to observe.
-        saved: tensors that ``arrive`` needs, kept as autograd keeps them.
+        on_grad: notes the use at the taps.
+        taps: of the layer's parameters; without any there is nothing to observe.
+        saved: tensors that ``on_grad`` needs, kept as autograd keeps them.
     """
-    if not gates:
+    if not taps:
         return tuple(outputs)
-    tickets = [gate.ticket for gate in gates]
+    order_tokens = [tap.order_token for tap in taps]
     observed: tuple[Tensor, ...] = _Observe.apply(  # type: ignore[no-untyped-call]
-        arrive, gates, len(outputs), *outputs, *tickets, *saved
+        on_grad, taps, len(outputs), *outputs, *order_tokens, *saved
     )
     return observed
 
@@ -172,13 +171,13 @@ class _Observe(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, arrive: Arrive, gates: Sequence[Gate], n_outputs: int, *rest: Tensor
+        ctx: Any, on_grad: OnGrad, taps: Sequence[ParamTap], n_outputs: int, *rest: Tensor
     ) -> Any:
-        tickets = n_outputs + len(gates)
-        ctx.arrive, ctx.gates = arrive, gates
-        ctx.zeros = [ticket.detach() for ticket in rest[n_outputs:tickets]]
-        ctx.n_saved = len(rest) - tickets
-        ctx.save_for_backward(*rest[tickets:])
+        order_tokens = n_outputs + len(taps)
+        ctx.on_grad, ctx.taps = on_grad, taps
+        ctx.zeros = [order_token.detach() for order_token in rest[n_outputs:order_tokens]]
+        ctx.n_saved = len(rest) - order_tokens
+        ctx.save_for_backward(*rest[order_tokens:])
         # Not the tensors themselves, of which autograd would make views that no later layer may
         # write to.
         return tuple(y.detach() for y in rest[:n_outputs])
@@ -186,7 +185,7 @@ class _Observe(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        for gate in ctx.gates:
-            gate.begin()
-        ctx.arrive(gradients, ctx.saved_tensors)
+        for tap in ctx.taps:
+            tap.begin()
+        ctx.on_grad(gradients, ctx.saved_tensors)
         return (None, None, None, *gradients, *ctx.zeros, *([None] * ctx.n_saved))

@@ -2,87 +2,98 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .gates import Gate, Mode
-from .samples import Samples
-
-if TYPE_CHECKING:
-    from .per_sample import PerSampleSquares
-    from .records import Record
+from ..ops.samples import Samples
+from .autograd import Mode, ParamTap
+from .record import Record
+from .sample_count import SampleCount
 
 
-class Pass:
+@dataclass(frozen=True)
+class CallOptions:
+    """What a call of the model takes from the statistics that observe it.
+
+    Attributes:
+        sample: ``"sequence"`` or ``"token"``.
+        batch_first: whether the batch is the first dimension of sequences.
+        record_of: where a parameter's squares are gathered; raises for one that is unknown.
+        backend_of: where squares are made of what a tensor's device holds.
+        paused: a context in which nothing is observed.
+        see: told of a call once a backward pass may reach it.
+    """
+
+    sample: str
+    batch_first: bool
+    record_of: Callable[[Tensor], Record]
+    backend_of: Callable[[Tensor], str]
+    paused: Callable[[], AbstractContextManager[None]]
+    see: Callable[[ModelCall], None]
+
+
+class ModelCall:
     """One call of the model.
 
     Args:
-        statistics: who observes.
+        options: of the statistics.
         arguments: what the model was called with.
         offsets: bounds of packed samples, or None.
     """
 
-    def __init__(self, statistics: PerSampleSquares, arguments: Any, offsets: Tensor | None):
-        self.statistics = statistics
+    def __init__(self, options: CallOptions, arguments: Any, offsets: Tensor | None) -> None:
+        self.options = options
         self.offsets = offsets
         self._tokens: int | None = None
-        self._count = None if offsets is None else len(offsets) - 1
         self._length: int | None = None
         self._inputs: set[int] = set()
-        if offsets is None and statistics.sample == "sequence":
-            self._count, self._length = _batch_size(arguments, statistics.batch_first)
+        count = None if offsets is None else len(offsets) - 1
+        if offsets is None and options.sample == "sequence":
+            count, self._length = _batch_size(arguments, options.batch_first)
             self._inputs = {id(leaf) for leaf in tree_leaves(arguments)}
-        self._gates: dict[int, Gate] = {}
+        self.counted = SampleCount(count, offsets)
+        self._taps: dict[int, ParamTap] = {}
         # For each module of unknown kind, what gathers its calls.
         self.fallbacks: dict[int, Any] = {}
-        self._finished: set[int] = set()
-        # Backward passes in which something behind a layer of it has arrived.
-        self.backwards: set[int] = set()
-        # How many samples the statistics had seen before these; None until these are counted.
-        self.base: int | None = None
 
     @property
     def samples(self) -> Samples:
         """Which rows belong to which sample."""
-        assert self._count is not None, "no layer has been called yet"
-        return Samples(self._count, self.offsets)
+        return self.counted.samples
 
-    def gate(self, record: Record, mode: Mode) -> Gate:
-        """Return the gate of a parameter, one for all its uses in this call."""
-        gate = self._gates.get(id(record))
-        if gate is None:
-            gate = self._gates[id(record)] = Gate(record, self, mode)
-            self.statistics.see(self)
-        elif gate.mode is not mode and Mode.BESIDE not in (gate.mode, mode):
-            # Through a gate that a module goes past, known layers go by autograd.
+    @property
+    def count(self) -> int | None:
+        """How many samples there are; None where the first layer is to tell."""
+        return self.counted.count
+
+    def tap(self, parameter: Tensor, mode: Mode, unplaced: bool) -> ParamTap:
+        """Return the tap of a parameter, one for all its uses in this call."""
+        record = self.options.record_of(parameter)
+        tap = self._taps.get(id(record))
+        if tap is None:
+            tap = self._taps[id(record)] = ParamTap(record, self.counted, mode, unplaced)
+            self.options.see(self)
+        elif tap.mode is not mode and Mode.BESIDE not in (tap.mode, mode):
+            # Through a tap that a module goes past, known layers go by autograd.
             raise RuntimeError(
                 f"parameter {record.name!r} is shared by modules whose squares are made in"
                 " different ways (by a kernel, in PyTorch): they cannot be"
                 " combined. Pass backend='reference', or do not share it"
             )
-        return gate
+        return tap
 
     def release(self) -> None:
         """Let go of the graph, which holds what it needs of this; a cycle would outlive it."""
-        for gate in self._gates.values():
-            gate.close()
-        self._gates = {}
+        for tap in self._taps.values():
+            tap.close()
+        self._taps = {}
         self.fallbacks = {}
-
-    def finish(self, record: Record) -> None:
-        """Note that a parameter's squares are being made, which happens once in a call."""
-        if id(record) in self._finished:
-            raise RuntimeError(
-                f"the gradient of {record.name!r} arrives in several pieces from one call of the"
-                " model, so that the pieces of a sample cannot be added before they are squared."
-                " Either there are two backward passes through the same graph: add the losses and"
-                " call backward once. Or a module is used by several activation checkpoints: pass"
-                " use_reentrant=False to them"
-            )
-        self._finished.add(id(record))
 
     def expand_ids(self, ids: Tensor, name: str) -> Tensor:
         """Repeat ids that are the same for every sample (positions) over the batch.
@@ -90,21 +101,21 @@ class Pass:
         Raises:
             RuntimeError: for a vector of ids that could be one a sample or one a position.
         """
-        if self.statistics.sample == "token" or self.offsets is not None or ids.dim() == 0:
+        if self.options.sample == "token" or self.offsets is not None or ids.dim() == 0:
             return ids
         if ids.dim() == 1:
-            if len(ids) == self._count == self._length and id(ids) not in self._inputs:
+            if len(ids) == self.counted.count == self._length and id(ids) not in self._inputs:
                 raise RuntimeError(
                     f"{name} was called with {len(ids)} ids, which is both the batch size and the"
                     " length of the sequence: give positions a batch dimension, [1, length], and"
                     " ids of samples a length, [batch, 1]"
                 )
             return ids
-        dim = 0 if self.statistics.batch_first else 1
-        if ids.shape[dim] != 1 or self._count in (None, 1):
+        dim = 0 if self.options.batch_first else 1
+        if ids.shape[dim] != 1 or self.counted.count in (None, 1):
             return ids
         shape = list(ids.shape)
-        shape[dim] = self._count  # type: ignore[call-overload]
+        shape[dim] = self.counted.count  # type: ignore[call-overload]
         return ids.expand(shape)
 
     def rows(
@@ -122,7 +133,7 @@ class Pass:
             ``[batch, length, width]``, or ``[tokens, width]`` where samples are packed. A view
             wherever there is one.
         """
-        if self.offsets is not None or self.statistics.sample == "token":
+        if self.offsets is not None or self.options.sample == "token":
             flat = x.reshape(-1, x.shape[-1])
             self._check_tokens(len(flat), name)
             return flat if self.offsets is not None else flat.unsqueeze(1)
@@ -134,7 +145,7 @@ class Pass:
 
     def images(self, x: Tensor, name: str) -> Tensor:
         """Check ``[batch, channels, ...]``, the form that convolutions take."""
-        if self.offsets is not None or self.statistics.sample == "token":
+        if self.offsets is not None or self.options.sample == "token":
             raise RuntimeError(f"{name} works on images, which are not made of tokens")
         self._check_count(len(x), x.shape, name)
         return x
@@ -144,7 +155,7 @@ class Pass:
             self._tokens = tokens
             self._check_end(tokens, name)
             if self.offsets is None:
-                self._count = tokens
+                self.counted.count = tokens
         if tokens != self._tokens:
             raise RuntimeError(
                 f"{name} was called with {tokens} tokens, the layers before it with {self._tokens}."
@@ -161,14 +172,14 @@ class Pass:
                 )
 
     def _check_count(self, count: int, shape: torch.Size, name: str) -> None:
-        if self._count is None:
-            self._count = count
-        if count != self._count:
+        if self.counted.count is None:
+            self.counted.count = count
+        if count != self.counted.count:
             raise RuntimeError(
                 f"{name} was called with an input of shape {tuple(shape)}, in which {count} is not"
-                f" the model's batch size {self._count}. Keep the batch dimension first in every"
-                " layer (PerSampleSquares(batch_first=False) for second), give positions and other"
-                " inputs that samples share a batch dimension of their own, pack sequences by"
+                f" the model's batch size {self.counted.count}. Keep the batch dimension first in"
+                " every layer (PerSampleSquares(batch_first=False) for second), give positions and"
+                " other inputs that samples share a batch dimension of their own, pack sequences by"
                 " PerSampleSquares.segments(cu_seqlens), or use MicroBatchSquares, which knows"
                 " nothing of layers"
             )

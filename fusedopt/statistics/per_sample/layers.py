@@ -7,86 +7,28 @@ computes with a detached weight, so that autograd does not make it a second time
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ..codecs import compute_dtype
-from . import ops
-from .gates import Gate, Mode, observe
+from ...codecs import compute_dtype
+from .autograd import ParamTap, observe
+from .layer_call import LayerCall
 from .uses import ConvolutionUse, EmbeddingUse, GainUse, LinearUse, VectorUse
 
-if TYPE_CHECKING:
-    from .passes import Pass
-    from .per_sample import PerSampleSquares
+
+def _tensor(parameter: Tensor | None, tap: ParamTap | None) -> Tensor | None:
+    return parameter if tap is None else tap.tensor
 
 
-class Site:
-    """One call of one module: what a layer needs besides its arguments.
-
-    Args:
-        statistics: who observes.
-        call: the call of the model.
-        name: the module's name, for messages.
-        batch_first: whether the batch is the first dimension of sequences; the model's by default.
-    """
-
-    def __init__(
-        self,
-        statistics: PerSampleSquares,
-        call: Pass,
-        name: str,
-        batch_first: bool | None = None,
-    ) -> None:
-        self.statistics = statistics
-        self.call = call
-        self.name = name
-        self.batch_first = statistics.batch_first if batch_first is None else batch_first
-
-    def ops(self, *tensors: Tensor) -> ModuleType:
-        """Choose where the squares are made."""
-        return ops.choose(self.statistics.backend_of(tensors[0]), {t.dtype for t in tensors})
-
-    def gate(self, parameter: Tensor | None, chosen: ModuleType) -> Gate | None:
-        """Return the parameter's gate; None for one that is absent or frozen."""
-        if parameter is None or not parameter.requires_grad:
-            return None
-        mode = Mode.AUTOGRAD if chosen is ops.reference else Mode.FUSED
-        return self.call.gate(self.statistics.record_of(parameter), mode)
-
-    def rows(self, x: Tensor) -> Tensor:
-        """Bring ``[..., width]`` into canonical form."""
-        return self.call.rows(x, self.name, self.batch_first)
-
-    def check_rows(self, x: Tensor, shape: torch.Size | None = None) -> None:
-        """Raise where the samples of ``[..., width]`` are not the model's.
-
-        Args:
-            x: an input.
-            shape: of what the layer was called with, where that is another.
-        """
-        if not self.statistics.is_replaying():
-            self.call.rows(x, self.name, self.batch_first, shape)
-
-    def check_images(self, x: Tensor) -> None:
-        """Raise where the samples of ``[batch, channels, ...]`` are not the model's."""
-        if not self.statistics.is_replaying():
-            self.call.images(x, self.name)
-
-
-def _tensor(parameter: Tensor | None, gate: Gate | None) -> Tensor | None:
-    return parameter if gate is None else gate.tensor
-
-
-def _gates(*gates: Gate | None) -> list[Gate]:
-    return [gate for gate in gates if gate is not None]
+def _taps(*taps: ParamTap | None) -> list[ParamTap]:
+    return [tap for tap in taps if tap is not None]
 
 
 def linear(
-    site: Site,
+    layer: LayerCall,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -94,8 +36,8 @@ def linear(
     bias_rows: slice | None = None,
 ) -> Tensor:
     """``F.linear`` with all rows of weight and bias, or some: packed projections come in parts."""
-    chosen = site.ops(x, weight)
-    w, b = site.gate(weight, chosen), site.gate(bias, chosen)
+    chosen = layer.ops(x, weight)
+    w, b = layer.tap(weight, chosen), layer.tap(bias, chosen)
     used_weight, used_bias = _tensor(weight, w), _tensor(bias, b)
     assert used_weight is not None
     if rows is not None:
@@ -103,59 +45,59 @@ def linear(
     if bias_rows is not None and used_bias is not None:
         used_bias = used_bias[bias_rows]
     y = F.linear(x, used_weight, used_bias)
-    site.check_rows(x)
+    layer.check_rows(x)
 
-    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
-        e = site.rows(errors[0])
+    def on_grad(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+        e = layer.rows(errors[0])
         if w is not None:
-            w.add(LinearUse(chosen, site.rows(saved[0]), e, rows))
+            w.add(LinearUse(chosen, layer.rows(saved[0]), e, rows))
         if b is not None:
             b.add(VectorUse(chosen, e, bias_rows))
 
     # Under autocast the product was one of narrow types, and so is the gradient's.
     saved = [] if w is None else [x.detach().to(y.dtype)]
-    return observe([y], arrive, _gates(w, b), saved)[0]
+    return observe([y], on_grad, _taps(w, b), saved)[0]
 
 
-def _linear(site: Site, module: nn.Linear, x: Tensor) -> Tensor:
-    return linear(site, x, module.weight, module.bias)
+def _linear(layer: LayerCall, module: nn.Linear, x: Tensor) -> Tensor:
+    return linear(layer, x, module.weight, module.bias)
 
 
-def repeated(site: Site, parameter: Tensor) -> Tensor:
+def repeated(layer: LayerCall, parameter: Tensor) -> Tensor:
     """A parameter ``[1, 1, width]`` once for each sample: ``[batch, 1, width]``."""
-    chosen = site.ops(parameter)
-    p = site.gate(parameter, chosen)
+    chosen = layer.ops(parameter)
+    p = layer.tap(parameter, chosen)
     used = _tensor(parameter, p)
     assert used is not None
 
-    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    def on_grad(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         assert p is not None
-        p.add(VectorUse(chosen, site.rows(errors[0])))
+        p.add(VectorUse(chosen, layer.rows(errors[0])))
 
-    y = used.expand(site.call.samples.count, -1, -1)
-    return observe([y], arrive, _gates(p), [])[0]
+    y = used.expand(layer.call.samples.count, -1, -1)
+    return observe([y], on_grad, _taps(p), [])[0]
 
 
-def _embedding(site: Site, module: nn.Embedding, ids: Tensor) -> Tensor:
-    chosen = site.ops(module.weight)
-    w = site.gate(module.weight, chosen)
-    ids = site.call.expand_ids(ids, site.name)
-    site.check_rows(ids.unsqueeze(-1), ids.shape)
+def _embedding(layer: LayerCall, module: nn.Embedding, ids: Tensor) -> Tensor:
+    chosen = layer.ops(module.weight)
+    w = layer.tap(module.weight, chosen)
+    ids = layer.call.expand_ids(ids, layer.name)
+    layer.check_rows(ids.unsqueeze(-1), ids.shape)
     used = _tensor(module.weight, w)
     assert used is not None
     # Backward must not read the module, which may have been changed since.
     padding_idx = module.padding_idx
     y = F.embedding(ids, used, padding_idx)
 
-    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    def on_grad(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         assert w is not None
-        own = site.rows(saved[0].unsqueeze(-1)).squeeze(-1)
-        w.add(EmbeddingUse(chosen, own, site.rows(errors[0]), padding_idx))
+        own = layer.rows(saved[0].unsqueeze(-1)).squeeze(-1)
+        w.add(EmbeddingUse(chosen, own, layer.rows(errors[0]), padding_idx))
 
-    return observe([y], arrive, _gates(w), [ids])[0]
+    return observe([y], on_grad, _taps(w), [ids])[0]
 
 
-def _layer_norm(site: Site, module: nn.LayerNorm, x: Tensor) -> Tensor:
+def _layer_norm(layer: LayerCall, module: nn.LayerNorm, x: Tensor) -> Tensor:
     shape, eps = module.normalized_shape, module.eps
 
     def statistics(rows: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -168,10 +110,10 @@ def _layer_norm(site: Site, module: nn.LayerNorm, x: Tensor) -> Tensor:
     def forward(weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.layer_norm(x, shape, weight, bias, eps)
 
-    return _norm(site, module, x, forward, statistics)
+    return _norm(layer, module, x, forward, statistics)
 
 
-def _rms_norm(site: Site, module: nn.RMSNorm, x: Tensor) -> Tensor:
+def _rms_norm(layer: LayerCall, module: nn.RMSNorm, x: Tensor) -> Tensor:
     shape, given = module.normalized_shape, module.eps
 
     def statistics(rows: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -182,11 +124,11 @@ def _rms_norm(site: Site, module: nn.RMSNorm, x: Tensor) -> Tensor:
     def forward(weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.rms_norm(x, shape, weight, given)
 
-    return _norm(site, module, x, forward, statistics)
+    return _norm(layer, module, x, forward, statistics)
 
 
 def _norm(
-    site: Site,
+    layer: LayerCall,
     module: Any,
     x: Tensor,
     forward: Callable[[Tensor | None, Tensor | None], Tensor],
@@ -194,15 +136,15 @@ def _norm(
 ) -> Tensor:
     """A normalisation over the last dimensions, whose gain and bias have their shape."""
     weight, bias = module.weight, getattr(module, "bias", None)
-    chosen = site.ops(x, weight)
-    w, b = site.gate(weight, chosen), site.gate(bias, chosen)
+    chosen = layer.ops(x, weight)
+    w, b = layer.tap(weight, chosen), layer.tap(bias, chosen)
     depth = len(module.normalized_shape)
     y = forward(_tensor(weight, w), _tensor(bias, b))
 
     def rows(t: Tensor) -> Tensor:
-        return site.rows(t.flatten(-depth))
+        return layer.rows(t.flatten(-depth))
 
-    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    def on_grad(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         e = rows(errors[0])
         if w is not None:
             own = rows(saved[0])
@@ -212,28 +154,28 @@ def _norm(
         if b is not None:
             b.add(VectorUse(chosen, e))
 
-    site.check_rows(x.flatten(-depth))
-    return observe([y], arrive, _gates(w, b), [] if w is None else [x.detach()])[0]
+    layer.check_rows(x.flatten(-depth))
+    return observe([y], on_grad, _taps(w, b), [] if w is None else [x.detach()])[0]
 
 
-def _group_norm(site: Site, module: nn.GroupNorm, x: Tensor) -> Tensor:
+def _group_norm(layer: LayerCall, module: nn.GroupNorm, x: Tensor) -> Tensor:
     groups, eps = module.num_groups, module.eps
 
     def forward(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
         return F.group_norm(x, groups, weight, bias, eps)
 
-    return _channel_norm(site, module, x, forward)
+    return _channel_norm(layer, module, x, forward)
 
 
-def _batch_norm(site: Site, module: Any, x: Tensor) -> Tensor:
+def _batch_norm(layer: LayerCall, module: Any, x: Tensor) -> Tensor:
     if module.training or module.running_mean is None:
-        raise RuntimeError(coupled_message(site.name, module))
+        raise RuntimeError(coupled_message(layer.name, module))
     mean, variance, eps = module.running_mean, module.running_var, module.eps
 
     def forward(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
-    return _channel_norm(site, module, x, forward)
+    return _channel_norm(layer, module, x, forward)
 
 
 def coupled_message(name: str, module: nn.Module) -> str:
@@ -249,15 +191,17 @@ def coupled_message(name: str, module: nn.Module) -> str:
     )
 
 
-def _channel_norm(site: Site, module: Any, x: Tensor, forward: Callable[..., Tensor]) -> Tensor:
+def _channel_norm(
+    layer: LayerCall, module: Any, x: Tensor, forward: Callable[..., Tensor]
+) -> Tensor:
     """A normalisation whose gain and bias belong to dimension 1."""
     weight, bias = module.weight, module.bias
-    chosen = site.ops(x, x if weight is None else weight)
-    w, b = site.gate(weight, chosen), site.gate(bias, chosen)
-    site.check_images(x)
+    chosen = layer.ops(x, x if weight is None else weight)
+    w, b = layer.tap(weight, chosen), layer.tap(bias, chosen)
+    layer.check_images(x)
     y = forward(_tensor(weight, w), _tensor(bias, b), x)
 
-    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    def on_grad(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         (e,) = errors
         if w is not None:
             wide = compute_dtype([saved[0].dtype])
@@ -267,7 +211,7 @@ def _channel_norm(site: Site, module: Any, x: Tensor, forward: Callable[..., Ten
         if b is not None:
             b.add(VectorUse(chosen, _channels_last(e)))
 
-    return observe([y], arrive, _gates(w, b), [] if w is None else [x.detach()])[0]
+    return observe([y], on_grad, _taps(w, b), [] if w is None else [x.detach()])[0]
 
 
 def _channels_last(e: Tensor) -> Tensor:
@@ -276,15 +220,15 @@ def _channels_last(e: Tensor) -> Tensor:
     return e.unsqueeze(1) if e.dim() == 2 else e.flatten(1, -2)
 
 
-def _convolution(site: Site, module: Any, x: Tensor) -> Tensor:
+def _convolution(layer: LayerCall, module: Any, x: Tensor) -> Tensor:
     """A convolution in one or two dimensions."""
     weight, bias = module.weight, module.bias
-    chosen = site.ops(x, weight)
-    w, b = site.gate(weight, chosen), site.gate(bias, chosen)
-    site.check_images(x)
+    chosen = layer.ops(x, weight)
+    w, b = layer.tap(weight, chosen), layer.tap(bias, chosen)
+    layer.check_images(x)
     dims = weight.dim() - 2
     if x.dim() != dims + 2:
-        raise RuntimeError(f"{site.name} was called with one sample that has no batch dimension")
+        raise RuntimeError(f"{layer.name} was called with one sample that has no batch dimension")
     padding = module.padding
     if module.padding_mode != "zeros" or isinstance(padding, str):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -299,7 +243,7 @@ def _convolution(site: Site, module: Any, x: Tensor) -> Tensor:
         stride, padding, dilation, groups,
     )  # type: ignore[arg-type]  # fmt: skip
 
-    def arrive(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    def on_grad(errors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         (e,) = errors
         if w is not None:
             own, error = (t.unsqueeze(2) if dims == 1 else t for t in (saved[0], e))
@@ -310,7 +254,7 @@ def _convolution(site: Site, module: Any, x: Tensor) -> Tensor:
             b.add(VectorUse(chosen, _channels_last(e)))
 
     saved = [] if w is None else [x.detach().to(y.dtype)]
-    return observe([y], arrive, _gates(w, b), saved)[0]
+    return observe([y], on_grad, _taps(w, b), saved)[0]
 
 
 def _pair(sizes: Sequence[int], height: int) -> tuple[int, int]:

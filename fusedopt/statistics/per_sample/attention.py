@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from .layers import Site, linear, repeated
+from .layer_call import LayerCall
+from .layers import linear, repeated
 
 
 def attention(
-    site: Site,
+    layer: LayerCall,
     module: nn.MultiheadAttention,
     query: Tensor,
     key: Tensor,
@@ -30,18 +31,18 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend; arguments and results are those of ``nn.MultiheadAttention.forward``."""
     if query.dim() != 3:
-        raise RuntimeError(f"{site.name} was called with one sample that has no batch dimension")
+        raise RuntimeError(f"{layer.name} was called with one sample that has no batch dimension")
     if is_causal and attn_mask is None:
-        raise RuntimeError(f"{site.name}: is_causal=True is a hint about attn_mask, which is None")
+        raise RuntimeError(f"{layer.name}: is_causal=True is a hint about attn_mask, which is None")
     own = query, key, value
     if not module.batch_first:
         query, key, value = (x.transpose(0, 1) for x in own)
-    site = Site(site.statistics, site.call, site.name, batch_first=True)
-    q, k, v = _project(site, module, (query, key, value), own)
+    layer = layer.in_order(batch_first=True)
+    q, k, v = _project(layer, module, (query, key, value), own)
     mask = _mask(module, attn_mask, key_padding_mask, q)
     added = []
     if module.bias_k is not None and module.bias_v is not None:
-        added.append((repeated(site, module.bias_k), repeated(site, module.bias_v)))
+        added.append((repeated(layer, module.bias_k), repeated(layer, module.bias_v)))
     if module.add_zero_attn:
         added.append((torch.zeros_like(k[:, :1]), torch.zeros_like(v[:, :1])))
     for key_row, value_row in added:
@@ -59,14 +60,14 @@ def attention(
     else:
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     # Time first in memory, as torch's own: dropout behind it then draws the same mask.
-    site = Site(site.statistics, site.call, site.name, batch_first=False)
+    layer = layer.in_order(batch_first=False)
     out = module.out_proj
-    y = linear(site, y.permute(2, 0, 1, 3).flatten(2), out.weight, out.bias)
+    y = linear(layer, y.permute(2, 0, 1, 3).flatten(2), out.weight, out.bias)
     return (y.transpose(0, 1) if module.batch_first else y), weights
 
 
 def _project(
-    site: Site,
+    layer: LayerCall,
     module: nn.MultiheadAttention,
     inputs: tuple[Tensor, Tensor, Tensor],
     own: tuple[Tensor, Tensor, Tensor],
@@ -77,25 +78,25 @@ def _project(
     if not module._qkv_same_embed_dim:
         weights = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
         return tuple(
-            linear(site, x, weight, bias, bias_rows=slice(i * width, (i + 1) * width))
+            linear(layer, x, weight, bias, bias_rows=slice(i * width, (i + 1) * width))
             for i, (x, weight) in enumerate(zip(inputs, weights, strict=True))
         )
     weight = module.in_proj_weight
     if own[0] is own[1] and own[1] is own[2]:
-        return linear(site, query, weight, bias).chunk(3, -1)
-    q = _packed(site, query, weight, bias, 0, width)
+        return linear(layer, query, weight, bias).chunk(3, -1)
+    q = _packed(layer, query, weight, bias, 0, width)
     if own[1] is own[2]:
-        return (q, *_packed(site, key, weight, bias, width, 2 * width).chunk(2, -1))
-    k = _packed(site, key, weight, bias, width, width)
-    return q, k, _packed(site, value, weight, bias, 2 * width, width)
+        return (q, *_packed(layer, key, weight, bias, width, 2 * width).chunk(2, -1))
+    k = _packed(layer, key, weight, bias, width, width)
+    return q, k, _packed(layer, value, weight, bias, 2 * width, width)
 
 
 def _packed(
-    site: Site, x: Tensor, weight: Tensor, bias: Tensor | None, start: int, width: int
+    layer: LayerCall, x: Tensor, weight: Tensor, bias: Tensor | None, start: int, width: int
 ) -> Tensor:
     """Use some rows of the packed projection."""
     rows = slice(start, start + width)
-    return linear(site, x, weight, bias, rows, rows)
+    return linear(layer, x, weight, bias, rows, rows)
 
 
 def _mask(

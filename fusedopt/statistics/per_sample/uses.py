@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from ..codecs import compute_dtype
-from .samples import Samples
+from ...codecs import compute_dtype
+from ..ops.samples import Samples
 from .tied import add_cross_terms
 
 Pair = tuple[int, int]
@@ -27,8 +27,8 @@ class LinearUse:
     """``y = x W^T``: canonical input and error, and the rows of W that were used."""
 
     ops: ModuleType
-    a: Tensor
-    e: Tensor
+    activations: Tensor
+    grad_output: Tensor
     rows: slice | None = None
 
 
@@ -37,7 +37,7 @@ class VectorUse:
     """``y = x + b``: the error, and the elements of b that were used."""
 
     ops: ModuleType
-    e: Tensor
+    grad_output: Tensor
     rows: slice | None = None
 
 
@@ -46,7 +46,7 @@ class GainUse:
     """``y = (x - mean) rstd * w``: input, its statistics and the error."""
 
     ops: ModuleType
-    e: Tensor
+    grad_output: Tensor
     x: Tensor
     mean: Tensor | None
     rstd: Tensor
@@ -58,7 +58,7 @@ class EmbeddingUse:
 
     ops: ModuleType
     ids: Tensor
-    e: Tensor
+    grad_output: Tensor
     padding_idx: int | None
 
 
@@ -68,7 +68,7 @@ class ConvolutionUse:
 
     ops: ModuleType
     x: Tensor
-    e: Tensor
+    grad_output: Tensor
     kernel_size: Pair
     stride: Pair
     padding: Pair
@@ -102,7 +102,7 @@ class FallbackUse:
     tolerance: float = 0.0
 
 
-Use = LinearUse | VectorUse | GainUse | EmbeddingUse | ConvolutionUse | FallbackUse
+ParamUse = LinearUse | VectorUse | GainUse | EmbeddingUse | ConvolutionUse | FallbackUse
 Reduced = tuple[Tensor | None, Tensor]
 
 
@@ -123,7 +123,7 @@ class Target:
     squares: Tensor | None
 
 
-def reduce_uses(uses: Sequence[Use], target: Target) -> Reduced:
+def reduce_uses(uses: Sequence[ParamUse], target: Target) -> Reduced:
     """Reduce all uses of a parameter in one call of the model, of kinds that combine.
 
     Returns:
@@ -147,29 +147,31 @@ def _shaped(reduced: Reduced, target: Target) -> Reduced:
     return (None if gradient is None else gradient.view(shape)), squares.view(shape)
 
 
-def _reduce_single(use: Use, target: Target) -> Reduced:
+def _reduce_single(use: ParamUse, target: Target) -> Reduced:
     """Reduce the common case: one use of the whole parameter, by one kernel."""
     samples, dtype, squares = target.samples, target.dtype, target.squares
     if isinstance(use, LinearUse):
-        return use.ops.linear(use.a, use.e, samples, dtype, squares)
+        return use.ops.linear(use.activations, use.grad_output, samples, dtype, squares)
     if isinstance(use, EmbeddingUse):
         rows = len(target.parameter)
-        return use.ops.embedding(use.ids, use.e, samples, rows, use.padding_idx, dtype, squares)
+        return use.ops.embedding(
+            use.ids, use.grad_output, samples, rows, use.padding_idx, dtype, squares
+        )
     if isinstance(use, ConvolutionUse):
         flat = squares if squares is None else squares.view(*squares.shape[:2], *use.kernel_size)
         return use.ops.convolution(
-            use.x, use.e, use.kernel_size, use.stride, use.padding, use.dilation, use.groups,
-            dtype, flat,
+            use.x, use.grad_output, use.kernel_size, use.stride, use.padding, use.dilation,
+            use.groups, dtype, flat,
         )  # fmt: skip
     if isinstance(use, FallbackUse):
         return _reduce_fallback([use], target)
     flat = squares if squares is None else squares.view(-1)
     if isinstance(use, GainUse):
-        return use.ops.affine(use.e, use.x, use.mean, use.rstd, samples, dtype, flat)
-    return use.ops.vector(use.e, samples, dtype, flat)
+        return use.ops.affine(use.grad_output, use.x, use.mean, use.rstd, samples, dtype, flat)
+    return use.ops.vector(use.grad_output, samples, dtype, flat)
 
 
-def _reduce_fallback(uses: Sequence[Use], target: Target) -> Reduced:
+def _reduce_fallback(uses: Sequence[ParamUse], target: Target) -> Reduced:
     """Reduce the calls of one module."""
     (source,) = {id(use.source): use.source for use in uses}.values()  # type: ignore[union-attr]
     total, made = source.squares_of(target.parameter)
@@ -203,7 +205,11 @@ def _parts(uses: Sequence[Any], rows: int) -> Iterator[tuple[slice, list[Any]]]:
     for start, stop in zip(cuts, cuts[1:], strict=False):
         own = [
             # Rows of the weight are columns of the error.
-            replace(use, e=use.e[..., start - first : stop - first], rows=slice(start, stop))
+            replace(
+                use,
+                grad_output=use.grad_output[..., start - first : stop - first],
+                rows=slice(start, stop),
+            )
             for use, (first, last) in zip(uses, spans, strict=True)
             if first <= start and stop <= last
         ]
@@ -212,9 +218,9 @@ def _parts(uses: Sequence[Any], rows: int) -> Iterator[tuple[slice, list[Any]]]:
 
 
 def _reduce_vectors(uses: Sequence[VectorUse], target: Target) -> Reduced:
-    gradient, squares = _start(target, uses[0].e)
+    gradient, squares = _start(target, uses[0].grad_output)
     for place, own in _parts(uses, target.parameter.numel()):
-        (e,), samples = _join([(use.e,) for use in own], target.samples)
+        (e,), samples = _join([(use.grad_output,) for use in own], target.samples)
         made, _ = own[0].ops.vector(e, samples, target.dtype, squares.view(-1)[place])
         if gradient is not None:
             gradient.view(-1)[place] = made
@@ -228,19 +234,19 @@ def _as_vector(use: VectorUse | GainUse) -> VectorUse:
     normal = use.x.to(use.rstd.dtype)
     if use.mean is not None:
         normal = normal - use.mean.unsqueeze(-1)
-    return VectorUse(use.ops, normal * use.rstd.unsqueeze(-1) * use.e)
+    return VectorUse(use.ops, normal * use.rstd.unsqueeze(-1) * use.grad_output)
 
 
-def _reduce_matrices(uses: Sequence[Use], target: Target) -> Reduced:
+def _reduce_matrices(uses: Sequence[ParamUse], target: Target) -> Reduced:
     """Linear layers, embeddings, and both at once: a tied embedding and output head.
 
     With g = h + k, the contributions of a sample by head and embedding, g^2 = h^2 + k^2 + 2 h k.
     """
     linear = [use for use in uses if isinstance(use, LinearUse)]
     lookups = [use for use in uses if isinstance(use, EmbeddingUse)]
-    gradient, squares = _start(target, (linear or lookups)[0].e)
+    gradient, squares = _start(target, (linear or lookups)[0].grad_output)
     for place, own in _parts(linear, len(target.parameter)):
-        (a, e), samples = _join([(use.a, use.e) for use in own], target.samples)
+        (a, e), samples = _join([(use.activations, use.grad_output) for use in own], target.samples)
         made, _ = own[0].ops.linear(a, e, samples, target.dtype, squares[place])
         if gradient is not None:
             gradient[place] = made
@@ -261,16 +267,16 @@ def _reduce_matrices(uses: Sequence[Use], target: Target) -> Reduced:
 def _unpadded(use: EmbeddingUse) -> tuple[Tensor, Tensor]:
     """Clear the errors of padding, which may be another id for each use."""
     if use.padding_idx is None:
-        return use.ids, use.e
-    return use.ids, torch.where((use.ids == use.padding_idx).unsqueeze(-1), 0.0, use.e)
+        return use.ids, use.grad_output
+    return use.ids, torch.where((use.ids == use.padding_idx).unsqueeze(-1), 0.0, use.grad_output)
 
 
 def _reduce_convolutions(uses: Sequence[ConvolutionUse], target: Target) -> Reduced:
     """Unfold the inputs: then the positions of all uses are rows of one linear layer."""
     groups = uses[0].groups
-    gradient, squares = _start(target, uses[0].e)
+    gradient, squares = _start(target, uses[0].grad_output)
     patches = [_unfold(use) for use in uses]
-    errors = [use.e.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3) for use in uses]
+    errors = [use.grad_output.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3) for use in uses]
     width = len(target.parameter) // groups
     for g in range(groups):
         place = slice(g * width, (g + 1) * width)

@@ -1,0 +1,261 @@
+"""PerSampleSquares: the per-sample squared gradients of a model, made in its backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+from warnings import warn
+
+import torch
+from torch import Tensor, nn
+
+from ... import backends
+from ..base import MissingSquares, Statistics
+from . import causes
+from .fallback import functional, warning
+from .instrument import Observer, is_observed, observe_module, restore_module
+from .model_calls import ModelCalls
+from .observed import LayerForward, check_model, forward_of, observable
+from .ownership import computes_weights, own_parameters
+from .record import Record
+from .records import Records
+
+SAMPLES = ("sequence", "token")
+
+
+class PerSampleSquares(Statistics):
+    """The mean over samples of squared gradients, for every parameter of a model.
+
+    From construction on, backward also makes, for each parameter, the sum over samples of the
+    square of the sample's gradient: inside the weight-gradient kernel where there is a GPU, with
+    one more accumulator, and with no tensor of batch x parameter elements anywhere::
+
+        statistics = fusedopt.PerSampleSquares(model)
+        optimizer = fusedopt.BatchDecoupledAdam(
+            model.parameters(), lr=3e-4, statistics=statistics, virtual_batch_size=32
+        )
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    A sample is one element of the batch dimension of the first tensor that the model is called
+    with; every layer's input must keep that dimension. Sample i's gradient is N times its part of
+    ``p.grad`` where the loss is a mean, so that padding, ignored tokens and any weights within the
+    loss are as they are in ``p.grad``. Several backward passes before a step add up, as gradients
+    do. One factor on all gradients between backward and step, as ``clip_grad_norm_`` multiplies in,
+    is followed; to see it, backward ends with two more reads of the gradients.
+
+    Linear, Embedding, Conv1d, Conv2d, LayerNorm, RMSNorm, GroupNorm, BatchNorm in evaluation mode
+    and MultiheadAttention are known; shared weights, tied embeddings and modules used several times
+    are exact. The parameters of any other module go through ``torch.func``, with a warning.
+
+    An observed module is of a subclass of its class, under the same name: ``isinstance`` holds,
+    ``type(module) is nn.Linear`` does not. Initialise, wrap and group by type before.
+
+    Args:
+        model: the module that is called in training.
+        loss_reduction: ``"mean"`` where the loss is a mean over samples (or over their tokens),
+            ``"sum"`` where it is a sum.
+        sample: ``"sequence"``, or ``"token"`` to take every position for a sample of its own,
+            which is cheaper for short sequences and another statistic.
+        batch_first: whether the batch is the first dimension of sequences, or the second.
+        backend: as for the optimizers.
+
+    Raises:
+        RuntimeError: for a module whose samples are coupled (BatchNorm in training mode), a model
+            that is observed already, or sharded parameters.
+        ValueError: for an unknown option.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_reduction: str = "mean",
+        sample: str = "sequence",
+        *,
+        batch_first: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(loss_reduction)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if sample not in SAMPLES:
+            raise ValueError(f"sample must be one of {', '.join(SAMPLES)}, got {sample!r}")
+        backends.check_name(backend)
+        self.model = model
+        self._sample = sample
+        self._batch_first = batch_first
+        self.backend = backend
+        self._removed = False
+        self._backends: dict[torch.device, str] = {}
+        self._modules = [
+            (name, module, computes_weights(module)) for name, module in observable(model)
+        ]
+        check_model(model)
+        self._records = Records(model, self._unknown)
+        self._calls = ModelCalls(sample, batch_first, self._records.of, self._backend_of)
+        self._observe()
+
+    @property
+    def sample(self) -> str:
+        """What one sample is, as given."""
+        return self._sample
+
+    @property
+    def batch_first(self) -> bool:
+        """Whether the batch is the first dimension of sequences, as given."""
+        return self._batch_first
+
+    def _observe(self) -> None:
+        for name, module, _ in self._modules:
+            own = own_parameters(module).values()
+            if forward_of(module) is functional and any(p.requires_grad for p in own):
+                warn(warning(name or "the model", module), UserWarning, stacklevel=4)
+            call = self._calls.run if module is self.model else None
+            observe_module(module, Observer(LayerForward(self._calls, name, module), call))
+        if not is_observed(self.model):
+            observe_module(self.model, Observer(call=self._calls.run))
+
+    def remove(self) -> None:
+        """Stop observing: the model is as it was."""
+        for module in (self.model, *(module for _, module, _ in self._modules)):
+            restore_module(module)
+        self._records.remove()
+        self._removed = True
+        self._calls.release()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Copies of a model, an optimizer or a module of theirs come without statistics."""
+
+    def segments(self, cu_seqlens: Tensor) -> AbstractContextManager[None]:
+        """Take the model's inputs within this context for packed samples.
+
+        Args:
+            cu_seqlens: integers ``[samples + 1]`` on the model's device, rising from 0 to the
+                number of tokens: sample i is tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` of
+                inputs ``[tokens, ...]`` or ``[1, tokens, ...]``.
+
+        Raises:
+            ValueError: for a tensor of another kind.
+        """
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                "cu_seqlens must be a vector of at least two integers, got"
+                f" {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
+            )
+        if cu_seqlens.device.type == "cpu" and (
+            cu_seqlens[0] != 0 or bool((cu_seqlens.diff() < 0).any())
+        ):
+            # On a GPU this would wait for the device.
+            raise ValueError(f"cu_seqlens must rise from 0, got {cu_seqlens.tolist()}")
+        if self.sample == "token":
+            raise ValueError("with sample='token' every token is a sample: there are no segments")
+        return self._calls.packed(cu_seqlens)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Call modules without observing them.
+
+        Where the model has activation checkpoints, which call parts of it again in backward, run
+        the backward pass of such a call within this, too, and that of others outside of it.
+        """
+        return self._calls.paused()
+
+    def _backend_of(self, tensor: Tensor) -> str:
+        """Choose where squares of layers on a device are made."""
+        device = tensor.device
+        if device not in self._backends:
+            self._backends[device] = backends.choose(device, self.backend)[0]
+        return self._backends[device]
+
+    def _unknown(self, parameter: Tensor) -> str:
+        return causes.unknown(self.model, self._modules, parameter)
+
+    # What an optimizer asks for.
+
+    def count_of(self, parameter: Tensor) -> int:
+        """Return how many samples were gathered for a parameter."""
+        return self._records.count_of(parameter)
+
+    def weight(self, count: int) -> float:
+        """Return the weight s that makes rows gradients of samples."""
+        return (
+            super().weight(count) if self.loss_reduction == "mean" else float(self._records.ranks)
+        )
+
+    def name_of(self, parameter: Tensor) -> str:
+        """Name a parameter in messages."""
+        record = self._records.find(parameter)
+        return super().name_of(parameter) if record is None else f"parameter {record.name!r}"
+
+    def sum_of_squares(self, parameter: Tensor) -> Tensor | None:
+        """Return S of a parameter, or None where nothing was gathered for it."""
+        record = self._records.find(parameter)
+        return None if record is None else record.squares
+
+    def parameters(self) -> Sequence[Tensor]:
+        """List the parameters that something was gathered for."""
+        return [r.parameter for r in self._records.gathered()]
+
+    def check(self, parameters: Sequence[Tensor]) -> None:
+        """Raise where the samples of these parameters cannot be used."""
+        self._records.check_ranks()
+        self._records.follow_changes(parameters)
+        for p in parameters:
+            problem = self._problem(p, self._records.find(p))
+            if problem is not None:
+                raise MissingSquares(p, problem)
+
+    def follow(self, parameters: Sequence[Tensor]) -> bool:
+        """Follow one factor on all gradients, whether or not autograd knows of it."""
+        # GradScaler.unscale_ divides behind the version counters.
+        return self._records.follow(parameters)
+
+    def _problem(self, parameter: Tensor, record: Record | None) -> str | None:
+        if record is None:
+            part = any(candidate is parameter for candidate in self.model.parameters())
+            return self._unknown(parameter) if part else causes.NOT_PART
+        if record.squares is None or self._removed:
+            why = causes.missing(record, self._removed, self._calls.seen)
+            return f"{record.name!r} has a gradient but no per-sample squares: {why}"
+        if record.foreign is not None:
+            return f"{record.name!r} {causes.FOREIGN[record.foreign]}"
+        return causes.changed(record.name) if record.altered or record.is_changed() else None
+
+    def used(self, parameters: Sequence[Tensor]) -> None:
+        """Note that a step has used what was gathered for some parameters."""
+        self._records.used(parameters)
+
+    @torch.no_grad()
+    def rescale(self, factor: float | Tensor) -> None:
+        """Follow a change of all gradients, made by hand between backward and ``step()``.
+
+        Call it after the change: one that comes later is followed by itself where it can be.
+
+        Args:
+            factor: what every gradient was multiplied by; 1 for a change that squares are not to
+                follow.
+        """
+        self._records.rescale(factor)
+
+    def reset(self, parameters: Sequence[Tensor] | None = None) -> None:
+        """Forget what was gathered; ``optimizer.zero_grad()`` calls this."""
+        self._records.reset(parameters)
+
+    def cleared(self, parameters: Sequence[Tensor]) -> None:
+        """Forget what was gathered for parameters whose gradients are None or zero now."""
+        self._records.reset(parameters, zero=True)
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Add up the samples of all processes, between backward and ``step()``.
+
+        For gradients that are averaged over processes, as ``DistributedDataParallel`` does: a
+        sample's contribution then is its local one over the number of processes. Costs an
+        all-reduce of 4 bytes a parameter, tensor by tensor. A second call before the gradients are
+        cleared changes nothing.
+
+        Args:
+            group: the process group; the default one.
+        """
+        self._records.all_reduce(group)
