@@ -7,7 +7,7 @@ parameter groups, so that checkpoints go both ways.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -194,8 +194,13 @@ class SGD(FusedOptimizer):
         Raises:
             ValueError: for momentum buffers of torch's, where this optimizer has another form.
         """
-        states = state_dict["state"].values()
-        if any(state.get("momentum_buffer") is not None for state in states):
+        # Anything that has not the form of a checkpoint is refused below.
+        whole = state_dict if isinstance(state_dict, Mapping) else {}
+        states = whole.get("state")
+        values = states.values() if isinstance(states, Mapping) else ()
+        if "param_groups" in whole and any(
+            isinstance(x, Mapping) and x.get("momentum_buffer") is not None for x in values
+        ):
             for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
                 form = saved_form(saved, "momentum_form")
                 if form is None and group["momentum_form"] != "torch":
