@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,9 @@ COMMANDS = {
     "demo": "train a small GPT with torch.optim.AdamW and with fusedopt.AdamW",
 }
 
+# What draws: tables and bars, and plots. The demo does without plots.
+DRAWING = {"bench": ("rich", "matplotlib")}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -26,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; ``sys.argv`` by default.
 
     Returns:
-        0 on success, 1 where a check failed, 2 for bad arguments, 130 when interrupted.
+        0 on success, 1 where a check failed, 2 for bad arguments and for packages that are not
+        installed, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m fusedopt", description=__doc__)
@@ -40,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"fusedopt.cli.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        # argparse by itself prints the usage of the whole, which has none of the command's options.
+        before = arguments[: arguments.index(options.command)]
+        own = parser if set(unknown) & set(before) else commands.choices[options.command]
+        own.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
@@ -50,8 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing not in ("rich", "matplotlib"):
             raise
-        print(f"{chosen} needs {missing}: pip install 'fusedopt[bench]'", file=sys.stderr)
+        print(f"{chosen} needs {_advice(options.command, missing)}", file=sys.stderr)
         return 2
+
+
+def _advice(command: str, missing: str) -> str:
+    """Name all that a command lacks, so that nobody installs one package after the other."""
+    others = [
+        name
+        for name in DRAWING.get(command, ())
+        if name != missing and importlib.util.find_spec(name) is None
+    ]
+    # By their own names: fusedopt's extras are known to pip in a checkout alone.
+    return f"{' and '.join([missing, *others])}: pip install {' '.join([missing, *others])}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from .kernels.rules import BATCH_DECOUPLED_ADAM, BATCH_DECOUPLED_RMSPROP
-from .optimizers import AdamW, Number, Params, RMSprop
+from .optimizers import AdamW, Number, Params, RMSprop, showing
 from .statistics import Statistics
 
 
@@ -26,8 +26,11 @@ class BatchDecoupledAdam(AdamW):
             ``MicroBatchSquares()``, ``GradSampleSquares()`` or ``BackpackSquares()``.
         virtual_batch_size: in samples (with ``MicroBatchSquares`` in micro-batches), at least 1.
             The batch size that hyper-parameters were found at makes this AdamW at that size, and
-            keeps it so as the batch grows. 1 is the mean of per-sample squares. An entry of the
-            parameter groups.
+            keeps it so as the batch grows. 1, the default, is the mean of per-sample squares, which
+            is AdamW at batch size 1 alone. An entry of the parameter groups.
+        **common: AdamW's other keywords, ``backend`` (``"auto"``, ``"triton"`` or
+            ``"reference"``) and ``clip`` (``fusedopt.GlobalNorm(max_norm)``) among them: see
+            ``AdamW`` and ``FusedOptimizer``.
 
     Raises:
         TypeError: without statistics.
@@ -37,6 +40,7 @@ class BatchDecoupledAdam(AdamW):
     rule = BATCH_DECOUPLED_ADAM
     own_options: ClassVar[tuple[str, ...]] = (*AdamW.own_options, "virtual_batch_size")
 
+    @showing(AdamW.__init__)
     def __init__(
         self,
         params: Params,
@@ -58,13 +62,25 @@ class BatchDecoupledRMSprop(RMSprop):
     """RMSprop with the second moment of a virtual batch.
 
     See ``kernels/rules/batch_decoupled.py`` for the update. Arguments and state are those of
-    ``RMSprop``, whose checkpoints it loads; ``statistics`` and ``virtual_batch_size`` are those of
-    ``BatchDecoupledAdam``.
+    ``RMSprop``, whose checkpoints it loads, and in addition:
+
+    Args:
+        statistics: as of ``BatchDecoupledAdam``.
+        virtual_batch_size: as of ``BatchDecoupledAdam``; 1, the mean of per-sample squares, by
+            default.
+        **common: RMSprop's other keywords, ``backend`` (``"auto"``, ``"triton"`` or
+            ``"reference"``) and ``clip`` (``fusedopt.GlobalNorm(max_norm)``) among them: see
+            ``RMSprop`` and ``FusedOptimizer``.
+
+    Raises:
+        TypeError: without statistics.
+        ValueError: for a hyper-parameter out of range.
     """
 
     rule = BATCH_DECOUPLED_RMSPROP
     own_options: ClassVar[tuple[str, ...]] = (*RMSprop.own_options, "virtual_batch_size")
 
+    @showing(RMSprop.__init__)
     def __init__(
         self,
         params: Params,

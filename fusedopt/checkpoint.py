@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .clipping import GlobalNorm
+from .options import check_numbers
 from .storage import local_tensors
 
 Group = dict[str, Any]
@@ -110,6 +111,7 @@ def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, A
         IncompleteState: for a state that is partly there, or another algorithm's.
         ValueError: for what has no meaning otherwise.
     """
+    check_form(state_dict)
     groups = [dict(group) for group in state_dict["param_groups"]]
     clip: Any = ...
     for group in groups:
@@ -127,6 +129,30 @@ def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, A
             _check_states(optimizer, own, saved, loaded["state"])
         loaded["state"] = _without_gaps(optimizer, loaded["state"])
     return loaded, clip
+
+
+def check_form(state_dict: Any) -> None:
+    """Raise for what is no optimizer's ``state_dict()``.
+
+    Raises:
+        IncompleteState: without ``"state"`` or ``"param_groups"``.
+        ValueError: where they, or the entries of a state, are of another kind.
+    """
+    for name, kind in (("state", Mapping), ("param_groups", (list, tuple))):
+        if name not in state_dict:
+            raise IncompleteState(
+                f"the checkpoint has no {name!r}, but {', '.join(map(repr, state_dict))}: it is not"
+                " what an optimizer's state_dict() returns"
+            )
+        if not isinstance(state_dict[name], kind):
+            what = "dictionary" if kind is Mapping else "list"
+            raise ValueError(f"{name!r} of the checkpoint is no {what}, but {state_dict[name]!r}")
+    for index, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError(
+                f"param_groups[{index}] of the checkpoint is no dictionary with 'params', but"
+                f" {group!r}"
+            )
 
 
 def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
@@ -154,6 +180,7 @@ def _complete(optimizer: Any, groups: list[Group]) -> None:
                 f" one of {type(optimizer).__name__}: load it into the optimizer that saved it,"
                 " or fill in what is missing"
             )
+        check_numbers(optimizer, groups, " of the checkpoint")
         # A checkpoint may be older than an option of torch's, too.
         optimizer.check_group({**optimizer.defaults, **saved})
 
@@ -196,7 +223,8 @@ def _without_gaps(optimizer: Any, states: Mapping[Any, Any]) -> dict[Any, Any]:
 def _is_number(step: Any) -> bool:
     if isinstance(step, Tensor):
         return step.numel() == 1 and not step.is_complex()
-    return isinstance(step, (int, float))
+    # Also as a tensor's value.
+    return isinstance(step, float) or (isinstance(step, int) and abs(step) < 1 << 63)
 
 
 def _check_states(optimizer: Any, own: Group, saved: Group, states: Mapping[Any, Any]) -> None:
@@ -204,13 +232,17 @@ def _check_states(optimizer: Any, own: Group, saved: Group, states: Mapping[Any,
     names = optimizer.rule.states({**own, **saved})
     for key, parameter in zip(saved["params"], own["params"], strict=True):
         state = states.get(key, {})
-        if not isinstance(state, Mapping):
-            continue
         place = _Place(optimizer, parameter)
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{place}: its state is no dictionary, but {state!r}")
         asked = ("step", *names) if optimizer.rule.counts_steps else names
         for name in asked:
             if _is_gap(state.get(name)):
                 raise _incomplete(place, name, state)
+        step = state.get("step", 0.0)
+        # Also where the rule has none: torch and we make a tensor of what stands there.
+        if not isinstance(step, Tensor) and not _is_number(step):
+            raise ValueError(f"{place}: its state 'step' is no number, but {step!r}")
         _check_complete(optimizer.rule, names, state, place)
         for name in names:
             value = state.get(name)
@@ -277,19 +309,40 @@ def check_present(optimizer: Any, parameters: Iterable[Tensor], group_of: Iterab
         IncompleteState: naming the parameter and the key.
         ValueError: for a step count that is no number.
     """
-    # Not what an option switched on since asks for: that starts at zero.
+    # Not what an option switched on since asks for: that starts at zero, unless it was there.
     rule = optimizer.rule
     # A rule of a user's own need not have examples.
     groups = rule.example_groups or optimizer.param_groups
     base = set.intersection(*(set(rule.states(group)) for group in groups))
-    names_of = [
-        tuple(name for name in optimizer.rule.states(group) if name in base)
-        for group in optimizer.param_groups
-    ]
+    names_of = [rule.states(group) for group in optimizer.param_groups]
     for p, index in zip(parameters, group_of, strict=True):
         if p in optimizer.state:
             who = _Place(optimizer, p)
-            _check_complete(optimizer.rule, names_of[index], optimizer.state[p], who)
+            due = base | optimizer._present.get(p, frozenset())
+            names = tuple(name for name in names_of[index] if name in due)
+            _check_complete(rule, names, optimizer.state[p], who)
+
+
+def present_states(
+    optimizer: Any, before: Mapping[Tensor, frozenset[str]]
+) -> dict[Tensor, frozenset[str]]:
+    """Return for each parameter with a state which entries that its options ask for are there.
+
+    What is missing later, though its option is still on, was taken away in between.
+
+    Args:
+        optimizer: whose states are looked at.
+        before: what this returned last: a state may have lost an entry, and not have stepped since.
+    """
+    found: dict[Tensor, frozenset[str]] = {}
+    for group in optimizer.param_groups:
+        names = optimizer.rule.states(group)
+        for p in group["params"] if isinstance(group["params"], (list, tuple)) else ():
+            state = optimizer.state.get(p)
+            if isinstance(state, Mapping) and state:
+                old = before.get(p, ())
+                found[p] = frozenset(n for n in names if n in old or state.get(n) is not None)
+    return found
 
 
 def is_initialising(optimizer: Any) -> bool:

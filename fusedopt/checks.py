@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,24 +13,43 @@ from torch.optim import Optimizer
 from . import backends
 from .codecs import STORABLE, real_dtype
 from .kernels.rule import Rule
-from .layout import is_plain, overlaps_itself
+from .layout import byte_range, is_plain, overlaps_itself, share_memory
 from .source import MissingInput, Source
 from .statistics.base import Statistics
-from .storage import refusal
+from .storage import local_tensors, refusal
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 def describe(optimizer: Optimizer, param: Tensor) -> str:
     """Name a parameter: its name where the optimizer knows it, its place, and its shape."""
+    for place in _places(optimizer, param):
+        return f"parameter {place} of shape {tuple(param.shape)}"
+    return f"parameter of shape {tuple(param.shape)}"
+
+
+def _places(optimizer: Optimizer, param: Tensor) -> Iterator[str]:
     for index, group in enumerate(optimizer.param_groups):
         for position, candidate in enumerate(group["params"]):
             if candidate is param:
                 names = group.get("param_names")
-                name = f"{names[position]!r} = " if names else ""
-                place = f"param_groups[{index}]['params'][{position}]"
-                return f"parameter {name}{place} of shape {tuple(param.shape)}"
-    return f"parameter of shape {tuple(param.shape)}"
+                # Who appends a parameter to a group need not append a name.
+                name = f"{names[position]!r} = " if names and position < len(names) else ""
+                yield f"{name}param_groups[{index}]['params'][{position}]"
+
+
+def check_one_group(
+    optimizer: Optimizer, params: Sequence[Tensor], group_of: Sequence[int]
+) -> None:
+    """Raise ValueError for a parameter that is in two groups, as ``add_param_group`` does."""
+    group: dict[int, int] = {}
+    for p, index in zip(params, group_of, strict=True):
+        if group.setdefault(id(p), index) != index:
+            places = " and ".join(_places(optimizer, p))
+            raise ValueError(
+                f"one parameter of shape {tuple(p.shape)} is in two groups, {places}: a step"
+                " updates it once, by the options of one group. Take it out of the other"
+            )
 
 
 def check_statistics(name: str, rule: Rule, statistics: Any, virtual_batch_size: Any) -> None:
@@ -131,12 +150,7 @@ def check_gradients(
         TypeError: element types that are not floating point.
     """
     materialised = optimizer.statistics is not None and optimizer.statistics.materialised
-    names: Sequence[str] = ("gradient",)
-    if materialised:
-        names = ["per-sample gradient"] * len(inputs)
-    elif optimizer.statistics is not None:
-        names = optimizer.statistics.names
-    for name, tensors in zip(names, inputs, strict=True):
+    for name, tensors in zip(_input_names(optimizer, inputs), inputs, strict=True):
         for p, tensor in zip(params, tensors, strict=True):
             # Of samples, one stands for all: they share strides.
             problem = _problem(p, tensor[0] if materialised else tensor, name)
@@ -148,6 +162,15 @@ def check_gradients(
                 raise RuntimeError(f"{describe(optimizer, p)}: {sharding}")
     for device in dict.fromkeys(p.device for p in params):
         backends.choose(device, optimizer.backend)
+
+
+def _input_names(optimizer: Any, inputs: Sequence[Any]) -> Sequence[str]:
+    if optimizer.statistics is None:
+        return ("gradient",)
+    if optimizer.statistics.materialised:
+        return ["per-sample gradient"] * len(inputs)
+    names: Sequence[str] = optimizer.statistics.names
+    return names
 
 
 def _problem(p: Tensor, gradient: Tensor, what: str) -> tuple[type[Exception], str] | None:
@@ -194,15 +217,103 @@ def check_states(optimizer: Any, params: Sequence[Tensor], group_of: Sequence[in
 
     Raises:
         RuntimeError: a state on another device, of another shape or of a type that is no
-            floating point.
+            floating point, or without memory.
+        TypeError: a state that is no tensor.
     """
     names_of = [optimizer.rule.states(group) for group in optimizer.param_groups]
     for p, index in zip(params, group_of, strict=True):
         state = optimizer.state.get(p, {})
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{describe(optimizer, p)}: its state is no dictionary, but {state!r}")
         for name in names_of[index]:
-            problem = _state_problem(p, name, state.get(name))
+            value = state.get(name)
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{describe(optimizer, p)}: its state {name!r} is no tensor, but {value!r}"
+                )
+            problem = _state_problem(p, name, value)
             if problem is not None:
                 raise RuntimeError(f"{describe(optimizer, p)}: {problem}")
+        step = state.get("step") if optimizer.rule.counts_steps else None
+        without = refusal(step) if isinstance(step, Tensor) else None
+        if without is not None:
+            raise RuntimeError(f"{describe(optimizer, p)}: its state 'step' {without}")
+
+
+def check_memory(
+    optimizer: Any,
+    params: Sequence[Tensor],
+    inputs: Sequence[Sequence[Tensor]],
+    group_of: Sequence[int],
+) -> None:
+    """Raise RuntimeError for a state that lies over something else that the step reads or writes.
+
+    What comes of that would depend on the order in which a kernel takes elements. Parameters may
+    lie over each other: they are updated one after the other.
+    """
+    local = local_tensors(list(params))
+    owned = [_Owned(p, None, x) for p, x in zip(params, local, strict=True)]
+    for name, tensors in zip(_input_names(optimizer, inputs), inputs, strict=True):
+        local = local_tensors(list(tensors))
+        owned += [_Owned(p, name, x) for p, x in zip(params, local, strict=True)]
+    names_of = [optimizer.rule.states(group) for group in optimizer.param_groups]
+    if optimizer.rule.counts_steps:
+        # On the host, counts are given memory of their own.
+        live = map(optimizer.is_live, optimizer.param_groups)
+        names_of = [(*n, "step") if on else n for n, on in zip(names_of, live, strict=True)]
+    found = []
+    for p, index in zip(params, group_of, strict=True):
+        state = optimizer.state.get(p, {})
+        found += [(p, n, state[n]) for n in names_of[index] if isinstance(state.get(n), Tensor)]
+    local = local_tensors([x for _, _, x in found])
+    owned += [_Owned(p, f"state {n!r}", x) for (p, n, _), x in zip(found, local, strict=True)]
+    clash = _first_clash(owned)
+    if clash is None:
+        return
+    state, other = clash if clash[0].is_state else reversed(clash)
+    what = other.kind or "values"
+    same = other.param is state.param
+    what = f"its {what}" if same else f"the {what} of {describe(optimizer, other.param)}"
+    raise RuntimeError(
+        f"{describe(optimizer, state.param)}: its {state.kind} shares memory with {what}; replace"
+        " the state by its clone()"
+    )
+
+
+class _Owned(NamedTuple):
+    """A tensor of a step: a parameter, or what kind of tensor of a parameter."""
+
+    param: Tensor
+    kind: str | None
+    tensor: Tensor
+
+    @property
+    def is_state(self) -> bool:
+        return self.kind is not None and self.kind.startswith("state")
+
+
+def _first_clash(owned: Sequence[_Owned]) -> tuple[_Owned, _Owned] | None:
+    """Return a state and what it shares memory with, in the order of addresses."""
+    spans: dict[torch.device, list[tuple[int, int, int]]] = {}
+    for i, x in enumerate(owned):
+        start, stop = byte_range(x.tensor)
+        if stop > start:
+            spans.setdefault(x.tensor.device, []).append((start, stop, i))
+    for device_spans in spans.values():
+        open_spans: list[tuple[int, _Owned]] = []
+        for start, stop, i in sorted(device_spans):
+            open_spans = [span for span in open_spans if span[0] > start]
+            for _, other in open_spans:
+                if _clash(owned[i], other):
+                    return owned[i], other
+            open_spans.append((stop, owned[i]))
+    return None
+
+
+def _clash(a: _Owned, b: _Owned) -> bool:
+    # Counts that parameters share are separated.
+    counts = a.kind == b.kind == "state 'step'"
+    return (a.is_state or b.is_state) and not counts and share_memory(a.tensor, b.tensor)
 
 
 def _state_problem(p: Tensor, name: str, state: Tensor | None) -> str | None:

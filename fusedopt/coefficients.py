@@ -13,6 +13,8 @@ step count that occurs, not once a tensor. Two tables do that:
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor
 
 from .kernels.rule import Group, Rule
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def upload(destination: Tensor, values: Tensor, keep: list[Tensor] | None = None) -> None:
@@ -56,20 +60,48 @@ def on_host(group: Group, hyper: Sequence[str]) -> dict[str, Any]:
     values = dict(group)
     for name in hyper:
         value = values[name]
-        if isinstance(value, Tensor):
-            values[name] = value.item()
-        elif isinstance(value, (tuple, list)):
-            values[name] = tuple(x.item() if isinstance(x, Tensor) else x for x in value)
+        kind = type(value)
+        if kind is float or kind is int:
+            continue
+        if isinstance(value, (tuple, list)):
+            values[name] = tuple([x if type(x) is float else number(x) for x in value])
+        elif isinstance(value, Tensor) and value.numel() != 1:
+            values[name] = tuple(value.tolist())
+        else:
+            values[name] = number(value)
     return values
+
+
+def number(value: Any) -> Any:
+    """Return a hyper-parameter as a Python number: a tensor's value, a fraction's, a decimal's.
+
+    Raises:
+        TypeError: for anything else; text that spells a number is none.
+    """
+    if isinstance(value, Tensor):
+        return value.item()
+    if isinstance(value, int):
+        return value
+    if isinstance(value, (str, bytes, bytearray)):
+        raise TypeError(f"a hyper-parameter must be a number, got {value!r}")
+    return float(value)
 
 
 class HostTable:
     """Coefficient rows computed on the host, one for each (group, step count) that occurs."""
 
-    def __init__(self, rule: Rule, device: torch.device, group_of: list[int]) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        device: torch.device,
+        group_of: list[int],
+        wide: Sequence[bool] | None = None,
+    ) -> None:
         self.rule = rule
         self.device = device
         self.group_of = group_of
+        # Of each tensor, whether its arithmetic is done in float64; in float32 by default.
+        self._wide = [False] * len(group_of) if wide is None else wide
         self.row_of: list[int] = []
         self._representatives: list[int] = []
         self.rows: list[tuple[float, ...]] = []
@@ -102,9 +134,31 @@ class HostTable:
             index = self.group_of[position]
             if index not in numbers:
                 numbers[index] = on_host(groups[index], self.rule.hyper)
-            self.rows.append(self.rule.coefficients(numbers[index], steps[position]))
+            row = self.rule.coefficients(numbers[index], steps[position])
+            # Written so that nan goes the long way; complex numbers, of roots, have no order.
+            if row and not (max(row) <= _LARGEST and min(row) >= -_LARGEST):
+                self._check_range(len(self.rows), groups[index], row)
+            self.rows.append(row)
         if self.rows:
             upload(self._used, torch.tensor(self.rows, dtype=torch.float64, device="cpu"))
+
+    def _check_range(self, index: int, group: Group, row: Sequence[float]) -> None:
+        """Raise ValueError for a number that the arithmetic of some tensor of the row cannot hold.
+
+        One kind of kernel would make it infinite and the other refuse it, as torch's does, half-way
+        through a step. Infinity itself is taken by both.
+        """
+        if not any(_LARGEST < abs(value) < math.inf for value in row):
+            return
+        positions = [i for i, own in enumerate(self.row_of) if own == index]
+        if all(self._wide[position] for position in positions):
+            return
+        names = [n for n in self.rule.hyper if any(abs(x) > _LARGEST for x in _flat(group[n]))]
+        named = ", ".join(f"{n}={reprlib.repr(group[n])}" for n in names or self.rule.hyper)
+        raise ValueError(
+            f"param_groups[{self.group_of[positions[0]]}]: {named} is beyond float32, in which the"
+            f" step is computed ({_LARGEST:.3g})"
+        )
 
 
 class LiveTable:
@@ -200,8 +254,18 @@ class _LiveGroup:
 
     def push(self, group: Group) -> None:
         for name in self.hyper:
-            for i, value in enumerate(_flat(group[name])):
-                if self._is_live(value) or float(value) == self._pushed[name][i]:
+            values = list(_flat(group[name]))
+            plural = isinstance(group[name], (tuple, list))
+            if len(values) != len(self.scalars[name]) or (plural and len(values) == 1):
+                raise TypeError(f"{name} has another number of entries than it had")
+            for i, value in enumerate(values):
+                if self._is_live(value):
+                    # Read when the step is under way: nothing may be wrong with it then.
+                    if value.numel() != 1 or value.is_meta or value.is_complex():
+                        raise TypeError(f"{name} must be a number, got {value!r}")
+                    continue
+                wanted = float(number(value))
+                if wanted == self._pushed[name][i]:
                     continue
                 if is_capturing(self.device):
                     raise RuntimeError(
@@ -209,8 +273,8 @@ class _LiveGroup:
                         " step, and a CUDA graph is being captured: call"
                         " optimizer.push_hyperparameters() before the capture"
                     )
-                self._pushed[name][i] = float(value)
-                self.scalars[name][i].fill_(float(value))
+                self._pushed[name][i] = wanted
+                self.scalars[name][i].fill_(wanted)
 
     def read(self, group: Group) -> None:
         for name in self.hyper:
@@ -224,6 +288,8 @@ _Entry = tuple[Callable[..., Any], tuple[Tensor, ...], Tensor]
 
 
 def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, Tensor) and value.dim() == 1 and len(value) != 1:
+        return iter(value.unbind())
     return iter(value) if isinstance(value, (tuple, list)) else iter((value,))
 
 

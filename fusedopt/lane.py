@@ -60,7 +60,8 @@ class Lane:
             self.table = LiveTable(rule, device, group_of, groups)
             self.table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64, device="cpu"))
         else:
-            self.table = HostTable(rule, device, group_of)
+            wide = [slot.compute == torch.float64 for slot in slots]
+            self.table = HostTable(rule, device, group_of, wide)
 
     def owns_steps(self) -> bool:
         """Whether nobody has replaced the step counts."""

@@ -8,6 +8,7 @@ before the update and, if it was written, copied back after it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -159,5 +160,28 @@ def byte_range(tensor: Tensor) -> tuple[int, int]:
     """First address of the tensor's elements, and the first one behind them."""
     if tensor.numel() == 0:
         return tensor.data_ptr(), tensor.data_ptr()
+    if tensor.is_contiguous():
+        start = tensor.data_ptr()
+        return start, start + tensor.nbytes
     extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     return tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one device have some byte in common."""
+    (a_start, a_stop), (b_start, b_stop) = byte_range(a), byte_range(b)
+    if a_start >= b_stop or b_start >= a_stop:
+        return False
+    if is_dense(a) and is_dense(b):
+        return True
+    # Views that interleave, as the columns of one buffer do, are marked in a picture of it.
+    start, unit = min(a_start, b_start), math.gcd(a.element_size(), b.element_size())
+    unit = math.gcd(unit, a_start - b_start)
+    marks = torch.zeros((max(a_stop, b_stop) - start) // unit, dtype=torch.bool, device="cpu")
+    views = []
+    for tensor, first in ((a, a_start), (b, b_start)):
+        width = tensor.element_size() // unit
+        strides = (*(stride * width for stride in tensor.stride()), 1)
+        views.append(marks.as_strided((*tensor.shape, width), strides, (first - start) // unit))
+    views[0].fill_(True)
+    return bool(views[1].any())

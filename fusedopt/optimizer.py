@@ -11,9 +11,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
-from .checkpoint import check_present, initialise, is_initialising, put_aside, unpacked
+from .checkpoint import (
+    check_present,
+    initialise,
+    is_initialising,
+    present_states,
+    put_aside,
+    unpacked,
+)
 from .checks import (
     check_gradients,
+    check_memory,
+    check_one_group,
     check_samples,
     check_source,
     check_states,
@@ -24,6 +33,8 @@ from .checks import (
 from .clipping import GlobalNorm
 from .coefficients import is_capturing, lives_on_device
 from .kernels.rule import Rule
+from .lane import Lane
+from .options import check_numbers, complete, explained
 from .plan import Plan
 from .source import Source
 from .statistics.base import Statistics
@@ -101,6 +112,8 @@ class FusedOptimizer(Optimizer):
         self._statistics: Source | None = statistics
         self._plan: Plan | None = None
         self._captured_plans: list[Plan] = []
+        # Which entries each state had when it was last looked at: see check_present.
+        self._present: dict[Tensor, frozenset[str]] = {}
         # Whether the loss scaler keeps its overflow flag on the device: see _load_scaler.
         self._device_scaler = False
         # Of the latest step, for what is prepared between steps.
@@ -221,14 +234,30 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: for gradients that cannot be used; nothing has changed then.
-            KeyError: for a parameter whose state is partly there.
+            KeyError: for a parameter whose state is partly there, or a group that lacks an option.
+            TypeError: for an option that is no number.
+            ValueError: for one without meaning.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        self._update_or_explain()
         return loss
+
+    @torch._disable_dynamo  # a launch through addresses cannot be traced  # type: ignore
+    def _update_or_explain(self) -> None:
+        try:
+            self._update()
+        except Exception as error:
+            self._explain(error)
+            raise
+
+    def _explain(self, error: Exception) -> None:
+        """Raise what names the cause, where groups or step counts are one."""
+        better = explained(self, error)
+        if better is not None:
+            raise better from error
 
     def push_hyperparameters(self) -> None:
         """Make hyper-parameters that are Python numbers current for a captured CUDA graph.
@@ -240,9 +269,16 @@ class FusedOptimizer(Optimizer):
         for plan in [*self._captured_plans, *([] if self._plan is None else [self._plan])]:
             for lane in plan.lanes:
                 if lane.live:
-                    lane.prepare(self.coefficient_groups())
+                    self._push(lane)
             if self.clip is not None:
                 plan.lanes[0].control.set_max_norm(self.clip.max_norm)
+
+    def _push(self, lane: Lane) -> None:
+        try:
+            lane.prepare(self.coefficient_groups())
+        except Exception as error:
+            self._explain(error)
+            raise
 
     def release_graphs(self) -> None:
         """Free what captured CUDA graphs read: call this when none will be replayed again.
@@ -254,7 +290,6 @@ class FusedOptimizer(Optimizer):
         if self._plan is not None:
             self._plan.release()
 
-    @torch._disable_dynamo  # a launch through addresses cannot be traced  # type: ignore
     def _update(self) -> None:
         feeds = self._statistics is not None or len(self.rule.degrees) > 1
         if feeds and not self.state and is_initialising(self):
@@ -309,7 +344,7 @@ class FusedOptimizer(Optimizer):
             if self.clip is not None:
                 self.clip.apply(plan.lanes, dealt)
         except Exception:
-            plan.forget_created(self.state)
+            self._forget(plan.created)
             self._drop_plan()
             raise
         for lane, own in zip(plan.lanes, dealt, strict=True):
@@ -326,20 +361,24 @@ class FusedOptimizer(Optimizer):
         gradients: list[Tensor] = []
         group_of: list[int] = []
         for index, group in enumerate(self.param_groups):
+            members = group["params"]
+            if type(members) is not list:
+                members = group["params"] = _listed(members)
             if self._statistics is None:
-                found = [p.grad for p in group["params"]]
+                found = [p.grad for p in members]
             else:
-                found = [self._statistics.find(p) for p in group["params"]]
+                found = [self._statistics.find(p) for p in members]
             absent = [gradient is None for gradient in found]
             if True in absent:
                 used = [i for i, missing in enumerate(absent) if not missing]
-                params += [group["params"][i] for i in used]
+                params += [members[i] for i in used]
                 gradients += [found[i] for i in used]
             else:
-                params += group["params"]
+                params += members
                 gradients += found
             group_of += [index] * (len(params) - len(group_of))
         if len(set(map(id, params))) != len(params):
+            check_one_group(self, params, group_of)
             first = {id(p): i for i, p in reversed(list(enumerate(params)))}
             keep = sorted(first.values())
             params = [params[i] for i in keep]
@@ -408,15 +447,33 @@ class FusedOptimizer(Optimizer):
                 " the same parameters, hyper-parameters and layouts of gradients before the capture"
             )
         for group in self.param_groups:
+            complete(self, group)
+        check_numbers(self, self.param_groups)
+        for group in self.param_groups:
             self.check_group(group)
         check_flat(self)
         check_gradients(self, params, inputs)
         check_states(self, params, group_of)
         check_present(self, params, group_of)
+        check_memory(self, params, inputs, group_of)
         created = self._create_states(params, group_of)
         self._drop_plan()
-        self._plan = Plan(self, params, inputs, group_of, created)
+        try:
+            self._plan = Plan(self, params, inputs, group_of, created)
+        except Exception:
+            self._forget(zip(params, created, strict=True))
+            raise
+        self._present = present_states(self, self._present)
         return self._plan
+
+    def _forget(self, created: Iterable[tuple[Tensor, Sequence[str]]]) -> None:
+        """Remove states that were created for a step which did not come about."""
+        for p, names in created:
+            for name in names:
+                del self.state[p][name]
+            if p in self.state and not self.state[p]:
+                del self.state[p]
+            self._present[p] = self._present.get(p, frozenset()) - set(names)
 
     def _drop_plan(self) -> None:
         if self._plan is not None and self._plan.captured:
@@ -473,6 +530,8 @@ class FusedOptimizer(Optimizer):
             ValueError: for groups that do not fit, or have no meaning; nothing has changed then.
             KeyError: for a state that is partly there, or another algorithm's; the same.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dictionary, got {state_dict!r}")
         clip: Any = ...
 
         def unpack(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -517,8 +576,17 @@ class FusedOptimizer(Optimizer):
             for name, allowed in self.choices.items():
                 group.setdefault(name, next(iter(allowed)))
         for values in self.state.values():
-            if "step" in values and not isinstance(values["step"], Tensor):
-                values["step"] = new_step() + float(values["step"])
+            step = values.get("step") if isinstance(values, dict) else None
+            if step is not None and not isinstance(step, Tensor):
+                values["step"] = new_step() + float(step)
+        self._present = present_states(self, {})
+
+
+def _listed(members: Any) -> Any:
+    """Return what a group has for its parameters as it can be read again."""
+    if isinstance(members, Tensor):
+        return [members]
+    return members if hasattr(members, "__getitem__") else list(members)
 
 
 def _or_not_finite(found_inf: Tensor, others: Sequence[Tensor]) -> Tensor:

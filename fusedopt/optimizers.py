@@ -1,13 +1,14 @@
 """SGD, RMSprop, Adam and AdamW with the signatures, groups and states of torch.optim.
 
-Arguments that torch has and that mean nothing here (``foreach``, ``fused``) are kept in the
-parameter groups, so that checkpoints go both ways, and ignored.
+Arguments that torch has and that change no update here (``foreach``, ``fused``) are kept in the
+parameter groups, so that checkpoints go both ways.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +22,60 @@ from .optimizer import FusedOptimizer
 
 Params = Iterable[Any]
 Number = float | Tensor
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
+
+# What every optimizer takes, as the base class states it; of that, what is for rules that read
+# squares, and an error for others.
+_COMMON = [
+    p.name
+    for p in inspect.signature(FusedOptimizer).parameters.values()
+    if p.kind is inspect.Parameter.KEYWORD_ONLY
+]
+_FOR_SQUARES = ("statistics", "virtual_batch_size")
+
+
+def showing(
+    of: Callable[..., None], without: Collection[str] = ()
+) -> Callable[[Constructor], Constructor]:
+    """Decorate a constructor: its signature shows what ``**common`` hands on.
+
+    Written on the function and not on the class, whose subclasses would inherit it as theirs.
+
+    Args:
+        of: the constructor that ``**common`` goes to.
+        without: names of its keywords that are not to be given.
+    """
+
+    def decorate(init: Constructor) -> Constructor:
+        own = inspect.signature(init)
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            p.replace(kind=p.KEYWORD_ONLY)
+            for p in inspect.signature(of).parameters.values()
+            if p.kind is not p.VAR_KEYWORD and p.name not in {*own.parameters, *without}
+        ]
+        init.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+        return init
+
+    return decorate
+
+
+_showing_common = showing(FusedOptimizer.__init__, without=("defaults", *_FOR_SQUARES))
+
+
+def _check_names(optimizer: FusedOptimizer, common: Iterable[str]) -> None:
+    """Raise TypeError for an argument that does not exist, in the name of the class called."""
+    for name in common:
+        if name not in _COMMON:
+            raise TypeError(
+                f"{type(optimizer).__name__}() got an unexpected keyword argument {name!r}"
+            )
+
+
+def _check_flags(foreach: bool | None, fused: bool | None) -> None:
+    # In torch's words: neither changes an update here, but code with both does not run there.
+    if foreach and fused:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
 def _require(condition: bool | Tensor, name: str, bound: str, value: Any) -> None:
@@ -48,20 +103,24 @@ class SGD(FusedOptimizer):
         weight_decay: added to the gradient as weight_decay * parameter.
         nesterov: look ahead by one momentum step; needs momentum > 0 and no dampening.
         maximize: ascend.
-        foreach: ignored.
+        foreach: ignored; an error together with ``fused``, as in torch.
         differentiable: must be False.
-        fused: ignored.
+        fused: changes no update; ``torch.amp.GradScaler`` leaves unscaling to the step.
         momentum_form: where the learning rate stands. ``"torch"``: outside the momentum buffer.
             ``"velocity"``: inside, so that the buffer keeps what it was given when lr changes.
             ``"ema"``: outside, and the buffer is an average of gradients, in which lr has the
             meaning that it has without momentum; no dampening then. The buffers of these forms are
-            not of one unit: before it is loaded into torch's class or into another form, or the
-            form is changed in the middle of a run, a buffer has to be converted. A file of
+            not of one unit: before it is loaded into torch's class (which does not complain) or
+            into another form, or the form is changed in the middle of a run, a buffer has to be
+            converted. ``load_state_dict`` takes the checkpoint's form where it has one. A file of
             distributed checkpoint loads into the form that wrote it, and is refused for a missing
             key (``momentum_form``, or ``differentiable``) between torch's and the others.
-        **common: ``backend``, ``clip``: see ``FusedOptimizer``.
+        **common: ``backend`` (``"auto"``, ``"triton"`` or ``"reference"``) and ``clip``
+            (``fusedopt.GlobalNorm(max_norm)``): see ``FusedOptimizer``.
 
     Raises:
+        RuntimeError: for ``foreach`` and ``fused`` together.
+        TypeError: for an argument that does not exist.
         ValueError: for a hyper-parameter out of range.
     """
 
@@ -70,6 +129,7 @@ class SGD(FusedOptimizer):
     # torch's SGD has no capturable.
     own_options: ClassVar[tuple[str, ...]] = ("momentum_form", "capturable")
 
+    @_showing_common
     def __init__(
         self,
         params: Params,
@@ -86,9 +146,11 @@ class SGD(FusedOptimizer):
         momentum_form: str = "torch",
         **common: Any,
     ) -> None:
+        _check_names(self, common)
         _check_lr(lr)
         _require(not momentum < 0.0, "momentum", "at least 0", momentum)
         _require(not weight_decay < 0.0, "weight_decay", "at least 0", weight_decay)
+        _check_flags(foreach, fused)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
         defaults = {
@@ -132,8 +194,13 @@ class SGD(FusedOptimizer):
         Raises:
             ValueError: for momentum buffers of torch's, where this optimizer has another form.
         """
-        states = state_dict["state"].values()
-        if any(state.get("momentum_buffer") is not None for state in states):
+        # Anything that has not the form of a checkpoint is refused below.
+        whole = state_dict if isinstance(state_dict, Mapping) else {}
+        states = whole.get("state")
+        values = states.values() if isinstance(states, Mapping) else ()
+        if "param_groups" in whole and any(
+            isinstance(x, Mapping) and x.get("momentum_buffer") is not None for x in values
+        ):
             for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
                 form = saved_form(saved, "momentum_form")
                 if form is None and group["momentum_form"] != "torch":
@@ -173,7 +240,8 @@ class RMSprop(FusedOptimizer):
             ``"variance"``, without the root: eps then has units of the gradient squared, and lr
             those of the loss, so that the trajectory does not depend on the unit of the parameters
             (McAllester, TTIC 31230, "RMSProp is Theoretically Mysterious", form 2).
-        **common: ``backend``, ``clip``: see ``FusedOptimizer``.
+        **common: ``backend`` (``"auto"``, ``"triton"`` or ``"reference"``) and ``clip``
+            (``fusedopt.GlobalNorm(max_norm)``): see ``FusedOptimizer``.
 
     Raises:
         ValueError: for a hyper-parameter out of range.
@@ -183,6 +251,7 @@ class RMSprop(FusedOptimizer):
     choices: ClassVar = {"bias_correction": (False, True), "denominator": DENOMINATORS}
     own_options: ClassVar[tuple[str, ...]] = ("bias_correction", "denominator")
 
+    @_showing_common
     def __init__(
         self,
         params: Params,
@@ -201,6 +270,7 @@ class RMSprop(FusedOptimizer):
         denominator: str = "std",
         **common: Any,
     ) -> None:
+        _check_names(self, common)
         _check_lr(lr)
         _require(lr >= 0.0, "lr", "at least 0", lr)
         for name, value in (("eps", eps), ("momentum", momentum), ("alpha", alpha)):
@@ -247,18 +317,21 @@ class Adam(FusedOptimizer):
         weight_decay: added to the gradient as weight_decay * parameter, or applied to the
             parameter directly with ``decoupled_weight_decay``.
         amsgrad: divide by the largest second moment so far.
-        foreach: ignored.
+        foreach: ignored; an error together with ``fused``, as in torch.
         maximize: ascend.
         capturable: keep step counts and hyper-parameters on the device, for CUDA graphs.
         differentiable: must be False.
-        fused: ignored.
+        fused: changes no update; ``torch.amp.GradScaler`` leaves unscaling to the step.
         decoupled_weight_decay: multiply the parameter by 1 - lr * weight_decay instead (AdamW).
         bias_correction: how the averages get over their start from zero. ``"adam"``: they are
             divided by 1 - beta^t. ``"running_mean"``: they are plain means for the first
             1 / (1 - beta) steps. None: not at all.
-        **common: ``backend``, ``clip``: see ``FusedOptimizer``.
+        **common: ``backend`` (``"auto"``, ``"triton"`` or ``"reference"``) and ``clip``
+            (``fusedopt.GlobalNorm(max_norm)``): see ``FusedOptimizer``.
 
     Raises:
+        RuntimeError: for ``foreach`` and ``fused`` together.
+        TypeError: for an argument that does not exist.
         ValueError: for a hyper-parameter out of range.
     """
 
@@ -266,6 +339,7 @@ class Adam(FusedOptimizer):
     choices: ClassVar = {"bias_correction": CORRECTIONS}
     own_options: ClassVar[tuple[str, ...]] = ("bias_correction",)
 
+    @_showing_common
     def __init__(
         self,
         params: Params,
@@ -284,6 +358,7 @@ class Adam(FusedOptimizer):
         bias_correction: str | None = "adam",
         **common: Any,
     ) -> None:
+        _check_names(self, common)
         _check_lr(lr)
         _require(lr >= 0.0, "lr", "at least 0", lr)
         _require(eps >= 0.0, "eps", "at least 0", eps)
@@ -293,6 +368,7 @@ class Adam(FusedOptimizer):
         for name, beta in (("betas[0]", betas[0]), ("betas[1]", betas[1])):
             _require(0.0 <= beta < 1.0, name, "in [0, 1)", beta)
         _require(weight_decay >= 0.0, "weight_decay", "at least 0", weight_decay)
+        _check_flags(foreach, fused)
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
@@ -315,8 +391,17 @@ class AdamW(Adam):
 
     Arguments are those of ``Adam``; ``weight_decay`` multiplies the parameter by
     1 - lr * weight_decay before the update (Loshchilov and Hutter, arXiv 1711.05101).
+
+    Args:
+        **common: ``bias_correction``: as Adam's. ``backend`` (``"auto"``, ``"triton"`` or
+            ``"reference"``) and ``clip`` (``fusedopt.GlobalNorm(max_norm)``): see
+            ``FusedOptimizer``.
+
+    Raises:
+        ValueError: for a hyper-parameter out of range.
     """
 
+    @showing(Adam.__init__, without=("decoupled_weight_decay",))
     def __init__(
         self,
         params: Params,

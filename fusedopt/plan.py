@@ -68,6 +68,8 @@ class Plan:
         self._input_print = Fingerprint(_chained(local_inputs))
         # States are the same objects at every step: only a swapped .data can have moved them.
         self._state_addresses = addresses_of(local_states)
+        # Where empty tensors are is nowhere.
+        self._state_places = set(self._state_addresses) - {0}
         self._wrappings = wrappings(_chained(inputs))
 
         materialised = _is_materialised(optimizer)
@@ -128,7 +130,7 @@ class Plan:
         if not (
             _identical(params, self._params)
             and group_of == self._group_of
-            and _config(optimizer) == self._config
+            and self._is_configured(optimizer)
         ):
             return False
         # Not a look-up a parameter: hashing a tensor is a call into Python.
@@ -154,6 +156,12 @@ class Plan:
             and self._take_inputs(inputs)
         )
 
+    def _is_configured(self, optimizer: FusedOptimizer) -> bool:
+        try:
+            return _config(optimizer) == self._config
+        except KeyError:  # an option was taken away: the checks say which
+            return False
+
     def _take_inputs(self, inputs: list[list[Tensor]]) -> bool:
         tensors = _chained(inputs)
         if wrappings(tensors) != self._wrappings:
@@ -162,6 +170,11 @@ class Plan:
         try:
             addresses = list(map(Tensor.data_ptr, tensors))
             if not self._input_print.fits(tensors, addresses):
+                return False
+            # A gradient that has become a state, say: the checks say which. They alone see a part.
+            if addresses != self._input_print.addresses and not (
+                self._state_places.isdisjoint(addresses)
+            ):
                 return False
         except RuntimeError:  # sparse tensors have no address; the checks say so better
             return False
@@ -196,14 +209,6 @@ class Plan:
         return [
             [[tensors[k] for k in positions] for tensors in local] for positions in self._positions
         ]
-
-    def forget_created(self, state: dict[Tensor, Any]) -> None:
-        """Remove the states that were created for this plan."""
-        for p, names in self.created:
-            for name in names:
-                del state[p][name]
-            if not state[p]:
-                del state[p]
 
 
 def _columns(names_of: Sequence[Sequence[str]], states: Sequence[State]) -> dict[str, list[State]]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .storage import addresses as addresses_of
+
 State = dict[str, Any]
 
 
@@ -31,6 +33,15 @@ def _scalar(step: Any) -> Tensor:
     return step if step.dim() == 0 else step.reshape(())
 
 
+def _separate(counts: list[Tensor]) -> None:
+    """Give a count of its own to each parameter that shares one with a parameter before it."""
+    seen: set[int] = set()
+    for i, address in enumerate(addresses_of(counts)):
+        if address in seen:
+            counts[i] = counts[i].clone()
+        seen.add(address)
+
+
 class StepCounter:
     """The step counts of the parameters that advance together.
 
@@ -41,18 +52,30 @@ class StepCounter:
     def __init__(self, states: Sequence[State], device: torch.device, live: bool) -> None:
         dtype = new_step().dtype
         counts = [_scalar(s["step"]).to(device, dtype) for s in states]
+        if live:
+            _separate(counts)
         self.buffer = torch.stack(counts)
         self._live = live
         self._states = list(states)
         self._steps = counts if live else list(self.buffer.unbind())
+        self._addresses = addresses_of(self._steps)
         self._increment = torch.ones((), dtype=dtype, device=device)
         for state, step in zip(states, self._steps, strict=True):
             state["step"] = step
 
     def owned(self) -> bool:
-        """Whether the parameters' step counts are still the tensors handed out."""
-        steps = map(operator.itemgetter("step"), self._states)
-        return all(map(operator.is_, steps, self._steps))
+        """Whether the parameters' step counts are still in the memory handed out."""
+        steps = list(map(operator.itemgetter("step"), self._states))
+        if self._live and not all(map(operator.is_, steps, self._steps)):
+            return False
+        # A tensor that is still the same may have been given other memory (``.data =``, ``set_``),
+        # and the buffer, which views share, may have lost its own.
+        try:
+            if not self._live and addresses_of([self.buffer]) != self._addresses[:1]:
+                return False
+            return addresses_of(steps) == self._addresses
+        except (TypeError, RuntimeError):  # no tensor, or one that has no address
+            return False
 
     def memory(self) -> Iterator[Tensor]:
         """List the tensors that are read where the counts are kept; those of states come first."""

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fusedopt import __main__ as cli
-from fusedopt.cli import verify
+from fusedopt.cli import bench, progress, verify
+from fusedopt.kernels import aot
 from fusedopt.kernels.rules import REGISTRY
 
 
@@ -40,7 +41,60 @@ def test_a_missing_library_is_one_line(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.table", None)
     monkeypatch.setitem(sys.modules, "rich", None)
     assert cli.main(["info"]) == 2
-    assert capsys.readouterr().err.strip() == "info needs rich: pip install 'fusedopt[bench]'"
+    assert capsys.readouterr().err.strip() == "info needs rich: pip install rich"
+
+
+def test_all_that_is_missing_is_named_at_once(capsys, monkeypatch):
+    # Catches advice that only a checkout understands, and a second error after it was followed.
+    for name in ("rich", "rich.console", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["bench", "--quick", "host"]) == 2
+    wanted = "bench needs rich and matplotlib: pip install rich matplotlib"
+    assert capsys.readouterr().err.strip() == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        (["verify", "--quick"], "usage: python -m fusedopt verify [-h] [--device"),
+        (["info", "--steps", "3"], "usage: python -m fusedopt info [-h]"),
+        (["--quick", "verify"], "usage: python -m fusedopt [-h] [--version] command"),
+    ],
+)
+def test_an_unknown_option_shows_the_usage_of_its_command(arguments, usage, capsys):
+    # Catches the usage of the whole, which names no option of the command.
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    error = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 2 and error.startswith(usage)
+    assert "unrecognized arguments: --" in error
+
+
+def _help(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_says_what_an_option_is_and_its_default(capsys):
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    assert f"in Triton's interpreter ({default})" in _help("verify", capsys)
+    for command in ("codegen", "precompile"):
+        stated = f"default: one a processor, here {aot.processors()}"
+        assert stated in _help(command, capsys), command
+    assert "default: cuda:80, cuda:90," in _help("codegen", capsys)
+
+
+def test_help_of_the_benchmark_without_a_checkout(tmp_path, capsys, monkeypatch):
+    # Catches the holes that lists of names leave where there are none.
+    assert "part of the source checkout" not in _help("bench", capsys)
+    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
+    text = _help("bench", capsys)
+    assert "The benchmarks are part of the source checkout" in text
+    assert "--case NAME repeatable (of the step part)" in text
+    assert "PART a part of the benchmark" in text
+    assert cli.main(["bench", "--quick"]) == 2
+    assert "bench: the benchmarks are part of the source checkout" in capsys.readouterr().err
 
 
 def _only(monkeypatch, *names):
@@ -84,6 +138,44 @@ def test_verify_fails_where_nothing_moves(monkeypatch, capsys):
         verify.REGISTRY, "SGD", type(rule)(**{**vars(rule), "example_groups": still})
     )
     assert cli.main(["verify"]) == 1
+
+
+def test_verify_keeps_numpys_warnings_to_itself(monkeypatch, capsys):
+    """Catches warnings of the interpreter's that look like failures; here they would be errors."""
+    numpy = pytest.importorskip("numpy")
+
+    def overflow(*_):
+        numpy.array([1e30], numpy.float32).astype(numpy.float16)
+        return 0.0, True
+
+    _only(monkeypatch, "SGD")
+    monkeypatch.setattr(verify, "compare", overflow)
+    monkeypatch.setattr(verify.verify_samples, "compare_all", lambda device: iter(()))
+    assert cli.main(["verify", "--json"]) == 0
+    assert capsys.readouterr().err == ""
+    with pytest.warns(RuntimeWarning, match="overflow"):
+        overflow()
+
+
+def test_a_log_shows_how_far_a_command_is(monkeypatch, capsys):
+    # Catches a minute of silence where there is no terminal, and a line for each of 400 variants.
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.progress("compiling", quiet=False) as show:
+        show("searching")
+        for done in range(1, 31):
+            show("Adam", done, 30)
+            now[0] += 1.0
+    printed = capsys.readouterr()
+    lines = ["compiling", "compiling: searching", "compiling: 1 of 30: Adam"]
+    lines += [f"compiling: {done} of 30: Adam" for done in (11, 21, 30)]
+    assert (printed.out, printed.err.splitlines()) == ("", lines)
+    with progress.progress("", quiet=False) as show:
+        show("finding variants")
+    assert capsys.readouterr().err == "finding variants\n"
+    with progress.progress("compiling", quiet=True) as show:
+        show("searching")
+    assert capsys.readouterr().err == ""
 
 
 def test_verify_on_a_missing_gpu_says_so():

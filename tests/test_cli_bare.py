@@ -81,7 +81,7 @@ def test_verify_and_demo_draw_nothing_for_json(tmp_path):
 @pytest.mark.skipif(lang.triton is None, reason="needs Triton")
 def test_verify_names_what_is_missing():
     done = run_without(["numpy"], "verify", "--device", "cpu", interpret=True)
-    assert done.returncode == 2 and "pip install numpy" in done.stderr
+    assert done.returncode == 2 and done.stderr.strip().endswith(": pip install numpy")
     assert "Triton is not installed" not in done.stderr
     done = run_without(["triton"], "verify", "--device", "cpu", interpret=True)
     assert done.returncode == 2 and "Triton is not installed" in done.stderr
@@ -91,4 +91,4 @@ def test_a_command_that_draws_names_the_library():
     for command in (["info"], ["demo", "--steps", "1", "--size", "tiny", "--device", "cpu"]):
         done = run_without(["rich", "rich.console"], *command)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.strip() == f"{command[0]} needs rich: pip install 'fusedopt[bench]'"
+        assert done.stderr.strip() == f"{command[0]} needs rich: pip install rich"

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, bytes]:
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the last part, which starts a process."""
-    monkeypatch.setattr(demo, "kernel_step", lambda *_: {"ok": True, "not_run": "left out"})
+    monkeypatch.setattr(demo, "kernel_step", lambda *_: {"ok": None, "not_run": "left out"})
 
 
 @pytest.fixture
@@ -69,6 +70,10 @@ def test_tables_show_both_runs(shown: tuple[str, dict, bytes]) -> None:
     assert "Backend: reference (the tensors are on the CPU" in printed
     assert "Runs agree" in printed
     assert "Kernels agree with the reference in Triton's interpreter" in printed
+    assert re.search(r"moves parameters by up to \S+ ulps\)", printed)
+    # Catches traffic that is said to be the same for both optimizers.
+    assert "at least" not in printed and "the least to read and write" in " ".join(printed.split())
+    assert "read and write three times as much, 84 bytes" in printed
 
 
 @pytest.mark.xdist_group("demo")
@@ -227,6 +232,9 @@ def test_kernels_that_cannot_run_do_not_fail_the_demo(
     assert main(["demo", *QUICK, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out.lower()
     assert f"kernels: not run ({module}" in printed and "is not installed)." in printed
+    # Catches a check that is reported as passed and did not run.
+    result = json.loads((tmp_path / "demo.json").read_text())
+    assert result["ok"] is True and result["kernels"]["ok"] is None
 
 
 def test_a_failing_process_is_reported_in_one_line() -> None:

@@ -15,6 +15,8 @@ OF_PARTS = {
     "rule": " (of the step and host parts)",
     "contender": " (training has three in any case)",
 }
+# What is left of the command in an installation.
+ELSEWHERE = "The benchmarks are part of the source checkout, and this is an installed fusedopt"
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -46,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step = _step()
     parts = step.PARTS if step is not None else ()
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)} (all that the set has)")
+    if step is None:
+        parser.description = f"{parser.description}. {ELSEWHERE}"
+    what = f"{', '.join(parts)} (all that the set has)" if parts else "a part of the benchmark"
+    add("parts", nargs="*", metavar="PART", help=what)
     add("--out", type=Path, metavar="DIR", help="for JSON and PNG (bench/results, or bench/out)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -69,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="everything tiny, without a GPU too; no measurement"
     )
     for name, names in _names().items():
-        what = f"{', '.join(names)}; repeatable" + OF_PARTS.get(name, "")
+        what = "; ".join([*filter(None, [", ".join(names)]), "repeatable"]) + OF_PARTS[name]
         add(f"--{name}", action="append", default=[], metavar="NAME", help=what)
     flag = argparse.BooleanOptionalAction
     add("--clip", action=flag, help="only with, or without, clipping (both)")
@@ -84,8 +89,8 @@ def run(options: argparse.Namespace) -> int:
     step = _step()
     if step is None:
         print(
-            "bench: the benchmarks are part of the source checkout, and this is an installed"
-            f" fusedopt without one (no bench/ in {CHECKOUT}). Run it from a checkout.",
+            f"bench: {ELSEWHERE[0].lower()}{ELSEWHERE[1:]} without one (no bench/ in {CHECKOUT})."
+            " Run it from a checkout.",
             file=sys.stderr,
         )
         return 2

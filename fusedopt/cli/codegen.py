@@ -27,11 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         action="append",
         metavar="cuda:90",
-        help=f"cuda:<capability> or hip:gfx<number>, repeatable; default {DEFAULT_TARGETS}",
+        help="cuda:<capability> or hip:gfx<number>, repeatable; default: "
+        + ", ".join(DEFAULT_TARGETS),
     )
     parser.add_argument("--json", action="store_true", help="machine-readable output, nothing else")
+    jobs = aot.processors()
     parser.add_argument(
-        "--jobs", type=int, default=aot.processors(), help="processes to compile with"
+        "--jobs",
+        type=int,
+        default=jobs,
+        help=f"processes to compile with; default: one a processor, here {jobs}",
     )
     parser.add_argument(
         "--baseline", type=Path, metavar="FILE", help="hold every variant to what it used then"

@@ -152,7 +152,8 @@ def collect(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     # There is nothing to draw from the probabilities of a model that diverged.
     learned = math.isfinite(runs["fusedopt"]["held_out_loss"])
     return {
-        "ok": apart.ok and kernels["ok"],
+        # None where no kernel could run, which is no failure and no success either.
+        "ok": apart.ok and kernels["ok"] is not False,
         "steps": options.steps,
         "seed": options.seed,
         "device": str(options.device),
@@ -190,7 +191,7 @@ def kernel_step(
     if not on_cpu and backend != "triton":
         missing = reason
     if missing is not None:
-        return {"ok": True, "not_run": missing}
+        return {"ok": None, "not_run": missing}
     if not on_cpu:
         return asdict(demo_kernels.compare_backends(start))
     what = f"one step of {len(start['parameters'])} tensors in Triton's interpreter"

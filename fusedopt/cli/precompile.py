@@ -66,8 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="per-sample squares of usual layers, too; their kernels depend on shapes",
     )
+    jobs = aot.processors()
     parser.add_argument(
-        "--jobs", type=int, default=aot.processors(), help="processes to compile with"
+        "--jobs",
+        type=int,
+        default=jobs,
+        help=f"processes to compile with; default: one a processor, here {jobs}",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable output, nothing else")
 
