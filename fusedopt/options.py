@@ -160,6 +160,9 @@ def _of_coefficients(optimizer: Any) -> Iterator[Exception]:
                     f" at 0 ({error})"
                 )
             others = {name: _example(optimizer, name) for name in rule.hyper}
+            if _failure(rule, {**numbers, **others}, step) is not None:
+                # Whatever the numbers: the rule has something else to say.
+                continue
             cures = [
                 name
                 for name in rule.hyper

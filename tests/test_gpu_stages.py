@@ -35,12 +35,20 @@ def _main_of(arguments):
 def test_the_stages_commands_are_understood(stage, setting, monkeypatch):
     """Catches an option or a name that the command would refuse, on a machine that is lent once."""
     monkeypatch.setattr(module("stages").shutil, "which", lambda name, path=None: f"/bin/{name}")
-    parse = argparse.ArgumentParser.parse_args
+    parse = argparse.ArgumentParser.parse_known_args
+    within = []
 
-    def stop(self, *arguments):
-        raise Parsed(parse(self, *arguments))
+    def stop(self, *arguments, **keywords):
+        # Parsers of commands are called by that of the whole.
+        within.append(self)
+        options, unknown = parse(self, *arguments, **keywords)
+        within.pop()
+        if within:
+            return options, unknown
+        assert not unknown
+        raise Parsed(options)
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
     for command in stage.commands(setting):
         if sys.executable not in command.arguments or "pytest" in command.arguments:
             continue
