@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .clipping import GlobalNorm
-from .options import check_numbers
-from .storage import local_tensors
+from .memory.storage import local_tensors
+from .step.options import check_numbers
 
 Group = dict[str, Any]
 # Neither is absent: None is a value of some options.
@@ -265,7 +265,7 @@ class _Place:
         self._of = optimizer, parameter
 
     def __str__(self) -> str:
-        from .checks import describe
+        from .step.checks import describe
 
         return describe(*self._of)
 

@@ -13,7 +13,7 @@ from .coefficients import is_capturing
 
 if TYPE_CHECKING:
     from .backends import Inputs
-    from .lane import Lane
+    from .step.device_group import Lane
 
 
 class Control:

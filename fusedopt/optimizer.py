@@ -19,7 +19,13 @@ from .checkpoint import (
     put_aside,
     unpacked,
 )
-from .checks import (
+from .clipping import GlobalNorm
+from .coefficients import is_capturing, lives_on_device
+from .kernels.rule import Rule
+from .memory.storage import local_tensors
+from .source import Source
+from .statistics.base import Statistics
+from .step.checks import (
     check_gradients,
     check_memory,
     check_one_group,
@@ -30,17 +36,11 @@ from .checks import (
     check_virtual_batch_size,
     follow_unscaling,
 )
-from .clipping import GlobalNorm
-from .coefficients import is_capturing, lives_on_device
-from .kernels.rule import Rule
-from .lane import Lane
-from .options import check_numbers, complete, explained
-from .plan import Plan
-from .source import Source
-from .statistics.base import Statistics
-from .steps import State, new_step
-from .storage import local_tensors
-from .wrappers import check_flat, watch
+from .step.counts import State, new_step
+from .step.device_group import Lane
+from .step.options import check_numbers, complete, explained
+from .step.plan import Plan
+from .step.wrappers import check_flat, watch
 
 
 class FusedOptimizer(Optimizer):

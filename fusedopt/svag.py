@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .kernels.rules import PAIRED, SGD
+from .memory.storage import local_tensors
 from .optimizer import FusedOptimizer
 from .scaling import rescale_
 from .source import MissingInput, Source
-from .storage import local_tensors
 
 # Beyond it, weights of nearly 10^6 cost float32 most of the digits that their sum of 1 leaves.
 _LARGEST = 10**6

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import clipping, coefficients, optimizer, plan
+from fusedopt import clipping, coefficients, optimizer
 from fusedopt.examples.lion import Lion
+from fusedopt.step import plan
 
 
 class Capture:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedopt import layout
+from fusedopt.memory import layout
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "type": lambda t: t.double(),

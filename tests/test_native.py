@@ -23,7 +23,7 @@ import fusedopt
 from fusedopt.kernels import lang
 from fusedopt.kernels.aot_library import images
 from fusedopt.kernels.aot_library.table import LIBRARY, TYPES, rows
-from fusedopt.tolerances import TRAJECTORY, distance
+from fusedopt.testing import TRAJECTORY, distance
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = {entry.name: entry for entry in LIBRARY}

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import fusedopt
-from fusedopt.layout import share_memory
+from fusedopt.memory.layout import share_memory
 
 
 def _case(name: str, **options: Any) -> Case:

@@ -10,7 +10,8 @@ import torch
 from contract import DEVICE
 
 import fusedopt
-from fusedopt import lane, streams
+from fusedopt.memory import streams
+from fusedopt.step import device_group as lane
 
 
 class Streams:
@@ -133,7 +134,8 @@ def test_a_step_on_meta_is_an_error_that_names_the_parameter():
 
 
 def test_released_graphs_leave_nothing_behind(monkeypatch):
-    from fusedopt import clipping, coefficients, optimizer, plan
+    from fusedopt import clipping, coefficients, optimizer
+    from fusedopt.step import plan
 
     capturing = [False]
     for module in (clipping, coefficients, optimizer, plan):

@@ -13,7 +13,8 @@ from variants_by_hand import DEVICE, VARIANTS, Beside, beside, run_all
 from watching import watched
 
 import fusedopt
-from fusedopt import clipping, coefficients, optimizer, plan
+from fusedopt import clipping, coefficients, optimizer
+from fusedopt.step import plan
 
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 

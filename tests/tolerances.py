@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fusedopt.tolerances import STEP, TRAJECTORY, Tolerance, distance, ulp
+from fusedopt.testing import STEP, TRAJECTORY, Tolerance, distance, ulp
 
 __all__ = ["STEP", "TRAJECTORY", "Tolerance", "assert_close_ulps", "distance", "ulp"]
 

@@ -21,7 +21,7 @@ from fusedopt import FusedOptimizer, GlobalNorm, Rule
 from fusedopt.cli import verify, verify_samples
 from fusedopt.kernels import lang
 from fusedopt.kernels.rules import REGISTRY
-from fusedopt.tolerances import TRAJECTORY, worst_ulps
+from fusedopt.testing import TRAJECTORY, worst_ulps
 
 PARTS = ("first", "rules", "samples")
 STEPS = 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import SVAG, BackpackSquares
-from fusedopt.tolerances import ulp
+from fusedopt.testing import ulp
 
 from .problem import SAMPLES, Problem
 

@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..codecs import compute_dtype, real_dtype
 from ..coefficients import Table
 from ..kernels.rule import Rule
+from ..memory.dtypes import compute_dtype, real_dtype
 
 BACKENDS = ("auto", "triton", "reference")
 

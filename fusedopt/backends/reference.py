@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs import compute_dtype, decode, encode, real_dtype
 from ..coefficients import Table
 from ..kernels.rule import Rule
-from ..layout import is_dense, real_view, same_order
+from ..memory.dtypes import compute_dtype, decode, encode, real_dtype
+from ..memory.layout import is_dense, real_view, same_order
 from . import Inputs, Slot
 
 # Elements that each thread takes of a piece: what a step touches of them fits a second-level cache.

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs import compute_dtype, real_dtype
 from ..coefficients import Table, upload
 from ..compilations import settle
 from ..kernels import geometry, multi_tensor, norms
 from ..kernels.lang import COMPILE_OPTIONS, INTERPRETED, tl, triton
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
-from ..layout import (
+from ..memory.dtypes import compute_dtype, real_dtype
+from ..memory.layout import (
     ALIGNMENT,
     byte_range,
     is_dense,
@@ -35,7 +35,7 @@ from ..layout import (
     stacked_order,
     staging_buffer,
 )
-from ..storage import addresses as addresses_of
+from ..memory.storage import addresses as addresses_of
 from . import Inputs, Slot
 
 TRITON_DTYPES = {

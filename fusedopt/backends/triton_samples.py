@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..codecs import compute_dtype, real_dtype
 from ..coefficients import upload
 from ..kernels import multi_tensor
 from ..kernels.per_sample import materialised
-from ..layout import ALIGNMENT, is_dense, is_plain, stacked_buffer, stacked_order
-from ..storage import addresses as addresses_of
+from ..memory.dtypes import compute_dtype, real_dtype
+from ..memory.layout import ALIGNMENT, is_dense, is_plain, stacked_buffer, stacked_order
+from ..memory.storage import addresses as addresses_of
 from .triton import TRITON_DTYPES, chunk_map, device_vector, launch
 
 Key = tuple[tuple[torch.dtype, ...], tuple[int, ...], bool]

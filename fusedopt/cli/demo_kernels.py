@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt.kernels.multi_tensor import BLOCK
-from fusedopt.tolerances import worst_ulps
+from fusedopt.testing import worst_ulps
 
 # In units in the last place of the largest of old value and both new ones. Either backend rounds
 # about a dozen times, by half a unit, and may order the operations differently. A wrong eps of 1e-7

@@ -17,11 +17,11 @@ from torch import Tensor
 from fusedopt import FusedOptimizer, Rule, backends
 from fusedopt.cli import verify_samples
 from fusedopt.cli.progress import progress
-from fusedopt.codecs import compute_dtype
 from fusedopt.kernels import lang
 from fusedopt.kernels.rules import REGISTRY
+from fusedopt.memory.dtypes import compute_dtype
 from fusedopt.statistics import Statistics
-from fusedopt.tolerances import TRAJECTORY, worst_ulps
+from fusedopt.testing import TRAJECTORY, worst_ulps
 
 Item = TypeVar("Item")
 

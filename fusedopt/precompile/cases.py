@@ -17,7 +17,7 @@ from ..kernels.aot_variants import LAYOUTS
 from ..kernels.option_sets import option_sets
 from ..kernels.rule import Group, Rule
 from ..kernels.rules import REGISTRY
-from ..layout import ALIGNMENT
+from ..memory.layout import ALIGNMENT
 from ..optimizer import FusedOptimizer
 from ..statistics import GradSampleSquares, Statistics
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..memory.storage import local_tensors
 from ..source import MissingInput, Source
-from ..storage import local_tensors
 from . import shards
 
 REDUCTIONS = ("mean", "sum")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs import compute_dtype
-from ..layout import real_view
+from ..memory.dtypes import compute_dtype
+from ..memory.layout import real_view
 from .base import MissingSquares, Statistics
 from .grad_version import GradVersion, weakly
 from .replicas import Replicas

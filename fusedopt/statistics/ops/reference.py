@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from ...codecs import compute_dtype
+from ...memory.dtypes import compute_dtype
 from .samples import Samples
 
 Pair = tuple[Tensor | None, Tensor]

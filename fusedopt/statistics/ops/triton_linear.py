@@ -8,7 +8,7 @@ from torch import Tensor
 from ...backends.triton import launch
 from ...kernels.per_sample import linear as kernels
 from ...kernels.per_sample.shapes import Tile, choose_splits, rows_tile, samples_tile
-from ...layout import has_wide_rows
+from ...memory.layout import has_wide_rows
 from .samples import Samples
 from .tiles import (
     GROUP,

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...layout import is_dense, real_view
+from ...memory.layout import is_dense, real_view
 
 # How far apart norms may be, relatively. Wide types: sums in another order, a few hundred roundings
 # of float32. Narrow ones: every element of a gradient was rounded anew, by half an eps at most.

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ...codecs import compute_dtype
-from ...layout import real_view
+from ...memory.dtypes import compute_dtype
+from ...memory.layout import real_view
 from . import batch_dims
 from .autograd import observe
 from .layer_call import LayerCall

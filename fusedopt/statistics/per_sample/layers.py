@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ...codecs import compute_dtype
+from ...memory.dtypes import compute_dtype
 from .autograd import ParamTap, observe
 from .layer_call import LayerCall
 from .uses import ConvolutionUse, EmbeddingUse, GainUse, LinearUse, VectorUse

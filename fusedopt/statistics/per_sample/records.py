@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...codecs import compute_dtype
+from ...memory.dtypes import compute_dtype
 from .record import Record, follow, measure, settle_deviations
 from .sample_count import SampleCount
 

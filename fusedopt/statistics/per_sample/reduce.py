@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...codecs import compute_dtype
+from ...memory.dtypes import compute_dtype
 from ..ops.samples import Samples
 from .uses import (
     ConvolutionUse,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ...codecs import compute_dtype
-from ...layout import real_view
+from ...memory.dtypes import compute_dtype
+from ...memory.layout import real_view
 from . import batch_dims
 from .instrument import original_class
 from .layer_call import LayerCall

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from ...codecs import compute_dtype
+from ...memory.dtypes import compute_dtype
 from ..ops.samples import Samples
 from .tied import add_cross_terms
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .storage import addresses as addresses_of
+from ..memory.storage import addresses as addresses_of
 
 State = dict[str, Any]
 

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .backends import Inputs, Slot
-from .coefficients import is_capturing
-from .lane import Lane
-from .layout import Fingerprint
-from .steps import State
-from .storage import addresses as addresses_of
-from .storage import local_tensors, wrappings
+from .. import backends
+from ..backends import Inputs, Slot
+from ..coefficients import is_capturing
+from ..memory.layout import Fingerprint
+from ..memory.storage import addresses as addresses_of
+from ..memory.storage import local_tensors, wrappings
+from .counts import State
+from .device_group import Lane
 
 if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+    from ..optimizer import FusedOptimizer
 
 
 class Plan:

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..coefficients import on_host
+from ..kernels.rule import Group, Rule
 from .checks import check_virtual_batch_size, describe
-from .coefficients import on_host
-from .kernels.rule import Group, Rule
 
 
 class MissingOption(KeyError):

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .backends import Inputs, Slot, prepare
-from .clipping import Control
-from .coefficients import Groups, HostTable, LiveTable, Table
-from .kernels.rule import Rule
-from .steps import State, StepCounter
-from .streams import readers
+from ..backends import Inputs, Slot, prepare
+from ..clipping import Control
+from ..coefficients import Groups, HostTable, LiveTable, Table
+from ..kernels.rule import Rule
+from ..memory.streams import readers
+from .counts import State, StepCounter
 
 
 class Lane:

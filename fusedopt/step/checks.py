@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends
-from .codecs import STORABLE, real_dtype
-from .kernels.rule import Rule
-from .layout import byte_range, is_plain, overlaps_itself, share_memory
-from .source import MissingInput, Source
-from .statistics.base import Statistics
-from .storage import local_tensors, refusal
+from .. import backends
+from ..kernels.rule import Rule
+from ..memory.dtypes import STORABLE, real_dtype
+from ..memory.layout import byte_range, is_plain, overlaps_itself, share_memory
+from ..memory.storage import local_tensors, refusal
+from ..source import MissingInput, Source
+from ..statistics.base import Statistics
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 

@@ -1,0 +1,1 @@
+"""Memory: layouts, types, addresses, devices; nothing of optimizers."""
