@@ -22,7 +22,9 @@ from torch import Tensor
 
 from .clipping import GlobalNorm
 from .memory.storage import local_tensors
+from .step.checks import describe
 from .step.options import check_numbers
+from .step.request import gather_params
 
 Group = dict[str, Any]
 # Neither is absent: None is a value of some options.
@@ -265,8 +267,6 @@ class _Place:
         self._of = optimizer, parameter
 
     def __str__(self) -> str:
-        from .step.checks import describe
-
         return describe(*self._of)
 
 
@@ -362,7 +362,7 @@ def is_initialising(optimizer: Any) -> bool:
     if optimizer.statistics is None:
         return True
     try:
-        params, _, _ = optimizer._gather()
+        params, _, _ = gather_params(optimizer)
         optimizer.statistics.check(params)
     except (RuntimeError, ValueError):
         return True

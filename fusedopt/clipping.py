@@ -1,81 +1,11 @@
-"""Gradient clipping and loss scaling, folded into the step as one factor on the device."""
+"""Gradient clipping, as it is asked for; the step makes one factor on the device of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
-
-from .coefficients import is_capturing
-
-if TYPE_CHECKING:
-    from .backends import Inputs
-    from .step.device_group import Lane
-
-
-class Control:
-    """What a launch reads besides coefficients: the gradient's factor, and whether to skip."""
-
-    def __init__(self, device: torch.device) -> None:
-        # float64, so that float64 parameters see the factor in full.
-        self.values = torch.zeros(2, dtype=torch.float64, device=device)
-        self.values[:1].fill_(1.0)
-        self.inverse_scale = torch.ones(1, dtype=torch.float64, device=device)
-        self.max_norm = torch.ones(1, dtype=torch.float64, device=device)
-        self._max_norm = 1.0
-        self._neutral = True
-
-    def memory(self) -> Iterator[Tensor]:
-        """List the tensors that launches read and write."""
-        yield self.values
-        yield self.inverse_scale
-        yield self.max_norm
-
-    def load(
-        self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        clipping: bool,
-        factor: float = 1.0,
-    ) -> None:
-        """Take the loss scale and the overflow flag of ``torch.amp.GradScaler``, if any.
-
-        Args:
-            grad_scale: what the gradients are to be divided by.
-            found_inf: whether to skip the step.
-            clipping: whether the factor on the gradient is to be changed by a norm.
-            factor: what the gradients are to be multiplied by besides.
-        """
-        # A captured step must set what an eager one may leave behind.
-        unchanged = self._neutral and not is_capturing(self.values.device)
-        plain = grad_scale is None and found_inf is None and factor == 1.0
-        if plain and unchanged:
-            self._neutral = not clipping
-            return
-        if grad_scale is None:
-            self.inverse_scale.fill_(factor)
-        else:
-            self.inverse_scale.copy_(grad_scale.reshape(1)).reciprocal_().mul_(factor)
-        self.values[:1].copy_(self.inverse_scale)
-        if found_inf is None:
-            self.values[1:].zero_()
-        else:
-            self.values[1:].copy_(found_inf.reshape(1))
-        self._neutral = plain and not clipping
-
-    def set_max_norm(self, value: float) -> None:
-        """Take a new bound on the norm."""
-        if value != self._max_norm:
-            if is_capturing(self.max_norm.device):
-                raise RuntimeError(
-                    f"max_norm changed from {self._max_norm} to {value} since the last step, and a"
-                    " CUDA graph is being captured: call optimizer.push_hyperparameters() before"
-                )
-            self.max_norm.fill_(value)
-            self._max_norm = value
 
 
 class GlobalNorm:
@@ -176,37 +106,6 @@ class GlobalNorm:
         fresh = GlobalNorm(**config)
         self.max_norm, self.norm_type = fresh.max_norm, fresh.norm_type
         self.error_if_nonfinite = fresh.error_if_nonfinite
-
-    def apply(self, lanes: Sequence[Lane], inputs: Sequence[Inputs]) -> None:
-        """Compute the norm over all lanes and write the factor into each lane's control."""
-        infinity = self.norm_type == math.inf
-        first = lanes[0]
-        partials = [
-            lane.part.partial_norms(own, lane.control.inverse_scale, infinity)
-            for lane, own in zip(lanes, inputs, strict=True)
-        ]
-        if len(partials) > 1:
-            partials = [torch.cat([x.to(first.device) for x in partials])]
-        control = first.control
-        control.set_max_norm(self.max_norm)
-        if self.last is None or self.last.device != first.device:
-            self.last = torch.zeros((), dtype=torch.float32, device=first.device)
-        first.part.clip_factor(
-            partials[0],
-            control.inverse_scale,
-            control.max_norm,
-            control.values,
-            self.last,
-            infinity,
-        )
-        for lane in lanes[1:]:
-            lane.control.values[:1].copy_(control.values[:1])
-        if self.error_if_nonfinite and not math.isfinite(self.last.item()):
-            raise RuntimeError(
-                f"the total norm of order {self.norm_type} of the gradients is"
-                f" {self.last.item()}: nothing was updated. Pass error_if_nonfinite=False to"
-                " clip by it anyway"
-            )
 
 
 def _float(name: str, value: Any) -> float:

@@ -20,26 +20,24 @@ from .checkpoint import (
     unpacked,
 )
 from .clipping import GlobalNorm
-from .coefficients import is_capturing, lives_on_device
+from .coefficients import lives_on_device
 from .kernels.rule import Rule
-from .memory.storage import local_tensors
+from .memory.device import is_capturing
 from .source import Source
 from .statistics.base import Statistics
 from .step.checks import (
     check_gradients,
     check_memory,
-    check_one_group,
-    check_samples,
     check_source,
     check_states,
     check_statistics,
     check_virtual_batch_size,
-    follow_unscaling,
 )
 from .step.counts import State, new_step
-from .step.device_group import Lane
+from .step.device_group import DeviceGroup
 from .step.options import check_numbers, complete, explained
 from .step.plan import Plan
+from .step.request import Request, gather, with_factors
 from .step.wrappers import check_flat, watch
 
 
@@ -116,8 +114,6 @@ class FusedOptimizer(Optimizer):
         self._present: dict[Tensor, frozenset[str]] = {}
         # Whether the loss scaler keeps its overflow flag on the device: see _load_scaler.
         self._device_scaler = False
-        # Of the latest step, for what is prepared between steps.
-        self._samples = 1
         super().__init__(params, defaults)
         watch(FusedOptimizer)
         if statistics is not None:
@@ -255,7 +251,8 @@ class FusedOptimizer(Optimizer):
 
     def _explain(self, error: Exception) -> None:
         """Raise what names the cause, where groups or step counts are one."""
-        better = explained(self, error)
+        samples = 1 if self._plan is None else self._plan.samples
+        better = explained(self, error, samples)
         if better is not None:
             raise better from error
 
@@ -267,15 +264,15 @@ class FusedOptimizer(Optimizer):
         changing a number, as a scheduler does, or ``clip.max_norm``.
         """
         for plan in [*self._captured_plans, *([] if self._plan is None else [self._plan])]:
-            for lane in plan.lanes:
-                if lane.live:
-                    self._push(lane)
+            for group in plan.device_groups:
+                if group.on_device:
+                    self._push(group, plan.samples)
             if self.clip is not None:
-                plan.lanes[0].control.set_max_norm(self.clip.max_norm)
+                plan.device_groups[0].scale.set_max_norm(self.clip.max_norm)
 
-    def _push(self, lane: Lane) -> None:
+    def _push(self, group: DeviceGroup, samples: int) -> None:
         try:
-            lane.prepare(self.coefficient_groups())
+            group.prepare(with_factors(self.param_groups, self._statistics, samples))
         except Exception as error:
             self._explain(error)
             raise
@@ -295,96 +292,24 @@ class FusedOptimizer(Optimizer):
         if feeds and not self.state and is_initialising(self):
             initialise(self)
             return
-        params, gradients, group_of = self._gather()
-        grad_scale, found_inf = self._load_scaler()
-        if not params:
-            check_flat(self)
-            if self._statistics is not None:
-                check_samples(self, params)
-            return
-        inputs, factor = [gradients], 1.0
-        if self._statistics is not None:
-            if found_inf is not None and grad_scale is None:
-                # unscale_ was called. No factor is found of what is not finite.
-                if bool(found_inf):
-                    self._statistics.used(params)
-                    return
-                follow_unscaling(self, params)
-            check_samples(self, params)
-            self._samples = self._statistics.count(params)
-            factor = self._statistics.gradient_factor(self._samples)
-            # Clipping and overflow are decided before the update, from what it is to read.
-            plain = self.clip is None and found_inf is None
-            inputs = self._statistics.inputs(params, gradients, plain)
-            if found_inf is not None:
-                found_inf = _or_not_finite(found_inf, inputs[1])
-        elif len(self.rule.degrees) > 1:
-            raise RuntimeError(
-                "this optimizer has no statistics (copies and pickles come without): set"
-                " optimizer.statistics to where the squares come from"
-            )
-        if found_inf is not None and self._overflowed(params, group_of, found_inf):
-            if self._statistics is not None:
-                self._statistics.used(params)
+        request = gather(self, *self._load_scaler())
+        if request is None:
             return
         plan = self._plan
-        if plan is None or not plan.fits(self, params, inputs, group_of):
-            plan = self._make_plan(params, inputs, group_of)
-        if plan.is_capturing() and not plan.is_live():
-            raise RuntimeError(
-                "a CUDA graph would repeat this step with frozen numbers: pass capturable=True, so"
-                " that step counts and hyper-parameters are read from the device"
-            )
-        groups = self.coefficient_groups()
-        dealt = plan.inputs(inputs)
+        if plan is None or not plan.fits(request):
+            plan = self._make_plan(request)
+        plan.check_capture()
         try:
-            for lane in plan.lanes:
-                lane.control.load(grad_scale, found_inf, self.clip is not None, factor)
-                lane.prepare(groups)
-            if self.clip is not None:
-                self.clip.apply(plan.lanes, dealt)
+            plan.prepare(request, self.clip)
         except Exception:
             self._forget(plan.created)
             self._drop_plan()
             raise
-        for lane, own in zip(plan.lanes, dealt, strict=True):
-            lane.step(own, groups, found_inf)
-        plan.created.clear()
+        plan.launch(request)
         if self._statistics is not None:
-            self._statistics.used(params)
+            self._statistics.used(request.params)
         # Autograd then notices a parameter that changed between forward and backward.
-        torch.autograd.graph.increment_version(params)
-
-    def _gather(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """List the parameters that have a gradient, each once, with gradient and group index."""
-        params: list[Tensor] = []
-        gradients: list[Tensor] = []
-        group_of: list[int] = []
-        for index, group in enumerate(self.param_groups):
-            members = group["params"]
-            if type(members) is not list:
-                members = group["params"] = _listed(members)
-            if self._statistics is None:
-                found = [p.grad for p in members]
-            else:
-                found = [self._statistics.find(p) for p in members]
-            absent = [gradient is None for gradient in found]
-            if True in absent:
-                used = [i for i, missing in enumerate(absent) if not missing]
-                params += [members[i] for i in used]
-                gradients += [found[i] for i in used]
-            else:
-                params += members
-                gradients += found
-            group_of += [index] * (len(params) - len(group_of))
-        if len(set(map(id, params))) != len(params):
-            check_one_group(self, params, group_of)
-            first = {id(p): i for i, p in reversed(list(enumerate(params)))}
-            keep = sorted(first.values())
-            params = [params[i] for i in keep]
-            gradients = [gradients[i] for i in keep]
-            group_of = [group_of[i] for i in keep]
-        return params, gradients, group_of
+        torch.autograd.graph.increment_version(request.params)
 
     def _load_scaler(self) -> tuple[Tensor | None, Tensor | None]:
         """Take what torch.amp.GradScaler left on the optimizer for this step."""
@@ -397,28 +322,6 @@ class FusedOptimizer(Optimizer):
             # The host must not read the flag, so that step counts move to the device for good.
             self._device_scaler = True
         return grad_scale, found_inf
-
-    def coefficient_groups(self) -> Sequence[dict[str, Any]]:
-        """Return the parameter groups, with what the samples of this step say where a rule asks."""
-        if self._statistics is None:
-            return self.param_groups
-        sizes = [group.get("virtual_batch_size", 1) for group in self.param_groups]
-        factors = [self._statistics.factors(size, self._samples) for size in sizes]
-        return [{**group, **own} for group, own in zip(self.param_groups, factors, strict=True)]
-
-    def _overflowed(
-        self, params: Sequence[Tensor], group_of: Sequence[int], found_inf: Tensor
-    ) -> bool:
-        """Whether to skip the step on the host: the flag is there, or state is yet to be made."""
-        # A skipped step leaves no trace, so no state may be created by it. Reading the flag then
-        # waits for the device, at the first steps only.
-        keeps = [self.rule.counts_steps or bool(self.rule.states(g)) for g in self.param_groups]
-        creates_state = any(
-            keeps[index] and p not in self.state for p, index in zip(params, group_of, strict=True)
-        )
-        if found_inf.device.type == "cpu" or creates_state:
-            return bool(found_inf.item())
-        return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and what statistics have gathered beside them.
@@ -437,10 +340,9 @@ class FusedOptimizer(Optimizer):
         self.rule = rule  # type: ignore[misc]
         self.statistics = source
 
-    def _make_plan(
-        self, params: list[Tensor], inputs: list[list[Tensor]], group_of: list[int]
-    ) -> Plan:
+    def _make_plan(self, request: Request) -> Plan:
         """Check everything, create missing states, and prepare the launches."""
+        params, inputs, group_of = request.params, request.inputs, request.group_of
         if any(map(is_capturing, {p.device for p in params})):
             raise RuntimeError(
                 "a CUDA graph is being captured, and this step is not prepared: run one step with"
@@ -452,14 +354,14 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             self.check_group(group)
         check_flat(self)
-        check_gradients(self, params, inputs)
+        check_gradients(self, params, inputs, request.per_sample)
         check_states(self, params, group_of)
         check_present(self, params, group_of)
-        check_memory(self, params, inputs, group_of)
+        check_memory(self, params, inputs, group_of, request.per_sample)
         created = self._create_states(params, group_of)
         self._drop_plan()
         try:
-            self._plan = Plan(self, params, inputs, group_of, created)
+            self._plan = Plan(request, created)
         except Exception:
             self._forget(zip(params, created, strict=True))
             raise
@@ -567,7 +469,6 @@ class FusedOptimizer(Optimizer):
             self.clip = self.__dict__.pop("clip")
         # Pickles of before had it under its public name.
         self.__dict__.setdefault("_statistics", self.__dict__.pop("statistics", None))
-        self.__dict__.setdefault("_samples", 1)
         # Keys that an older or a torch checkpoint does not have.
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -580,18 +481,3 @@ class FusedOptimizer(Optimizer):
             if step is not None and not isinstance(step, Tensor):
                 values["step"] = new_step() + float(step)
         self._present = present_states(self, {})
-
-
-def _listed(members: Any) -> Any:
-    """Return what a group has for its parameters as it can be read again."""
-    if isinstance(members, Tensor):
-        return [members]
-    return members if hasattr(members, "__getitem__") else list(members)
-
-
-def _or_not_finite(found_inf: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """Set the overflow flag where another input has overflowed, though no gradient has."""
-    # The largest element of none is an error.
-    local = [x for x in local_tensors(list(others)) if x.numel()]
-    largest = torch.nn.utils.get_total_norm(local, float("inf"))
-    return torch.maximum(found_inf, (~largest.isfinite()).to(found_inf))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,11 +17,22 @@ class MissingInput(RuntimeError):
         self.parameter = parameter
 
 
+class RuleInputs(NamedTuple):
+    """What a rule reads of the parameters of one step.
+
+    Attributes:
+        tensors: for each input, the tensors of all parameters.
+        per_sample: whether these are gradients of samples, ``[batch, *param.shape]``, that are
+            still to be reduced to what the rule takes.
+    """
+
+    tensors: list[list[Tensor]]
+    per_sample: bool = False
+
+
 class Source:
     """Base of per-sample statistics, and of SVAG's pairs of gradients."""
 
-    # Whether ``inputs`` returned gradients of samples instead of one tensor for each input.
-    materialised = False
     # What messages call the inputs of the rule.
     names: tuple[str, ...] = ("gradient",)
     # What to do that unscaled gradients are wanted for.
@@ -63,10 +74,8 @@ class Source:
         """
         return False
 
-    def inputs(
-        self, parameters: list[Tensor], gradients: list[Tensor], plain: bool
-    ) -> list[list[Tensor]]:
-        """Return what the rule takes: for each input, the tensors of all parameters.
+    def inputs(self, parameters: list[Tensor], gradients: list[Tensor], plain: bool) -> RuleInputs:
+        """Return what the rule takes.
 
         Args:
             parameters: to be updated.

@@ -13,7 +13,7 @@ from .kernels.rules import PAIRED, SGD
 from .memory.storage import local_tensors
 from .optimizer import FusedOptimizer
 from .scaling import rescale_
-from .source import MissingInput, Source
+from .source import MissingInput, RuleInputs, Source
 
 # Beyond it, weights of nearly 10^6 cost float32 most of the digits that their sum of 1 leaves.
 _LARGEST = 10**6
@@ -303,11 +303,9 @@ class _Pair(Source):
                     " p.grad = p.grad.clone() before hold()",
                 )
 
-    def inputs(
-        self, parameters: list[Tensor], gradients: list[Tensor], plain: bool
-    ) -> list[list[Tensor]]:
+    def inputs(self, parameters: list[Tensor], gradients: list[Tensor], plain: bool) -> RuleInputs:
         """Return both gradients, the last one first."""
-        return [gradients, [self.held[p].gradient for p in parameters]]
+        return RuleInputs([gradients, [self.held[p].gradient for p in parameters]])
 
     def factors(self, virtual_batch_size: float, count: int) -> dict[str, float]:
         """Return the weights of both gradients."""

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import clipping, coefficients, optimizer
+from fusedopt import coefficients, optimizer
 from fusedopt.examples.lion import Lion
-from fusedopt.step import plan
+from fusedopt.memory import device as memory_device
+from fusedopt.step import plan, scale
 
 
 class Capture:
@@ -25,7 +26,7 @@ class Capture:
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
     flag = Capture()
-    for module in (clipping, coefficients, optimizer, plan):
+    for module in (memory_device, coefficients, optimizer, plan, scale):
         monkeypatch.setattr(module, "is_capturing", lambda device: flag.active)
     return flag
 
@@ -77,7 +78,7 @@ def test_replays_and_eager_steps_do_not_rely_on_each_others_addresses(capture):
     capture.active = True
     step(captured)
     capture.active = False
-    table = ours._plan.lanes[0].part.cohorts[0].table
+    table = ours._plan.device_groups[0].executor.cohorts[0].table
     in_graph = table.clone()
     step(eager)
     table.copy_(in_graph)  # what a replay leaves behind
@@ -118,9 +119,9 @@ def test_pushed_numbers_reach_every_captured_plan(capture):
     ours.param_groups[0]["lr"] = 0.25
     ours.clip.max_norm = 0.5
     ours.push_hyperparameters()
-    for lane in (ours._captured_plans[0].lanes[0], ours._plan.lanes[0]):
+    for lane in (ours._captured_plans[0].device_groups[0], ours._plan.device_groups[0]):
         assert lane.table._inputs[0].scalars["lr"][0] == 0.25
-        assert lane.control.max_norm == 0.5
+        assert lane.scale.max_norm == 0.5
 
 
 @pytest.mark.parametrize("change", ["lr", "max_norm"])

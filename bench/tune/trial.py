@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fusedopt.backends import Slot, prepare
+from fusedopt.backends import ParamEntry, prepare
 from fusedopt.coefficients import HostTable
 from fusedopt.kernels import geometry
 from fusedopt.kernels.geometry import Geometry
@@ -53,7 +53,7 @@ class Trial:
             )
             inputs, states = tuple(others[:n_inputs]), tuple(others[n_inputs:])
             options = entry.rule.options(entry.group)
-            self.slots.append(Slot(position, param, inputs, states, options))
+            self.slots.append(ParamEntry(position, param, inputs, states, options))
 
     def update(self, candidate: Geometry) -> Callable[[], None]:
         """Return what updates all tensors once, at the third step of a training."""

@@ -1,96 +1,44 @@
 """Where an update runs: a loop in PyTorch, or one launch for all tensors.
 
-A backend is handed slots (a parameter with its gradient and states) and prepares a part from
-them, which it then updates step after step. It sees coefficients, never hyper-parameters.
+A backend is handed entries (a parameter with its gradient and states) and makes an executor of
+them, which updates them step after step. It sees coefficients, never hyper-parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..coefficients import Table
 from ..kernels.rule import Rule
-from ..memory.dtypes import compute_dtype, real_dtype
+from .entry import Executor, Inputs, ParamEntry
+
+__all__ = [
+    "BACKENDS",
+    "Executor",
+    "Inputs",
+    "ParamEntry",
+    "check_name",
+    "choose",
+    "prepare",
+    "reduce_samples",
+]
 
 BACKENDS = ("auto", "triton", "reference")
 
 
-# For each input of the rule (the gradient first), the tensors of all slots.
-Inputs = Sequence[Sequence[Tensor]]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """What one parameter brings to a step."""
-
-    position: int  # index into the lists of inputs
-    param: Tensor
-    inputs: tuple[Tensor, ...]
-    states: tuple[Tensor, ...]
-    options: tuple[bool, ...]
-    # Whether the inputs are gradients of samples, ``[batch, *param.shape]`` each, that are still to
-    # be reduced to what the rule takes.
-    materialised: bool = False
-
-    @property
-    def operands(self) -> tuple[Tensor, ...]:
-        """Parameter, inputs and states, in the order of the address table."""
-        return (self.param, *self.inputs, *self.states)
-
-    @property
-    def compute(self) -> torch.dtype:
-        """Type that the arithmetic is done in."""
-        return compute_dtype([real_dtype(t.dtype) for t in self.operands])
-
-
-class Part(Protocol):
-    """The tensors of one device, prepared for repeated steps.
-
-    A part keeps parameters and states, never an input: gradients that outlive ``zero_grad()``
-    would add their size to the memory of the next forward pass. Inputs are handed in at each use.
-    """
-
-    def move_inputs(self, inputs: Inputs) -> None:
-        """Note the addresses of inputs of the same types and layouts as before."""
-
-    def partial_norms(self, inputs: Inputs, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
-        """Reduce the unscaled gradients to a float64 vector of partial sums or maxima."""
-
-    def clip_factor(
-        self,
-        partials: Tensor,
-        inverse_scale: Tensor,
-        max_norm: Tensor,
-        control: Tensor,
-        norm: Tensor,
-        infinity_norm: bool,
-    ) -> None:
-        """Write the gradient's norm, and into ``control[0]`` the factor on the raw gradient."""
-
-    def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
-        """Apply the rule to every slot, unless ``control[1]`` is set."""
-
-    def memory(self) -> Iterator[Tensor]:
-        """List the tensors that launches read besides the slots' own."""
-
-    def release(self) -> None:
-        """Let go of what is kept for captured CUDA graphs alone."""
-
-
-def prepare(backend: str, rule: Rule, device: torch.device, slots: Sequence[Slot]) -> Part:
+def prepare(
+    backend: str, rule: Rule, device: torch.device, slots: Sequence[ParamEntry]
+) -> Executor:
     """Prepare slots of one device for a backend that ``choose`` has named."""
     if backend == "triton":
-        from .triton import TritonPart
+        from .triton import TritonExecutor
 
-        return TritonPart(rule, device, slots)
-    from .reference import ReferencePart
+        return TritonExecutor(rule, device, slots)
+    from .reference import ReferenceExecutor
 
-    return ReferencePart(rule, device, slots)
+    return ReferenceExecutor(rule, device, slots)
 
 
 def reduce_samples(

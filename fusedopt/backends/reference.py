@@ -16,7 +16,7 @@ from ..coefficients import Table
 from ..kernels.rule import Rule
 from ..memory.dtypes import compute_dtype, decode, encode, real_dtype
 from ..memory.layout import is_dense, real_view, same_order
-from . import Inputs, Slot
+from .entry import Inputs, ParamEntry
 
 # Elements that each thread takes of a piece: what a step touches of them fits a second-level cache.
 PIECE_OF_THREAD = 1 << 17
@@ -25,7 +25,7 @@ PIECE_OF_THREAD = 1 << 17
 class _Memory:
     """What of a slot is read and written in place: the parameter and its states."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: ParamEntry) -> None:
         self.position = slot.position
         self.options = slot.options
         self.materialised = slot.materialised
@@ -54,10 +54,10 @@ class _Memory:
             yield [t[start:stop] for t in memory], [x[start:stop] for x in flat]
 
 
-class ReferencePart:
-    """The slots of one device; see ``fusedopt.backends.Part``."""
+class ReferenceExecutor:
+    """The slots of one device; see ``fusedopt.backends.Executor``."""
 
-    def __init__(self, rule: Rule, device: torch.device, slots: Sequence[Slot]) -> None:
+    def __init__(self, rule: Rule, device: torch.device, slots: Sequence[ParamEntry]) -> None:
         self.rule = rule
         self.device = device
         self.memories = [_Memory(slot) for slot in slots if slot.param.numel() > 0]

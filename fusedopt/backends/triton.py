@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..coefficients import Table, upload
+from ..coefficients import Table
 from ..compilations import settle
 from ..kernels import geometry, multi_tensor, norms
 from ..kernels.lang import COMPILE_OPTIONS, INTERPRETED, tl, triton
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
+from ..memory.device import upload
 from ..memory.dtypes import compute_dtype, real_dtype
 from ..memory.layout import (
     ALIGNMENT,
@@ -36,7 +37,7 @@ from ..memory.layout import (
     staging_buffer,
 )
 from ..memory.storage import addresses as addresses_of
-from . import Inputs, Slot
+from .entry import Inputs, ParamEntry
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -85,7 +86,7 @@ class CohortKey:
 class Operands:
     """A slot's operands as the kernel sees them: in place, or through a staging buffer."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: ParamEntry) -> None:
         self.position = slot.position
         self.n_inputs = len(slot.inputs)
         self.tensors = list(slot.operands)
@@ -111,7 +112,7 @@ class Operands:
             if not 1 <= i <= self.n_inputs:
                 yield tensor, self.tensors[i]
 
-    def key(self, slot: Slot, wave: int) -> CohortKey:
+    def key(self, slot: ParamEntry, wave: int) -> CohortKey:
         """Return what the slot must share with others to be launched with them."""
         return CohortKey(
             dtypes=tuple(real_dtype(t.dtype) for t in self.tensors),
@@ -123,10 +124,10 @@ class Operands:
         )
 
 
-class TritonPart:
-    """The slots of one device; see ``fusedopt.backends.Part``."""
+class TritonExecutor:
+    """The slots of one device; see ``fusedopt.backends.Executor``."""
 
-    def __init__(self, rule: Rule, device: torch.device, slots: Sequence[Slot]) -> None:
+    def __init__(self, rule: Rule, device: torch.device, slots: Sequence[ParamEntry]) -> None:
         self.device = device
         cohorts: dict[CohortKey, list[Operands]] = defaultdict(list)
         waves = _waves(slots)
@@ -333,7 +334,7 @@ def _host(values: list[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
-def _waves(slots: Sequence[Slot]) -> dict[int, int]:
+def _waves(slots: Sequence[ParamEntry]) -> dict[int, int]:
     """Number the launches so that tensors sharing memory are never written by the same one.
 
     Two parameters over the same storage would race within a launch; torch updates them in turn.

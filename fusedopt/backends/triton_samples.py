@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..coefficients import upload
 from ..kernels import multi_tensor
 from ..kernels.per_sample import materialised
+from ..memory.device import upload
 from ..memory.dtypes import compute_dtype, real_dtype
 from ..memory.layout import ALIGNMENT, is_dense, is_plain, stacked_buffer, stacked_order
 from ..memory.storage import addresses as addresses_of

@@ -20,6 +20,7 @@ from fusedopt.cli.progress import progress
 from fusedopt.kernels import lang
 from fusedopt.kernels.rules import REGISTRY
 from fusedopt.memory.dtypes import compute_dtype
+from fusedopt.source import RuleInputs
 from fusedopt.statistics import Statistics
 from fusedopt.testing import TRAJECTORY, worst_ulps
 
@@ -136,15 +137,15 @@ class PowersOfGradients(Statistics):
             return None
         return gradient.to(compute_dtype([parameter.dtype, gradient.dtype])).square()
 
-    def inputs(
-        self, parameters: list[Tensor], gradients: list[Tensor], plain: bool
-    ) -> list[list[Tensor]]:
+    def inputs(self, parameters: list[Tensor], gradients: list[Tensor], plain: bool) -> RuleInputs:
         """Return gradients and squares as the rule asks for them."""
         squares = [self._squares(p) for p in parameters] if 2 in self.rule.degrees else []
-        return [
-            [another(g, i) for g in gradients] if degree == 1 else squares
-            for i, degree in enumerate(self.rule.degrees)
-        ]
+        return RuleInputs(
+            [
+                [another(g, i) for g in gradients] if degree == 1 else squares
+                for i, degree in enumerate(self.rule.degrees)
+            ]
+        )
 
     def factors(self, virtual_batch_size: float, count: int) -> dict[str, float]:
         """Leave the factors that the parameter group states."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..memory.storage import local_tensors
-from ..source import MissingInput, Source
+from ..source import MissingInput, RuleInputs, Source
 from . import shards
 
 REDUCTIONS = ("mean", "sum")
@@ -117,9 +117,7 @@ class Statistics(Source):
             if self.sum_of_squares(p) is None:
                 raise MissingSquares(p, "it has a gradient, but nothing was gathered for it")
 
-    def inputs(
-        self, parameters: list[Tensor], gradients: list[Tensor], plain: bool
-    ) -> list[list[Tensor]]:
+    def inputs(self, parameters: list[Tensor], gradients: list[Tensor], plain: bool) -> RuleInputs:
         """Return what a rule takes: gradients and sums of squares.
 
         Args:
@@ -127,7 +125,7 @@ class Statistics(Source):
             gradients: what ``find`` returned for them.
             plain: whether nothing has to be known of either before the update.
         """
-        return [gradients, [self._squares(p) for p in parameters]]
+        return RuleInputs([gradients, [self._squares(p) for p in parameters]])
 
     def factors(self, virtual_batch_size: float, count: int) -> dict[str, float]:
         """Return what turns gradients and sums of squares into the moments of this step.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..source import RuleInputs
 from .base import MissingSquares, Statistics
 from .spent import STALE, Spent
 
@@ -83,18 +84,15 @@ class GradSampleSquares(Statistics):
                     " gather the same samples for all, or set grad_sample to None",
                 )
 
-    def inputs(
-        self, parameters: list[Tensor], gradients: list[Tensor], plain: bool
-    ) -> list[list[Tensor]]:
+    def inputs(self, parameters: list[Tensor], gradients: list[Tensor], plain: bool) -> RuleInputs:
         """Return gradients of samples to be reduced in the update, or sums and sums of squares."""
         columns = [_parts(p) for p in parameters]
         counts = {tuple(map(len, parts)) for parts in columns}
         # Complex numbers and differently cut lists are left to the reduction of its own.
         real = not any(map(torch.is_complex, parameters))
-        self.materialised = plain and len(counts) == 1 and real
-        if self.materialised:
-            return [list(kind) for kind in zip(*columns, strict=True)]
-        return list(self._reduce(parameters))
+        if plain and len(counts) == 1 and real:
+            return RuleInputs([list(kind) for kind in zip(*columns, strict=True)], per_sample=True)
+        return RuleInputs(list(self._reduce(parameters)))
 
     def used(self, parameters: Sequence[Tensor]) -> None:
         """Note that a step has used the samples of some parameters."""

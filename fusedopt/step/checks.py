@@ -140,7 +140,10 @@ def check_privacy(optimizer: Any, params: Sequence[Tensor]) -> None:
 
 
 def check_gradients(
-    optimizer: Any, params: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]]
+    optimizer: Any,
+    params: Sequence[Tensor],
+    inputs: Sequence[Sequence[Tensor]],
+    per_sample: bool,
 ) -> None:
     """Raise for a parameter, gradient or other input that cannot be used.
 
@@ -149,11 +152,10 @@ def check_gradients(
             expanded parameter, a backend that cannot run.
         TypeError: element types that are not floating point.
     """
-    materialised = optimizer.statistics is not None and optimizer.statistics.materialised
-    for name, tensors in zip(_input_names(optimizer, inputs), inputs, strict=True):
+    for name, tensors in zip(_input_names(optimizer, inputs, per_sample), inputs, strict=True):
         for p, tensor in zip(params, tensors, strict=True):
             # Of samples, one stands for all: they share strides.
-            problem = _problem(p, tensor[0] if materialised else tensor, name)
+            problem = _problem(p, tensor[0] if per_sample else tensor, name)
             if problem is not None:
                 error, text = problem
                 raise error(f"{describe(optimizer, p)}: {text}")
@@ -164,10 +166,10 @@ def check_gradients(
         backends.choose(device, optimizer.backend)
 
 
-def _input_names(optimizer: Any, inputs: Sequence[Any]) -> Sequence[str]:
+def _input_names(optimizer: Any, inputs: Sequence[Any], per_sample: bool) -> Sequence[str]:
     if optimizer.statistics is None:
         return ("gradient",)
-    if optimizer.statistics.materialised:
+    if per_sample:
         return ["per-sample gradient"] * len(inputs)
     names: Sequence[str] = optimizer.statistics.names
     return names
@@ -245,6 +247,7 @@ def check_memory(
     params: Sequence[Tensor],
     inputs: Sequence[Sequence[Tensor]],
     group_of: Sequence[int],
+    per_sample: bool,
 ) -> None:
     """Raise RuntimeError for a state that lies over something else that the step reads or writes.
 
@@ -253,7 +256,7 @@ def check_memory(
     """
     local = local_tensors(list(params))
     owned = [_Owned(p, None, x) for p, x in zip(params, local, strict=True)]
-    for name, tensors in zip(_input_names(optimizer, inputs), inputs, strict=True):
+    for name, tensors in zip(_input_names(optimizer, inputs, per_sample), inputs, strict=True):
         local = local_tensors(list(tensors))
         owned += [_Owned(p, name, x) for p, x in zip(params, local, strict=True)]
     names_of = [optimizer.rule.states(group) for group in optimizer.param_groups]

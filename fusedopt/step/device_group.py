@@ -1,4 +1,4 @@
-"""A lane: the tensors of one device, with what they need at every step."""
+"""The tensors of one device, with what they need at every step."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import Inputs, Slot, prepare
-from ..clipping import Control
+from ..backends import Inputs, ParamEntry, prepare
 from ..coefficients import Groups, HostTable, LiveTable, Table
 from ..kernels.rule import Rule
 from ..memory.streams import readers
 from .counts import State, StepCounter
+from .scale import GradScale
 
 
-class Lane:
+class DeviceGroup:
     """Slots of one device whose step counts are kept in the same place.
 
     Args:
         rule: the update.
         backend: name of a backend, as chosen by ``fusedopt.backends.choose``.
         device: where the tensors live.
-        live: whether step counts and hyper-parameters are kept on the device.
-        slots: what to update; positions count within the lane.
+        on_device: whether step counts and hyper-parameters are kept on the device.
+        slots: what to update; positions count within the group.
         states: the parameters' state dictionaries.
         group_of: for each slot, the index of its parameter group.
         groups: all parameter groups.
@@ -35,8 +35,8 @@ class Lane:
         rule: Rule,
         backend: str,
         device: torch.device,
-        live: bool,
-        slots: Sequence[Slot],
+        on_device: bool,
+        slots: Sequence[ParamEntry],
         states: Sequence[State],
         group_of: list[int],
         groups: Groups,
@@ -44,19 +44,21 @@ class Lane:
     ) -> None:
         self.rule = rule
         self.device = device
-        self.live = live
-        self.part = prepare(backend, rule, device, slots)
-        self.control = Control(device)
+        self.on_device = on_device
+        self.executor = prepare(backend, rule, device, slots)
+        self.scale = GradScale(device)
         self._readers = readers(device)
         self.counter: StepCounter | None = None
         if rule.counts_steps:
-            self.counter = StepCounter(states, device if live else torch.device("cpu"), live)
+            self.counter = StepCounter(
+                states, device if on_device else torch.device("cpu"), on_device
+            )
         # Without a counter, 1 stands for the step that creates the state, 2 for any later one.
         self._stages = [1.0 if new else 2.0 for new in fresh]
         self._expected: Tensor | None = None
         self._partitioned = False
         self.table: Table
-        if live:
+        if on_device:
             self.table = LiveTable(rule, device, group_of, groups)
             self.table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64, device="cpu"))
         else:
@@ -94,7 +96,7 @@ class Lane:
             self.table.refresh(groups)
         elif self._expected is not None:
             self._expected.add_(1)
-        self.part.update(inputs, self.table, self.control.values)
+        self.executor.update(inputs, self.table, self.scale.values)
         if self._readers is not None:
             self._readers.note(self.memory)
         self._partitioned = True
@@ -110,8 +112,8 @@ class Lane:
 
     def memory(self) -> Iterator[Tensor]:
         """List what launches read besides parameters, states and inputs; all of it after a step."""
-        yield from self.part.memory()
-        yield from self.control.memory()
+        yield from self.executor.memory()
+        yield from self.scale.memory()
         yield from self.table.memory()
         if self.counter is not None:
             yield from self.counter.memory()

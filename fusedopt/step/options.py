@@ -17,6 +17,7 @@ from torch import Tensor
 from ..coefficients import on_host
 from ..kernels.rule import Group, Rule
 from .checks import check_virtual_batch_size, describe
+from .request import with_factors
 
 
 class MissingOption(KeyError):
@@ -105,8 +106,13 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def explained(optimizer: Any, error: Exception) -> Exception | None:
+def explained(optimizer: Any, error: Exception, samples: int) -> Exception | None:
     """Return an error that names group and option, or parameter, for one of a step's arithmetic.
+
+    Args:
+        optimizer: that has stepped.
+        error: what was raised.
+        samples: how many the step was of, or the one before it.
 
     Returns:
         None where groups and step counts are not the cause.
@@ -124,7 +130,7 @@ def explained(optimizer: Any, error: Exception) -> Exception | None:
     if isinstance(error, (ArithmeticError, TypeError, ValueError)):
         # What cannot be tried out, as with a step count that is no number, has an error already.
         with suppress(Exception):
-            return next(_of_coefficients(optimizer), None)
+            return next(_of_coefficients(optimizer, samples), None)
     return None
 
 
@@ -141,10 +147,12 @@ def _of_params(optimizer: Any) -> Iterator[Exception]:
                     yield TypeError(f"{place}['params'][{position}] is no tensor, but {p!r}")
 
 
-def _of_coefficients(optimizer: Any) -> Iterator[Exception]:
+def _of_coefficients(optimizer: Any, samples: int) -> Iterator[Exception]:
     """Yield what is wrong with numbers that are numbers: found by putting others in their place."""
     rule = optimizer.rule
-    for index, group in enumerate(optimizer.coefficient_groups()):
+    for index, group in enumerate(
+        with_factors(optimizer.param_groups, optimizer.statistics, samples)
+    ):
         # The host does not read what lives on the device.
         if optimizer.is_live(group):
             continue

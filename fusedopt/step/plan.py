@@ -10,69 +10,65 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import Inputs, Slot
-from ..coefficients import is_capturing
+from ..backends import Inputs, ParamEntry
+from ..clipping import GlobalNorm
+from ..memory.device import is_capturing
 from ..memory.layout import Fingerprint
 from ..memory.storage import addresses as addresses_of
-from ..memory.storage import local_tensors, wrappings
+from ..memory.storage import local_tensors
 from .counts import State
-from .device_group import Lane
-
-if TYPE_CHECKING:
-    from ..optimizer import FusedOptimizer
+from .device_group import DeviceGroup
+from .norm import clip_by_norm
+from .request import Request, chained
 
 
 class Plan:
-    """The lanes of a step, made for one set of tensors.
+    """The device groups of a step, made for one set of tensors.
 
     Args:
-        optimizer: whose step this is.
-        params: parameters with a gradient, ordered by group.
-        inputs: for each input of the rule, the tensors of all parameters: the gradients first.
-        group_of: for each parameter, the index of its group.
+        request: the step.
         created: for each parameter, the names of the states created just now.
+
+    Attributes:
+        device_groups: what runs it.
+        created: parameters and names of the states created for the first step, until that is
+            through.
+        captured: whether a CUDA graph holds on to this plan's memory.
+        samples: how many the latest step was of.
     """
 
-    def __init__(
-        self,
-        optimizer: FusedOptimizer,
-        params: list[Tensor],
-        inputs: list[list[Tensor]],
-        group_of: list[int],
-        created: Sequence[Sequence[str]],
-    ) -> None:
-        groups = optimizer.param_groups
+    def __init__(self, request: Request, created: Sequence[Sequence[str]]) -> None:
+        groups, params, group_of = request.groups, request.params, request.group_of
         self._params = params
         self._group_of = group_of
-        # Until the first step is through.
+        self.samples = request.samples
         self.created = [(p, names) for p, names in zip(params, created, strict=True) if names]
-        self._config = _config(optimizer)
-        names_of = [optimizer.rule.states(group) for group in groups]
-        options_of = [optimizer.rule.options(group) for group in groups]
+        self._settings = _settings(request)
+        names_of = [request.rule.states(group) for group in groups]
+        options_of = [request.rule.options(group) for group in groups]
         self._names = [names_of[index] for index in group_of]
-        self._states: list[State] = [optimizer.state.get(p, {}) for p in params]
-        self._all_params = list(optimizer.state)
-        self._all_states = list(optimizer.state.values())
+        self._states: list[State] = [request.state.get(p, {}) for p in params]
+        self._all_params = list(request.state)
+        self._all_states = list(request.state.values())
         self._columns = _columns(self._names, self._states)
         self._tensors = self._state_tensors()
         local_params = local_tensors(params)
-        local_inputs = [local_tensors(tensors) for tensors in inputs]
+        local_inputs = request.local_inputs
         local_states = local_tensors(self._tensors)
         self._param_print = Fingerprint(local_params)
-        self._input_print = Fingerprint(_chained(local_inputs))
+        self._input_print = Fingerprint(chained(local_inputs))
         # States are the same objects at every step: only a swapped .data can have moved them.
         self._state_addresses = addresses_of(local_states)
         # Where empty tensors are is nowhere.
         self._state_places = set(self._state_addresses) - {0}
-        self._wrappings = wrappings(_chained(inputs))
+        self._wrappings = request.wrappings
 
-        materialised = _is_materialised(optimizer)
         slots: dict[tuple[torch.device, bool], list[int]] = {}
         rest = {
             name: iter(local_tensors([state[name] for state in states]))
@@ -80,28 +76,27 @@ class Plan:
         }
         states_of = [tuple(next(rest[name]) for name in names) for names in self._names]
         for position, (p, index) in enumerate(zip(local_params, group_of, strict=True)):
-            slots.setdefault((p.device, optimizer.is_live(groups[index])), []).append(position)
+            slots.setdefault((p.device, request.on_device[index]), []).append(position)
 
-        # Whether a CUDA graph holds on to this plan's memory.
         self.captured = False
-        coefficient_groups = optimizer.coefficient_groups()
-        self.lanes: list[Lane] = []
+        coefficient_groups = request.coefficient_groups
+        self.device_groups: list[DeviceGroup] = []
         self._positions: list[list[int]] = list(slots.values())
-        for (device, live), positions in slots.items():
-            self.lanes.append(
-                Lane(
-                    optimizer.rule,
-                    backends.choose(device, optimizer.backend)[0],
+        for (device, on_device), positions in slots.items():
+            self.device_groups.append(
+                DeviceGroup(
+                    request.rule,
+                    backends.choose(device, request.backend)[0],
                     device,
-                    live,
+                    on_device,
                     [
-                        Slot(
+                        ParamEntry(
                             position=i,
                             param=local_params[k].detach(),
                             inputs=tuple(tensors[k] for tensors in local_inputs),
                             states=states_of[k],
                             options=options_of[group_of[k]],
-                            materialised=materialised,
+                            materialised=request.per_sample,
                         )
                         for i, k in enumerate(positions)
                     ],
@@ -119,29 +114,24 @@ class Plan:
             tensors += map(operator.itemgetter(name), states)
         return tensors
 
-    def fits(
-        self,
-        optimizer: FusedOptimizer,
-        params: list[Tensor],
-        inputs: list[list[Tensor]],
-        group_of: list[int],
-    ) -> bool:
-        """Whether this plan can run a step on these tensors; moved inputs are taken in."""
+    def fits(self, request: Request) -> bool:
+        """Whether this plan can run a step; inputs that have moved are taken in."""
+        params = request.params
         if not (
             _identical(params, self._params)
-            and group_of == self._group_of
-            and self._is_configured(optimizer)
+            and request.group_of == self._group_of
+            and self._is_set(request)
         ):
             return False
         # Not a look-up a parameter: hashing a tensor is a call into Python.
-        if not _identical(optimizer.state, self._all_params) or not _identical(
-            optimizer.state.values(), self._all_states
+        if not _identical(request.state, self._all_params) or not _identical(
+            request.state.values(), self._all_states
         ):
             return False
         try:
             tensors = self._state_tensors()
             unchanged = _identical(tensors, self._tensors) and all(
-                lane.owns_steps() for lane in self.lanes
+                group.owns_steps() for group in self.device_groups
             )
         except KeyError:
             return False
@@ -153,20 +143,19 @@ class Plan:
             addresses == self._param_print.addresses
             and self._param_print.fits(local_params, addresses)
             and list(map(Tensor.data_ptr, local_tensors(tensors))) == self._state_addresses
-            and self._take_inputs(inputs)
+            and self._take_inputs(request)
         )
 
-    def _is_configured(self, optimizer: FusedOptimizer) -> bool:
+    def _is_set(self, request: Request) -> bool:
         try:
-            return _config(optimizer) == self._config
+            return _settings(request) == self._settings
         except KeyError:  # an option was taken away: the checks say which
             return False
 
-    def _take_inputs(self, inputs: list[list[Tensor]]) -> bool:
-        tensors = _chained(inputs)
-        if wrappings(tensors) != self._wrappings:
+    def _take_inputs(self, request: Request) -> bool:
+        if request.wrappings != self._wrappings:
             return False
-        tensors = local_tensors(tensors)
+        tensors = chained(request.local_inputs)
         try:
             addresses = list(map(Tensor.data_ptr, tensors))
             if not self._input_print.fits(tensors, addresses):
@@ -180,31 +169,58 @@ class Plan:
             return False
         # A replay writes the addresses that were captured, behind the host's back: from then on
         # neither side may rely on what the other has left in the table.
-        self.captured = self.captured or (self.is_capturing() and self.is_live())
+        self.captured = self.captured or (self.is_capturing() and self.is_on_device())
         if addresses != self._input_print.addresses or self.captured:
-            for lane, own in zip(self.lanes, self.inputs(inputs), strict=True):
-                lane.part.move_inputs(own)
+            for group, own in zip(self.device_groups, self._inputs(request), strict=True):
+                group.executor.move_inputs(own)
             self._input_print.addresses = addresses
         return True
 
+    def check_capture(self) -> None:
+        """Raise RuntimeError where a CUDA graph would repeat frozen numbers."""
+        if self.is_capturing() and not self.is_on_device():
+            raise RuntimeError(
+                "a CUDA graph would repeat this step with frozen numbers: pass capturable=True, so"
+                " that step counts and hyper-parameters are read from the device"
+            )
+
+    def prepare(self, request: Request, clip: GlobalNorm | None) -> None:
+        """Bring everything that the launches read to the device; this may raise."""
+        self.samples = request.samples
+        groups = request.coefficient_groups
+        for group in self.device_groups:
+            group.scale.load(
+                request.grad_scale, request.found_inf, clip is not None, request.factor
+            )
+            group.prepare(groups)
+        if clip is not None:
+            clip_by_norm(clip, self.device_groups, self._inputs(request))
+
+    def launch(self, request: Request) -> None:
+        """Count the step, and update: nothing is checked any more."""
+        groups = request.coefficient_groups
+        for group, own in zip(self.device_groups, self._inputs(request), strict=True):
+            group.step(own, groups, request.found_inf)
+        self.created.clear()
+
     def is_capturing(self) -> bool:
         """Whether a CUDA graph is being captured."""
-        return any(is_capturing(lane.device) for lane in self.lanes)
+        return any(is_capturing(group.device) for group in self.device_groups)
 
     def release(self) -> None:
         """Let go of what is kept for captured CUDA graphs, of which there are none any more."""
         self.captured = False
-        for lane in self.lanes:
-            lane.part.release()
+        for group in self.device_groups:
+            group.executor.release()
 
-    def is_live(self) -> bool:
+    def is_on_device(self) -> bool:
         """Whether a captured step would read its numbers from the device."""
-        return all(lane.live for lane in self.lanes)
+        return all(group.on_device for group in self.device_groups)
 
-    def inputs(self, inputs: list[list[Tensor]]) -> list[Inputs]:
-        """Deal the inputs out to the lanes."""
-        local = [local_tensors(tensors) for tensors in inputs]
-        if len(self.lanes) == 1:
+    def _inputs(self, request: Request) -> list[Inputs]:
+        """Deal the inputs out to the device groups."""
+        local = request.local_inputs
+        if len(self.device_groups) == 1:
             return [local]
         return [
             [[tensors[k] for k in positions] for tensors in local] for positions in self._positions
@@ -220,29 +236,20 @@ def _columns(names_of: Sequence[Sequence[str]], states: Sequence[State]) -> dict
     return columns
 
 
-def _chained(inputs: list[list[Tensor]]) -> list[Tensor]:
-    return inputs[0] if len(inputs) == 1 else [tensor for kind in inputs for tensor in kind]
-
-
-def _is_materialised(optimizer: FusedOptimizer) -> bool:
-    return optimizer.statistics is not None and optimizer.statistics.materialised
-
-
 def _identical(now: Collection[Any], then: Collection[Any]) -> bool:
     return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
-def _config(optimizer: FusedOptimizer) -> list[Any]:
+def _settings(request: Request) -> list[Any]:
     """Collect what the plan takes from the groups besides numbers."""
-    skip = {"params", "param_names", "virtual_batch_size", *optimizer.rule.hyper}
-    config: list[Any] = [optimizer.backend, optimizer.clip is not None]
-    config.append(_is_materialised(optimizer))
-    for group in optimizer.param_groups:
-        config.append(optimizer.rule.states(group))
-        config.append(optimizer.rule.options(group))
-        config.append(optimizer.is_live(group))
-        config.append({k: v for k, v in group.items() if k not in skip and _is_setting(v)})
-    return config
+    rule = request.rule
+    skip = {"params", "param_names", "virtual_batch_size", *rule.hyper}
+    settings: list[Any] = [request.backend, request.clips, request.per_sample, request.on_device]
+    for group in request.groups:
+        settings.append(rule.states(group))
+        settings.append(rule.options(group))
+        settings.append({k: v for k, v in group.items() if k not in skip and _is_setting(v)})
+    return settings
 
 
 def _is_setting(value: Any) -> bool:

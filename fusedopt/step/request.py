@@ -1,0 +1,220 @@
+"""What a step is asked to do, gathered once: parameters, what the rule reads of them, the scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..clipping import GlobalNorm
+from ..kernels.rule import Rule
+from ..memory.storage import local_tensors, wrappings
+from ..source import RuleInputs, Source
+from .checks import check_one_group, check_samples, follow_unscaling
+from .counts import State
+from .wrappers import check_flat
+
+
+class Steps(Protocol):
+    """What a step reads of the optimizer that takes it."""
+
+    backend: str
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    @property
+    def rule(self) -> Rule:
+        """The update."""
+
+    @property
+    def clip(self) -> GlobalNorm | None:
+        """How gradients are clipped."""
+
+    @property
+    def statistics(self) -> Source | None:
+        """What feeds the rule besides gradients."""
+
+    def is_live(self, group: dict[str, Any]) -> bool:
+        """Whether step counts and hyper-parameters of a group are kept on the device."""
+
+
+@dataclass
+class Request:
+    """One step.
+
+    Attributes:
+        rule, backend, groups, state: the optimizer's.
+        clips: whether gradients are clipped.
+        params: those that take part, ordered by group, each once.
+        group_of: for each parameter, the index of its group.
+        inputs: for each input of the rule, the tensors of all parameters as they were found.
+        local_inputs: the same, where a DTensor or a wrapper is replaced by what is in this
+            process' memory.
+        wrappings: what of wrappers decides how they are replaced.
+        per_sample: whether inputs are gradients of samples.
+        samples: how many there are.
+        factor: what gradients are to be multiplied by.
+        grad_scale, found_inf: what ``torch.amp.GradScaler`` left, or None.
+        on_device: for each group, whether step counts and hyper-parameters are on the device.
+    """
+
+    rule: Rule
+    backend: str
+    groups: Sequence[dict[str, Any]]
+    state: Mapping[Tensor, State]
+    clips: bool
+    params: list[Tensor]
+    group_of: list[int]
+    inputs: list[list[Tensor]]
+    local_inputs: list[list[Tensor]]
+    wrappings: list[Any]
+    per_sample: bool
+    samples: int
+    factor: float
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    on_device: list[bool]
+    statistics: Source | None
+
+    @cached_property
+    def coefficient_groups(self) -> Sequence[dict[str, Any]]:
+        """The parameter groups, with what the samples of this step say to the rule."""
+        return with_factors(self.groups, self.statistics, self.samples)
+
+
+def with_factors(
+    groups: Sequence[dict[str, Any]], statistics: Source | None, samples: int
+) -> Sequence[dict[str, Any]]:
+    """Return parameter groups, with what a number of samples says where a rule asks."""
+    if statistics is None:
+        return groups
+    sizes = [group.get("virtual_batch_size", 1) for group in groups]
+    factors = [statistics.factors(size, samples) for size in sizes]
+    return [{**group, **own} for group, own in zip(groups, factors, strict=True)]
+
+
+def gather(optimizer: Steps, grad_scale: Tensor | None, found_inf: Tensor | None) -> Request | None:
+    """Gather what a step is asked to do, and raise where it cannot be done.
+
+    Args:
+        optimizer: that is to step.
+        grad_scale: the loss scale, or None.
+        found_inf: whether the scaler has found an overflow, or None.
+
+    Returns:
+        None where there is nothing to do: no gradient, or an overflow.
+    """
+    params, gradients, group_of = gather_params(optimizer)
+    statistics = optimizer.statistics
+    if not params:
+        check_flat(optimizer)
+        if statistics is not None:
+            check_samples(optimizer, params)
+        return None
+    found, samples, factor = RuleInputs([gradients]), 1, 1.0
+    if statistics is not None:
+        if found_inf is not None and grad_scale is None:
+            # unscale_ was called. No factor is found of what is not finite.
+            if bool(found_inf):
+                statistics.used(params)
+                return None
+            follow_unscaling(optimizer, params)
+        check_samples(optimizer, params)
+        samples = statistics.count(params)
+        factor = statistics.gradient_factor(samples)
+        # Clipping and overflow are decided before the update, from what it is to read.
+        plain = optimizer.clip is None and found_inf is None
+        found = statistics.inputs(params, gradients, plain)
+    elif len(optimizer.rule.degrees) > 1:
+        raise RuntimeError(
+            "this optimizer has no statistics (copies and pickles come without): set"
+            " optimizer.statistics to where the squares come from"
+        )
+    tensors = found.tensors
+    local = [local_tensors(kind) for kind in tensors]
+    if found_inf is not None:
+        if statistics is not None:
+            found_inf = _or_not_finite(found_inf, local[1])
+        if _overflowed(optimizer, params, group_of, found_inf):
+            if statistics is not None:
+                statistics.used(params)
+            return None
+    return Request(
+        optimizer.rule, optimizer.backend, optimizer.param_groups, optimizer.state,
+        optimizer.clip is not None, params, group_of, tensors, local, wrappings(chained(tensors)),
+        found.per_sample, samples, factor, grad_scale, found_inf,
+        [optimizer.is_live(group) for group in optimizer.param_groups], statistics,
+    )  # fmt: skip
+
+
+def gather_params(optimizer: Steps) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """List the parameters that have a gradient, each once, with gradient and group index."""
+    find: Callable[[Tensor], Tensor | None] | None = None
+    if optimizer.statistics is not None:
+        find = optimizer.statistics.find
+    params: list[Tensor] = []
+    gradients: list[Tensor] = []
+    group_of: list[int] = []
+    for index, group in enumerate(optimizer.param_groups):
+        members = group["params"]
+        if type(members) is not list:
+            members = group["params"] = _listed(members)
+        found: list[Any]
+        found = [p.grad for p in members] if find is None else [find(p) for p in members]
+        absent = [gradient is None for gradient in found]
+        if True in absent:
+            used = [i for i, missing in enumerate(absent) if not missing]
+            params += [members[i] for i in used]
+            gradients += [found[i] for i in used]
+        else:
+            params += members
+            gradients += found
+        group_of += [index] * (len(params) - len(group_of))
+    if len(set(map(id, params))) != len(params):
+        check_one_group(optimizer, params, group_of)  # type: ignore[arg-type]
+        first = {id(p): i for i, p in reversed(list(enumerate(params)))}
+        keep = sorted(first.values())
+        params = [params[i] for i in keep]
+        gradients = [gradients[i] for i in keep]
+        group_of = [group_of[i] for i in keep]
+    return params, gradients, group_of
+
+
+def _listed(members: Any) -> Any:
+    """Return what a group has for its parameters as it can be read again."""
+    if isinstance(members, Tensor):
+        return [members]
+    return members if hasattr(members, "__getitem__") else list(members)
+
+
+def _or_not_finite(found_inf: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Set the overflow flag where another input has overflowed, though no gradient has."""
+    # The largest element of none is an error.
+    local = [x for x in others if x.numel()]
+    largest = torch.nn.utils.get_total_norm(local, float("inf"))
+    return torch.maximum(found_inf, (~largest.isfinite()).to(found_inf))
+
+
+def _overflowed(
+    optimizer: Steps, params: Sequence[Tensor], group_of: Sequence[int], found_inf: Tensor
+) -> bool:
+    """Whether to skip the step on the host: the flag is there, or state is yet to be made."""
+    # A skipped step leaves no trace, so no state may be created by it. Reading the flag then
+    # waits for the device, at the first steps only.
+    rule = optimizer.rule
+    keeps = [rule.counts_steps or bool(rule.states(g)) for g in optimizer.param_groups]
+    creates_state = any(
+        keeps[index] and p not in optimizer.state for p, index in zip(params, group_of, strict=True)
+    )
+    if found_inf.device.type == "cpu" or creates_state:
+        return bool(found_inf.item())
+    return False
+
+
+def chained(inputs: list[list[Tensor]]) -> list[Tensor]:
+    """List the tensors of all inputs one after the other."""
+    return inputs[0] if len(inputs) == 1 else [tensor for kind in inputs for tensor in kind]
