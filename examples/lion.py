@@ -15,16 +15,16 @@ def coefficients(group, step):
 
 @jit
 def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
-    beta1, keep1, beta2, keep2, shrink, lr = coefficients
-    c = beta1 * states[0] + keep1 * inputs[0]
+    beta1, one_minus_beta1, beta2, one_minus_beta2, shrink, lr = coefficients
+    c = beta1 * states[0] + one_minus_beta1 * inputs[0]
     sign = where(c > 0, 1.0, where(c < 0, -1.0, 0.0 * c))
-    return shrink * p - lr * sign, (beta2 * states[0] + keep2 * inputs[0],)
+    return shrink * p - lr * sign, (beta2 * states[0] + one_minus_beta2 * inputs[0],)
 
 
 def twin(p, inputs, states, coefficients, options):
-    beta1, keep1, beta2, keep2, shrink, lr = coefficients
-    direction = torch.sign(beta1 * states[0] + keep1 * inputs[0])
-    return shrink * p - lr * direction, (beta2 * states[0] + keep2 * inputs[0],)
+    beta1, one_minus_beta1, beta2, one_minus_beta2, shrink, lr = coefficients
+    direction = torch.sign(beta1 * states[0] + one_minus_beta1 * inputs[0])
+    return shrink * p - lr * direction, (beta2 * states[0] + one_minus_beta2 * inputs[0],)
 
 
 DEFAULTS = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}

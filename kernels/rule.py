@@ -43,7 +43,8 @@ class Rule:
             Clipping and loss unscaling multiply an input by ``scale ** degree``.
         counts_steps: whether ``state["step"]`` is kept. Without it, ``coefficients`` sees 1 at
             the step that creates the parameter's state, and 2 afterwards.
-        n_coefficients: how many scalars ``coefficients`` returns.
+        n_coefficients: how many scalars ``coefficients`` returns; of their names by default.
+        coefficient_names: what they are called, in order, by tables, messages and generated code.
         example_groups: hyper-parameter sets that tests, ``verify`` and ``codegen`` exercise.
     """
 
@@ -53,13 +54,25 @@ class Rule:
     coefficients: Callable[[Group, Scalar], tuple[Scalar, ...]]
     states: Callable[[Group], tuple[str, ...]]
     hyper: tuple[str, ...]
-    n_coefficients: int
+    n_coefficients: int = 0
     options: Callable[[Group], tuple[bool, ...]] = _no_options
     option_names: tuple[str, ...] = ()
     factors: tuple[str, ...] = ()
     degrees: tuple[int, ...] = (1,)
     counts_steps: bool = True
+    coefficient_names: tuple[str, ...] = ()
     example_groups: tuple[Group, ...] = field(default=(), hash=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Frozen: what follows from the other is filled in.
+        names, count = self.coefficient_names, self.n_coefficients
+        if not names:
+            names = tuple(f"coefficient {i}" for i in range(count))
+            object.__setattr__(self, "coefficient_names", names)
+        if not count:
+            object.__setattr__(self, "n_coefficients", len(names))
+        elif count != len(names):
+            raise ValueError(f"{self.name}: {count} coefficients have {len(names)} names")
 
     def label(self, options: tuple[bool, ...]) -> str:
         """Name the rule with the options that are on."""

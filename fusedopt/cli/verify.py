@@ -100,6 +100,7 @@ def _compare_all(device: torch.device, quiet: bool) -> Iterator[dict[str, Any]]:
             "rule": rule.name,
             "dtype": str(dtype).removeprefix("torch."),
             "groups": len(rule.example_groups),
+            "coefficients": list(rule.coefficient_names),
             "worst_ulps": worst,
             "tolerance_ulps": TRAJECTORY[dtype].ulps,
             "passed": worst <= TRAJECTORY[dtype].ulps and not still,

@@ -28,22 +28,27 @@ from ..lang import divide, jit, lerp, maximum, sqrt, tl, where
 from ..rule import Group, Rule, Scalar
 from .averages import weights
 
+COEFFICIENTS = (
+    "sign", "coupled_decay", "shrink", "one_minus_beta1", "beta2", "one_minus_beta2", "root_bias",
+    "eps", "step_size",
+)  # fmt: skip
+
 
 def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
-    """Sign, coupled decay, shrinkage, 1 - beta1, beta2, 1 - beta2, root of the bias, eps, step."""
+    """Return the scalars that ``COEFFICIENTS`` names."""
     lr, decay = group["lr"], group["weight_decay"]
     beta1, beta2 = group["betas"]
     decoupled = group["decoupled_weight_decay"]
     correction = group["bias_correction"]
-    _, keep1, sum1 = weights(beta1, step, correction)
-    beta2, keep2, sum2 = weights(beta2, step, correction)
+    _, one_minus_beta1, sum1 = weights(beta1, step, correction)
+    beta2, one_minus_beta2, sum2 = weights(beta2, step, correction)
     return (
         -1.0 if group["maximize"] else 1.0,
         0.0 if decoupled else decay,
         1 - lr * decay if decoupled else 1.0,
-        keep1,
+        one_minus_beta1,
         beta2,
-        keep2,
+        one_minus_beta2,
         sum2**0.5,
         group["eps"],
         lr / sum1,
@@ -53,16 +58,18 @@ def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
 @jit
 def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     """Update one block; OPTIONS is (amsgrad,)."""
-    sign, l2, shrink, keep1, beta2, keep2, root_bias, eps, step_size = coefficients
+    sign, coupled_decay, shrink, one_minus_beta1, beta2 = coefficients[:5]
+    one_minus_beta2, root_bias, eps, step_size = coefficients[5:]
     d = inputs[0] * sign
-    d = where(l2 != 0.0, d + l2 * p, d)
-    exp_avg = lerp(states[0], d, keep1)
-    exp_avg_sq = beta2 * states[1] + keep2 * d * d
-    return descend(p, exp_avg, exp_avg_sq, states, (shrink, root_bias, eps, step_size), OPTIONS)
+    d = where(coupled_decay != 0.0, d + coupled_decay * p, d)
+    exp_avg = lerp(states[0], d, one_minus_beta1)
+    exp_avg_sq = beta2 * states[1] + one_minus_beta2 * d * d
+    scalars = (shrink, root_bias, eps, step_size)
+    return apply_moments(p, exp_avg, exp_avg_sq, states, scalars, OPTIONS)
 
 
 @jit
-def descend(p, exp_avg, exp_avg_sq, states, scalars, OPTIONS: tl.constexpr):
+def apply_moments(p, exp_avg, exp_avg_sq, states, scalars, OPTIONS: tl.constexpr):
     """Move the parameter by the new moments."""
     shrink, root_bias, eps, step_size = scalars
     if OPTIONS[0]:
@@ -85,16 +92,17 @@ def twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
-    sign, l2, shrink, keep1, beta2, keep2, root_bias, eps, step_size = coefficients
-    d = T.add_if(T.scale(inputs[0], sign), p, l2)
-    exp_avg = T.lerp_(states[0], d, keep1)
-    exp_avg_sq = T.addcmul_(T.scale_(states[1], beta2), d, d, keep2)
-    return descend_twin(
+    sign, coupled_decay, shrink, one_minus_beta1, beta2 = coefficients[:5]
+    one_minus_beta2, root_bias, eps, step_size = coefficients[5:]
+    d = T.add_if(T.scale(inputs[0], sign), p, coupled_decay)
+    exp_avg = T.lerp_(states[0], d, one_minus_beta1)
+    exp_avg_sq = T.addcmul_(T.scale_(states[1], beta2), d, d, one_minus_beta2)
+    return apply_moments_twin(
         p, (exp_avg, exp_avg_sq, *states[2:]), (shrink, root_bias, eps, step_size), options
     )
 
 
-def descend_twin(
+def apply_moments_twin(
     p: Tensor, states: tuple[Tensor, ...], scalars: tuple[Any, ...], options: tuple[bool, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Move the parameter by the new moments."""
@@ -125,7 +133,7 @@ ADAM = Rule(
     options=lambda group: (bool(group["amsgrad"]),),
     option_names=("amsgrad",),
     hyper=("lr", "betas", "eps", "weight_decay"),
-    n_coefficients=9,
+    coefficient_names=COEFFICIENTS,
     example_groups=(
         _DEFAULTS,
         {**_DEFAULTS, "weight_decay": 0.1, "maximize": True},

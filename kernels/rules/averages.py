@@ -30,13 +30,13 @@ def weights(beta: Scalar, step: Scalar, correction: str | None) -> tuple[Scalar,
     Returns:
         1 - k, k, and what the average is to be divided by.
     """
-    keep = 1 - beta
+    one_minus_beta = 1 - beta
     if correction == "adam":
-        return beta, keep, 1 - beta**step
+        return beta, one_minus_beta, 1 - beta**step
     if correction is None:
-        return beta, keep, 1.0
+        return beta, one_minus_beta, 1.0
     inverse = 1 / step
     # Not a branch: on the path that a CUDA graph captures, both live on the device.
-    early = 1.0 * (inverse > keep)
-    k = early * inverse + (1.0 - early) * keep
+    early = 1.0 * (inverse > one_minus_beta)
+    k = early * inverse + (1.0 - early) * one_minus_beta
     return 1 - k, k, 1.0

@@ -26,52 +26,52 @@ from .. import twin as T
 from ..lang import jit, lerp, tl, where
 from ..rule import Group, Rule, Scalar
 from . import adam, rmsprop
-from .adam import descend as descend_adam
-from .rmsprop import descend as descend_rmsprop
+from .adam import apply_moments as apply_to_adam
+from .rmsprop import apply_moments as apply_to_rmsprop
 
 FACTORS = ("mean_weight", "square_weight")
+# Weights of the new moments in the average, 1 - beta times those of the batch.
+ADAM_COEFFICIENTS = (
+    "sign", "shrink", "one_minus_beta1", "beta2", "mean_weight", "square_weight", "root_bias",
+    "eps", "step_size",
+)  # fmt: skip
+RMSPROP_COEFFICIENTS = ("mean_weight", "square_weight", *rmsprop.COEFFICIENTS)
 
 
 @jit
-def second_moment(average, beta, d, squares, keep_mean, keep_square):
+def second_moment(average, beta, d, squares, mean_weight, square_weight):
     """Average the squared mean gradient and the squares of the samples."""
-    average = beta * average + keep_mean * d * d
+    average = beta * average + mean_weight * d * d
     # Not a product with zero: what is left out may be infinite.
-    return where(keep_square != 0.0, average + keep_square * squares, average)
+    return where(square_weight != 0.0, average + square_weight * squares, average)
 
 
 def second_moment_twin(
-    average: Tensor, beta: Any, d: Tensor, squares: Tensor, keep_mean: Any, keep_square: Any
+    average: Tensor, beta: Any, d: Tensor, squares: Tensor, mean_weight: Any, square_weight: Any
 ) -> Tensor:
     """Average the squared mean gradient and the squares of the samples."""
-    return T.add_if(T.addcmul_(T.scale_(average, beta), d, d, keep_mean), squares, keep_square)
+    return T.add_if(T.addcmul_(T.scale_(average, beta), d, d, mean_weight), squares, square_weight)
 
 
 def adam_coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
     """Adam's, with the weights of both moments in the place of 1 - beta2, and no coupled decay."""
-    sign, _, shrink, keep1, beta2, keep2, root_bias, eps, step_size = adam.coefficients(group, step)
-    return (
-        sign,
-        shrink,
-        keep1,
-        beta2,
-        keep2 * group["mean_weight"],
-        keep2 * group["square_weight"],
-        root_bias,
-        eps,
-        step_size,
-    )
+    own = dict(zip(adam.COEFFICIENTS, adam.coefficients(group, step), strict=True))
+    one_minus_beta2 = own["one_minus_beta2"]
+    own["mean_weight"] = one_minus_beta2 * group["mean_weight"]
+    own["square_weight"] = one_minus_beta2 * group["square_weight"]
+    return tuple(own[name] for name in ADAM_COEFFICIENTS)
 
 
 @jit
 def adam_update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     """Update one block; OPTIONS is (amsgrad,)."""
-    sign, shrink, keep1, beta2, keep_mean, keep_square, root_bias, eps, step_size = coefficients
+    sign, shrink, one_minus_beta1, beta2 = coefficients[:4]
+    mean_weight, square_weight, root_bias, eps, step_size = coefficients[4:]
     d = inputs[0] * sign
-    exp_avg = lerp(states[0], d, keep1)
-    exp_avg_sq = second_moment(states[1], beta2, d, inputs[1], keep_mean, keep_square)
+    exp_avg = lerp(states[0], d, one_minus_beta1)
+    exp_avg_sq = second_moment(states[1], beta2, d, inputs[1], mean_weight, square_weight)
     scalars = (shrink, root_bias, eps, step_size)
-    return descend_adam(p, exp_avg, exp_avg_sq, states, scalars, OPTIONS)
+    return apply_to_adam(p, exp_avg, exp_avg_sq, states, scalars, OPTIONS)
 
 
 def adam_twin(
@@ -82,29 +82,31 @@ def adam_twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
-    sign, shrink, keep1, beta2, keep_mean, keep_square, root_bias, eps, step_size = coefficients
+    sign, shrink, one_minus_beta1, beta2 = coefficients[:4]
+    mean_weight, square_weight, root_bias, eps, step_size = coefficients[4:]
     d = T.scale(inputs[0], sign)
-    exp_avg = T.lerp_(states[0], d, keep1)
-    exp_avg_sq = second_moment_twin(states[1], beta2, d, inputs[1], keep_mean, keep_square)
+    exp_avg = T.lerp_(states[0], d, one_minus_beta1)
+    exp_avg_sq = second_moment_twin(states[1], beta2, d, inputs[1], mean_weight, square_weight)
     scalars = (shrink, root_bias, eps, step_size)
-    return adam.descend_twin(p, (exp_avg, exp_avg_sq, *states[2:]), scalars, options)
+    return adam.apply_moments_twin(p, (exp_avg, exp_avg_sq, *states[2:]), scalars, options)
 
 
 def rmsprop_coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
     """The weights of both moments, and RMSprop's."""
     own = rmsprop.coefficients(group, step)
-    keep = own[3]
-    return keep * group["mean_weight"], keep * group["square_weight"], *own
+    new = own[rmsprop.COEFFICIENTS.index("one_minus_alpha")]
+    return new * group["mean_weight"], new * group["square_weight"], *own
 
 
 @jit
 def rmsprop_update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     """Update one block; OPTIONS is (centered, momentum, variance)."""
-    keep_mean, keep_square, sign, l2, alpha = coefficients[:5]
+    mean_weight, square_weight, sign, coupled_decay, alpha, one_minus_alpha = coefficients[:6]
     d = inputs[0] * sign
-    d = where(l2 != 0.0, d + l2 * p, d)
-    square_avg = second_moment(states[0], alpha, d, inputs[1], keep_mean, keep_square)
-    return descend_rmsprop(p, d, square_avg, states, coefficients[5:], OPTIONS)
+    d = where(coupled_decay != 0.0, d + coupled_decay * p, d)
+    square_avg = second_moment(states[0], alpha, d, inputs[1], mean_weight, square_weight)
+    scalars = (one_minus_alpha, coefficients[6:])
+    return apply_to_rmsprop(p, d, square_avg, states, scalars, OPTIONS)
 
 
 def rmsprop_twin(
@@ -115,11 +117,13 @@ def rmsprop_twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
-    keep_mean, keep_square, sign, l2, alpha = coefficients[:5]
-    d = T.add_if(T.scale(inputs[0], sign), p, l2)
-    square_avg = second_moment_twin(states[0], alpha, d, inputs[1], keep_mean, keep_square)
+    mean_weight, square_weight, sign, coupled_decay, alpha, one_minus_alpha = coefficients[:6]
+    d = T.add_if(T.scale(inputs[0], sign), p, coupled_decay)
+    square_avg = second_moment_twin(states[0], alpha, d, inputs[1], mean_weight, square_weight)
     new_states = (square_avg, *states[1:])
-    return rmsprop.descend_twin(p, d, new_states, coefficients[5:], options)
+    return rmsprop.apply_moments_twin(
+        p, d, new_states, (one_minus_alpha, coefficients[6:]), options
+    )
 
 
 # Factors of a batch of 4 samples: a virtual batch of 2, of 1, and of all 4.
@@ -148,7 +152,7 @@ BATCH_DECOUPLED_ADAM = Rule(
     hyper=adam.ADAM.hyper,
     factors=FACTORS,
     degrees=(1, 2),
-    n_coefficients=9,
+    coefficient_names=ADAM_COEFFICIENTS,
     example_groups=(
         {**_ADAM, **_PAIRS},
         {**_ADAM, **_SINGLE, "maximize": True},
@@ -169,7 +173,7 @@ BATCH_DECOUPLED_RMSPROP = Rule(
     hyper=rmsprop.RMSPROP.hyper,
     factors=FACTORS,
     degrees=(1, 2),
-    n_coefficients=11,
+    coefficient_names=RMSPROP_COEFFICIENTS,
     example_groups=(
         {**_RMSPROP, **_PAIRS},
         {**_RMSPROP, **_SINGLE, "centered": True, "weight_decay": 0.1},

@@ -40,21 +40,27 @@ from .averages import weights
 DENOMINATORS = ("std", "variance")
 
 
+COEFFICIENTS = (
+    "sign", "coupled_decay", "alpha", "one_minus_alpha", "eps", "gain", "momentum", "lr",
+    "gained_lr",
+)  # fmt: skip
+
+
 def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
-    """Sign, weight decay, alpha, 1 - alpha, eps, gain, momentum, lr, gain * lr.
+    """Return the scalars that ``COEFFICIENTS`` names.
 
     The bias correction divides the denominator. As a gain on the quotient, with eps to match, it
     costs no division, and where nothing stands between quotient and step, in lr, nothing at all.
     """
     sign = -1.0 if group["maximize"] else 1.0
     correction = "adam" if group["bias_correction"] else None
-    alpha, keep, total = weights(group["alpha"], step, correction)
+    alpha, one_minus_alpha, total = weights(group["alpha"], step, correction)
     gain = total if group["denominator"] == "variance" else total**0.5
     return (
         sign,
         group["weight_decay"],
         alpha,
-        keep,
+        one_minus_alpha,
         group["eps"] * gain,
         gain,
         group["momentum"],
@@ -66,21 +72,22 @@ def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
 @jit
 def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     """Update one block; OPTIONS is (centered, momentum, variance)."""
-    sign, l2, alpha, keep = coefficients[:4]
+    sign, coupled_decay, alpha, one_minus_alpha = coefficients[:4]
     d = inputs[0] * sign
-    d = where(l2 != 0.0, d + l2 * p, d)
-    square_avg = alpha * states[0] + keep * d * d
-    return descend(p, d, square_avg, states, coefficients[3:], OPTIONS)
+    d = where(coupled_decay != 0.0, d + coupled_decay * p, d)
+    square_avg = alpha * states[0] + one_minus_alpha * d * d
+    scalars = (one_minus_alpha, coefficients[4:])
+    return apply_moments(p, d, square_avg, states, scalars, OPTIONS)
 
 
 @jit
-def descend(p, d, square_avg, states, scalars, OPTIONS: tl.constexpr):
+def apply_moments(p, d, square_avg, states, scalars, OPTIONS: tl.constexpr):
     """Move the parameter by the new second moment."""
-    keep, eps, gain, momentum, lr, gained_lr = scalars
+    one_minus_alpha, (eps, gain, momentum, lr, gained_lr) = scalars
     new_states = (square_avg,)
     spread = square_avg
     if OPTIONS[0]:
-        grad_avg = lerp(states[1], d, keep)
+        grad_avg = lerp(states[1], d, one_minus_alpha)
         new_states = new_states + (grad_avg,)
         spread = square_avg - grad_avg * grad_avg
         spread = where(spread < 0.0, 0.0, spread)
@@ -102,13 +109,14 @@ def twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
-    sign, l2, alpha, keep = coefficients[:4]
-    d = T.add_if(T.scale(inputs[0], sign), p, l2)
-    square_avg = T.addcmul_(T.scale_(states[0], alpha), d, d, keep)
-    return descend_twin(p, d, (square_avg, *states[1:]), coefficients[3:], options)
+    sign, coupled_decay, alpha, one_minus_alpha = coefficients[:4]
+    d = T.add_if(T.scale(inputs[0], sign), p, coupled_decay)
+    square_avg = T.addcmul_(T.scale_(states[0], alpha), d, d, one_minus_alpha)
+    scalars = (one_minus_alpha, coefficients[4:])
+    return apply_moments_twin(p, d, (square_avg, *states[1:]), scalars, options)
 
 
-def descend_twin(
+def apply_moments_twin(
     p: Tensor,
     d: Tensor,
     states: tuple[Tensor, ...],
@@ -116,11 +124,11 @@ def descend_twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Move the parameter by the new second moment."""
-    keep, eps, gain, momentum, lr, gained_lr = scalars
+    one_minus_alpha, (eps, gain, momentum, lr, gained_lr) = scalars
     centered, has_momentum, variance = options
     spread = states[0]
     if centered:
-        grad_avg = T.lerp_(states[1], d, keep)
+        grad_avg = T.lerp_(states[1], d, one_minus_alpha)
         spread = torch.addcmul(spread, grad_avg, grad_avg, value=-1).clamp_(min=0)
     denominator = T.shift_(spread.clone() if variance else spread.sqrt(), eps)
     if not has_momentum:
@@ -157,7 +165,7 @@ RMSPROP = Rule(
     ),
     option_names=("centered", "momentum", "variance"),
     hyper=("lr", "alpha", "eps", "weight_decay", "momentum"),
-    n_coefficients=9,
+    coefficient_names=COEFFICIENTS,
     example_groups=(
         _DEFAULTS,
         {**_DEFAULTS, "centered": True, "weight_decay": 0.1},

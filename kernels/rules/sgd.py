@@ -31,8 +31,11 @@ from ..rule import Group, Rule, Scalar
 MOMENTUM_FORMS = ("torch", "velocity", "ema")
 
 
+COEFFICIENTS = ("sign", "coupled_decay", "momentum", "new_weight", "nesterov_weight", "lr")
+
+
 def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
-    """Sign, weight decay, momentum, weight of d in the buffer and in the step, learning rate.
+    """Return the scalars that ``COEFFICIENTS`` names: weights are those of d in buffer and step.
 
     The weight in the step is that of Nesterov momentum; the learning rate is 1 where the buffer has
     it inside.
@@ -40,25 +43,25 @@ def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
     sign = -1.0 if group["maximize"] else 1.0
     lr, momentum = group["lr"], group["momentum"]
     # A buffer at its first step is zero, so weight 1 makes it the gradient, undampened.
-    keep, newest = 1.0 - group["dampening"] * (step > 1), 1.0
+    new_weight, nesterov_weight = 1.0 - group["dampening"] * (step > 1), 1.0
     if group["momentum_form"] == "velocity":
         # Without a buffer lr stays outside. Not a branch: momentum may live on the device.
         has_buffer = 1.0 * (momentum**2 > 0)
-        keep, newest, lr = keep * lr, lr, has_buffer + (1.0 - has_buffer) * lr
+        new_weight, nesterov_weight, lr = new_weight * lr, lr, has_buffer + (1.0 - has_buffer) * lr
     elif group["momentum_form"] == "ema":
-        keep = newest = 1.0 - momentum
-    return sign, group["weight_decay"], momentum, keep, newest, lr
+        new_weight = nesterov_weight = 1.0 - momentum
+    return sign, group["weight_decay"], momentum, new_weight, nesterov_weight, lr
 
 
 @jit
 def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     """Update one block; OPTIONS is (momentum, nesterov)."""
-    sign, l2, momentum, keep, newest, lr = coefficients
+    sign, coupled_decay, momentum, new_weight, nesterov_weight, lr = coefficients
     d = inputs[0] * sign
-    d = where(l2 != 0.0, d + l2 * p, d)
+    d = where(coupled_decay != 0.0, d + coupled_decay * p, d)
     if OPTIONS[0]:
-        buffer = momentum * states[0] + keep * d
-        d = newest * d + momentum * buffer if OPTIONS[1] else buffer
+        buffer = momentum * states[0] + new_weight * d
+        d = nesterov_weight * d + momentum * buffer if OPTIONS[1] else buffer
         return p - lr * d, (buffer,)
     else:
         return p - lr * d, states
@@ -72,13 +75,13 @@ def twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
-    sign, l2, momentum, keep, newest, lr = coefficients
+    sign, coupled_decay, momentum, new_weight, nesterov_weight, lr = coefficients
     has_momentum, nesterov = options
-    d = T.add_if(T.scale(inputs[0], sign), p, l2)
+    d = T.add_if(T.scale(inputs[0], sign), p, coupled_decay)
     if has_momentum:
-        buffer = T.add_(T.scale_(states[0], momentum), d, keep)
+        buffer = T.add_(T.scale_(states[0], momentum), d, new_weight)
         # A copy: where the weight is 1, d may be the gradient itself.
-        d = T.add_(T.scale_(d.clone(), newest), buffer, momentum) if nesterov else buffer
+        d = T.add_(T.scale_(d.clone(), nesterov_weight), buffer, momentum) if nesterov else buffer
     return T.add_(p, d, -lr), states
 
 
@@ -96,7 +99,7 @@ SGD = Rule(
     options=lambda group: (group["momentum"] != 0, bool(group["nesterov"])),
     option_names=("momentum", "nesterov"),
     hyper=("lr", "momentum", "dampening", "weight_decay"),
-    n_coefficients=6,
+    coefficient_names=COEFFICIENTS,
     counts_steps=False,
     example_groups=(
         _DEFAULTS,

@@ -101,7 +101,7 @@ def _rule(rule: Rule, update: Any) -> Rule:
         factors=FACTORS,
         degrees=(1, 1),
         counts_steps=rule.counts_steps,
-        n_coefficients=2 + rule.n_coefficients,
+        coefficient_names=(*FACTORS, *rule.coefficient_names),
         example_groups=tuple(
             {**group, **(_SAME if i == 1 else _DOUBLE)}
             for i, group in enumerate(rule.example_groups)

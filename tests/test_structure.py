@@ -1,0 +1,144 @@
+"""The structure: imports run one way, from what users call down to what a kernel is."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import fusedopt
+
+ROOT = Path(fusedopt.__file__).parent
+
+# From the bottom up: a package imports those above it in this list, and itself.
+LAYERS = (
+    "memory",
+    "kernels",
+    "compilations",
+    "coefficients",
+    "source",
+    "clipping",
+    "backends",
+    "statistics",
+    "step",
+    "checkpoint",
+    "optimizer",
+    "optimizers",
+    "batch_decoupled",
+    "scaling",
+    "svag",
+    # The package itself: what users import.
+    "",
+    "testing",
+    "cli",
+    "precompile",
+    "examples",
+    "__main__",
+)
+
+
+def module_of(path: Path, root: Path = ROOT) -> str:
+    """Name a file within the package; the package itself is the empty name."""
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def files(root: Path = ROOT) -> Iterator[Path]:
+    # The kernels are reached through a link.
+    for path in sorted(root.iterdir()):
+        yield from path.rglob("*.py") if path.is_dir() else [path] * (path.suffix == ".py")
+
+
+def imports(source: str, module: str, package: bool, known: Iterable[str]) -> set[str]:
+    """Return the modules that a file imports, those within functions and for types included."""
+    known, found = set(known), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("fusedopt")}
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = (node.module or "").split(".") if node.module else []
+        if node.level:
+            inside = module.split(".") if module else []
+            inside = inside if package else inside[:-1]
+            base = inside[: len(inside) - node.level + 1] + base
+        elif not base or base[0] != "fusedopt":
+            continue
+        else:
+            base = base[1:]
+        for alias in node.names:
+            full = ".".join([*base, alias.name])
+            found.add(full if full in known else ".".join(base))
+    found = {name.removeprefix("fusedopt").removeprefix(".") for name in found}
+    return (found & known) - {module}
+
+
+def graph() -> dict[str, set[str]]:
+    paths = {module_of(path): path for path in files()}
+    return {
+        name: imports(path.read_text(), name, path.name == "__init__.py", paths)
+        for name, path in paths.items()
+    }
+
+
+def circles(edges: Mapping[str, set[str]]) -> list[set[str]]:
+    """Return sets of modules that reach each other."""
+    reach: dict[str, set[str]] = {}
+    for start in edges:
+        seen: set[str] = set()
+        waiting = list(edges[start])
+        while waiting:
+            name = waiting.pop()
+            if name not in seen:
+                seen.add(name)
+                waiting += edges.get(name, ())
+        reach[start] = seen
+    found = [{a, *(b for b in reach[a] if a in reach.get(b, ()))} for a in edges if a in reach[a]]
+    return [one for i, one in enumerate(found) if one not in found[:i]]
+
+
+def wrong_ways(edges: Mapping[str, set[str]]) -> list[str]:
+    place = {name: i for i, name in enumerate(LAYERS)}
+    return [
+        f"{a} imports {b}"
+        for a, targets in edges.items()
+        for b in sorted(targets)
+        if place[b.partition(".")[0]] > place[a.partition(".")[0]]
+    ]
+
+
+def test_every_package_has_a_layer() -> None:
+    assert {name.partition(".")[0] for name in graph()} == set(LAYERS)
+
+
+def test_imports_run_one_way() -> None:
+    # Catches an arrow that climbs, those within functions or under TYPE_CHECKING included.
+    assert wrong_ways(graph()) == []
+
+
+def test_no_import_circle() -> None:
+    # Packages count as modules: what they hand on is imported by them.
+    assert circles(graph()) == []
+
+
+def test_what_the_checks_see() -> None:
+    source = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from ..optimizer import FusedOptimizer
+def f():
+    from . import request
+    from fusedopt.memory.layout import is_dense
+"""
+    known = ["optimizer", "step.plan", "step.request", "memory.layout", "step"]
+    found = imports(source, "step.plan", False, known)
+    assert found == {"optimizer", "step.request", "memory.layout"}
+    edges = {"step.plan": found, "optimizer": {"step.plan"}, "step.request": set()}
+    assert wrong_ways(edges) == ["step.plan imports optimizer"]
+    assert circles(edges) == [{"step.plan", "optimizer"}]
+
+
+def test_kernels_are_seen() -> None:
+    # Behind a link, which a walk might not follow.
+    assert "kernels.rules.adam" in graph()
