@@ -115,8 +115,12 @@ def coefficients(entry: EntryPoint, flags: dict[str, bool]) -> list[str]:
     lines = statements(results, [f"row[{i}]" for i in range(len(results))])
     names = {f"row[{i}] ": name for i, name in enumerate(entry.rule.coefficient_names)}
     # A line that is none of a coefficient is of a variable that several of them use.
-    named = (next((n for start, n in names.items() if line.startswith(start)), "") for line in lines)
-    return [f"{line} /* {name} */" if name else line for line, name in zip(lines, named, strict=True)]
+    named = (
+        next((n for start, n in names.items() if line.startswith(start)), "") for line in lines
+    )
+    return [
+        f"{line} /* {name} */" if name else line for line, name in zip(lines, named, strict=True)
+    ]
 
 
 class _NoStep(Symbol):

@@ -102,10 +102,11 @@ def rmsprop_coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
 def rmsprop_update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     """Update one block; OPTIONS is (centered, momentum, variance)."""
     mean_weight, square_weight, sign, coupled_decay, alpha, one_minus_alpha = coefficients[:6]
+    eps, gain, momentum, lr, gained_lr = coefficients[6:]
     d = inputs[0] * sign
     d = where(coupled_decay != 0.0, d + coupled_decay * p, d)
     square_avg = second_moment(states[0], alpha, d, inputs[1], mean_weight, square_weight)
-    scalars = (one_minus_alpha, coefficients[6:])
+    scalars = (one_minus_alpha, eps, gain, momentum, lr, gained_lr)
     return apply_to_rmsprop(p, d, square_avg, states, scalars, OPTIONS)
 
 
@@ -118,12 +119,12 @@ def rmsprop_twin(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
     mean_weight, square_weight, sign, coupled_decay, alpha, one_minus_alpha = coefficients[:6]
+    eps, gain, momentum, lr, gained_lr = coefficients[6:]
     d = T.add_if(T.scale(inputs[0], sign), p, coupled_decay)
     square_avg = second_moment_twin(states[0], alpha, d, inputs[1], mean_weight, square_weight)
     new_states = (square_avg, *states[1:])
-    return rmsprop.apply_moments_twin(
-        p, d, new_states, (one_minus_alpha, coefficients[6:]), options
-    )
+    scalars = (one_minus_alpha, eps, gain, momentum, lr, gained_lr)
+    return rmsprop.apply_moments_twin(p, d, new_states, scalars, options)
 
 
 # Factors of a batch of 4 samples: a virtual batch of 2, of 1, and of all 4.

@@ -72,18 +72,18 @@ def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
 @jit
 def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
     """Update one block; OPTIONS is (centered, momentum, variance)."""
-    sign, coupled_decay, alpha, one_minus_alpha = coefficients[:4]
+    sign, coupled_decay, alpha, one_minus_alpha, eps, gain, momentum, lr, gained_lr = coefficients
     d = inputs[0] * sign
     d = where(coupled_decay != 0.0, d + coupled_decay * p, d)
     square_avg = alpha * states[0] + one_minus_alpha * d * d
-    scalars = (one_minus_alpha, coefficients[4:])
+    scalars = (one_minus_alpha, eps, gain, momentum, lr, gained_lr)
     return apply_moments(p, d, square_avg, states, scalars, OPTIONS)
 
 
 @jit
 def apply_moments(p, d, square_avg, states, scalars, OPTIONS: tl.constexpr):
     """Move the parameter by the new second moment."""
-    one_minus_alpha, (eps, gain, momentum, lr, gained_lr) = scalars
+    one_minus_alpha, eps, gain, momentum, lr, gained_lr = scalars
     new_states = (square_avg,)
     spread = square_avg
     if OPTIONS[0]:
@@ -109,10 +109,10 @@ def twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """State the update in PyTorch."""
-    sign, coupled_decay, alpha, one_minus_alpha = coefficients[:4]
+    sign, coupled_decay, alpha, one_minus_alpha, eps, gain, momentum, lr, gained_lr = coefficients
     d = T.add_if(T.scale(inputs[0], sign), p, coupled_decay)
     square_avg = T.addcmul_(T.scale_(states[0], alpha), d, d, one_minus_alpha)
-    scalars = (one_minus_alpha, coefficients[4:])
+    scalars = (one_minus_alpha, eps, gain, momentum, lr, gained_lr)
     return apply_moments_twin(p, d, (square_avg, *states[1:]), scalars, options)
 
 
@@ -124,7 +124,7 @@ def apply_moments_twin(
     options: tuple[bool, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Move the parameter by the new second moment."""
-    one_minus_alpha, (eps, gain, momentum, lr, gained_lr) = scalars
+    one_minus_alpha, eps, gain, momentum, lr, gained_lr = scalars
     centered, has_momentum, variance = options
     spread = states[0]
     if centered:
