@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import fusedopt
 
 ROOT = Path(fusedopt.__file__).parent
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 # From the bottom up: a package imports those above it in this list, and itself.
 LAYERS = (
@@ -142,3 +146,22 @@ def f():
 def test_kernels_are_seen() -> None:
     # Behind a link, which a walk might not follow.
     assert "kernels.rules.adam" in graph()
+
+
+def test_the_pictures_of_the_architecture_name_files_that_are_there() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "drawing", CHECKOUT / "tools/draw_architecture.py"
+    )
+    assert spec is not None and spec.loader is not None
+    drawing = importlib.util.module_from_spec(spec)
+    sys.modules["drawing"] = drawing
+    spec.loader.exec_module(drawing)
+    assert drawing.missing() == []
+    assert {path.stem for path in drawing.FOLDER.glob("*.png")} == set(drawing.PICTURES)
+
+
+def test_the_architecture_names_files_that_are_there() -> None:
+    # Catches a page that was not taken along when code was moved.
+    text = (CHECKOUT / "docs/architecture.md").read_text()
+    named = re.findall(r"`((?:kernels|fusedopt|tests|tools|bench)/[\w/.]*)`", text)
+    assert len(named) > 20 and not [name for name in named if not (CHECKOUT / name).exists()]
