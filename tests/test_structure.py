@@ -33,10 +33,10 @@ LAYERS = (
     "svag",
     # The package itself: what users import.
     "",
+    "examples",
     "testing",
     "cli",
     "precompile",
-    "examples",
     "__main__",
 )
 
