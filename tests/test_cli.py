@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fusedopt import __main__ as cli
+from fusedopt import testing
 from fusedopt.cli import bench, progress, verify
 from fusedopt.kernels import aot
 from fusedopt.kernels.rules import REGISTRY
@@ -100,7 +101,7 @@ def test_help_of_the_benchmark_without_a_checkout(tmp_path, capsys, monkeypatch)
 def _only(monkeypatch, *names):
     rules = {name: REGISTRY[name] for name in names}
     monkeypatch.setattr(verify, "REGISTRY", rules)
-    monkeypatch.setattr(verify, "SHAPES", ((40,), (0,), ()))
+    monkeypatch.setattr(testing, "SHAPES", ((40,), (0,), ()))
 
 
 def test_verify_passes_on_right_kernels(monkeypatch, capsys):

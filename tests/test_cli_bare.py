@@ -67,8 +67,9 @@ def test_precompile_draws_nothing_for_json(tmp_path):
 
 def test_verify_and_demo_draw_nothing_for_json(tmp_path):
     before = (
-        "from fusedopt.cli import verify\nfrom fusedopt.kernels.rules import REGISTRY\n"
-        "verify.REGISTRY = {'SGD': REGISTRY['SGD']}\nverify.SHAPES = ((4,),)\n"
+        "from fusedopt import testing\nfrom fusedopt.cli import verify\n"
+        "from fusedopt.kernels.rules import REGISTRY\n"
+        "verify.REGISTRY = {'SGD': REGISTRY['SGD']}\ntesting.SHAPES = ((4,),)\n"
         "verify.verify_samples.compare_all = lambda device: iter(())\n"
     )
     done = run_without(["rich"], "verify", "--json", interpret=True, before=before)

@@ -35,8 +35,8 @@ LAYERS = (
     "",
     "examples",
     "testing",
-    "cli",
     "precompile",
+    "cli",
     "__main__",
 )
 

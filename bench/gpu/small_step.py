@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from fusedopt import FusedOptimizer, GlobalNorm, Rule
-from fusedopt.cli import verify, verify_samples
+from fusedopt.cli import verify_samples
 from fusedopt.kernels import lang
 from fusedopt.kernels.rules import REGISTRY
-from fusedopt.testing import TRAJECTORY, worst_ulps
+from fusedopt.testing import TRAJECTORY, statistics_for, worst_ulps
 
 PARTS = ("first", "rules", "samples")
 STEPS = 2
@@ -99,7 +99,7 @@ def compare(
     for backend, where in (("triton", device), ("reference", torch.device("cpu"))):
         params = [torch.nn.Parameter(placed(x, where, i % 2)) for i, x in enumerate(starts)]
         clip = GlobalNorm(1.0, norm_type=norm_type)
-        statistics = verify.statistics_for(rule)
+        statistics = statistics_for(rule)
         optimizer = kind(params, dict(group), backend=backend, clip=clip, statistics=statistics)
         runs.append((params, optimizer, where))
     for _ in range(STEPS):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cli.verify import statistics_for
 from ..clipping import GlobalNorm
 from ..kernels.aot import DTYPES
 from ..kernels.aot_variants import LAYOUTS
@@ -20,6 +19,7 @@ from ..kernels.rules import REGISTRY
 from ..memory.layout import ALIGNMENT
 from ..optimizer import FusedOptimizer
 from ..statistics import GradSampleSquares, Statistics
+from ..testing import statistics_for
 
 TORCH_DTYPES = {
     "fp32": torch.float32,
