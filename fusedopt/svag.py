@@ -13,7 +13,7 @@ from .kernels.rules import PAIRED, SGD
 from .optimizer import FusedOptimizer
 from .scaling import rescale_
 from .source import MissingInput, Source
-from .storage import local_tensors
+from .storage import addresses, local_tensors
 
 # Beyond it, weights of nearly 10^6 cost float32 most of the digits that their sum of 1 leaves.
 _LARGEST = 10**6
@@ -354,7 +354,7 @@ def _addresses(gradients: list[Tensor]) -> list[int]:
 
 def _address(t: Tensor) -> int:
     try:
-        return t.data_ptr()
+        return addresses([t])[0]
     except RuntimeError:
         return 0
 
