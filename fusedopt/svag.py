@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from .kernels.rules import PAIRED, SGD
-from .memory.storage import local_tensors
+from .memory.storage import addresses, local_tensors
 from .optimizer import FusedOptimizer
 from .scaling import rescale_
-from .source import MissingInput, RuleInputs, Source
 
 # Beyond it, weights of nearly 10^6 cost float32 most of the digits that their sum of 1 leaves.
 _LARGEST = 10**6
@@ -352,7 +351,7 @@ def _addresses(gradients: list[Tensor]) -> list[int]:
 
 def _address(t: Tensor) -> int:
     try:
-        return t.data_ptr()
+        return addresses([t])[0]
     except RuntimeError:
         return 0
 
