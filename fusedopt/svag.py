@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .kernels.rules import PAIRED, SGD
 from .memory.storage import addresses, local_tensors
+from .source import MissingInput, RuleInputs, Source
 from .optimizer import FusedOptimizer
 from .scaling import rescale_
 
