@@ -31,7 +31,8 @@ def environment(device: str) -> dict[str, Any]:
         Plain values: memory and cache in bytes, the power limit in watts; None where unknown.
     """
     # Results of an earlier run do not make this one's code another.
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    results = ":!bench/results", ":!experiments/results"
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     return {
         "fusedopt": fusedopt.__version__,
         "torch": torch.__version__,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from bench.environment import environment
-from bench.experiments import output
 from bench.files import write_whole
+from experiments import output
 
 from .aims import aims
 from .figure import draw
