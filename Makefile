@@ -58,8 +58,8 @@ bench-per-sample: $(STAMP) ## Time per-sample squares against the plain gradient
 	$(BIN)/python -m bench.per_sample $(ARGS)
 
 # All of them take about half an hour: make experiments ARGS='digits --reduced'
-experiments: $(STAMP) ## Run the experiments on batch sizes; JSON and PNG in bench/results
-	$(BIN)/python -m bench.experiments $(ARGS)
+experiments: $(STAMP) ## Run the experiments on batch sizes; JSON and PNG in experiments/results
+	$(BIN)/python -m experiments $(ARGS)
 
 regression: $(STAMP) ## Hold the host's share of a step to its committed baseline
 	$(BIN)/python -m bench.regression host $(ARGS)
@@ -75,8 +75,8 @@ native: $(STAMP) ## Build the C library for TARGETS in BUILD, without a GPU, and
 	ctest --test-dir "$(BUILD)" --output-on-failure --label-exclude codegen
 
 table: $(STAMP) ## Write the README's tables, of algorithms and of benchmarks
-	$(BIN)/python -m docs.algorithm_table --write
-	$(BIN)/python -m docs.benchmark_table --write
+	$(BIN)/python -m tools.algorithm_table --write
+	$(BIN)/python -m tools.benchmark_table --write
 
 # The conventions that only a pattern can check are pre-commit hooks; those need the git checkout.
 lint: $(STAMP) ## Check style, format, types and conventions

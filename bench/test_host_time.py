@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from pairs import make_params, ratio, without_launches
 
 import fusedopt
+from bench.harness.pairs import make_params, ratio, without_launches
 
 SHAPES = [(16,)] * 1000
 

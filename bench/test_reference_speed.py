@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from pairs import make_params, ratio
 
 import fusedopt
+from bench.harness.pairs import make_params, ratio
 
 # A few large matrices, as most of a model's parameters are.
 SHAPES = [(5000, 1000)] * 5

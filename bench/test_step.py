@@ -5,30 +5,24 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-# The package that this file lies in: pytest alone puts only the folder on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench.step import OURS, gate, models  # noqa: E402
-from bench.step.codecs import CODECS  # noqa: E402
-from bench.step.contenders import CONTENDERS  # noqa: E402
-from bench.step.problem import Problem  # noqa: E402
-from bench.step.rules import RULES  # noqa: E402
-from bench.step.sets import EAGER  # noqa: E402
+from bench.step import OURS, correctness, models
+from bench.step.codecs import CODECS
+from bench.step.contenders import CONTENDERS
+from bench.step.rules import RULES
+from bench.step.sets import EAGER
+from bench.step.workload import Workload
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 TYPES = "bf16"  # so that the huge tensor fits
 
 
-def _problem(case: str) -> Problem:
+def _workload(case: str) -> Workload:
     sizes = models.case if ON_GPU else models.tiny
-    return Problem(sizes(case), CODECS[TYPES], RULES["AdamW"], DEVICE)
+    return Workload(sizes(case), CODECS[TYPES], RULES["AdamW"], DEVICE)
 
 
 @pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
@@ -37,12 +31,12 @@ def _problem(case: str) -> Problem:
 def test_step(benchmark, case, contender, clip):
     benchmark.group = f"AdamW.step() in {TYPES}, {case}{', clipped' if clip else ''}"
     try:
-        problem = _problem(case)
-        expected = gate.expect(problem, clip)
-        step = CONTENDERS[contender].make(problem, clip, None).step
+        workload = _workload(case)
+        expected = correctness.expect(workload, clip)
+        step = CONTENDERS[contender].make(workload, clip, None).step
         # What is timed is right.
-        bound = problem.codec.bound_of(contender == OURS, clip, problem.device)
-        gate.check(problem, expected, step, bound)
+        bound = workload.codec.bound_of(contender == OURS, clip, workload.device)
+        correctness.check(workload, expected, step, bound)
     except torch.OutOfMemoryError:
         pytest.skip("does not fit")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -13,21 +12,11 @@ import pytest
 from fusedopt.kernels.rules import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
-# bench is not installed. Last, so that it hides nothing that is.
+# experiments and tools are not installed. Last, so that they hide nothing that is.
 sys.path.append(str(ROOT))
 
-
-def _load():
-    spec = spec_from_file_location("algorithm_table", ROOT / "docs" / "algorithm_table.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    # A dataclass looks its module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-algorithm_table = _load()
+readme = importlib.import_module("tools.readme")
+algorithm_table = importlib.import_module("tools.algorithm_table")
 ROWS = algorithm_table.ROWS
 OWN_RULES = [r for r in REGISTRY.values() if r.update.fn.__module__.startswith("fusedopt.kernels")]
 
@@ -49,9 +38,9 @@ def test_every_algorithm_has_a_row() -> None:
 
 
 def test_readme_has_the_table_as_it_is() -> None:
-    # Catches a README that says what was true once: python -m docs.algorithm_table --write.
-    text = algorithm_table.README.read_text(encoding="utf-8")
-    assert algorithm_table.within(text) == text
+    # Catches a README that says what was true once: python -m tools.algorithm_table --write.
+    text = readme.README.read_text(encoding="utf-8")
+    assert algorithm_table.SECTION.within(text) == text
 
 
 @rows
@@ -69,9 +58,9 @@ def test_row_has_checks_that_exist(row) -> None:
     # Catches a test that was renamed or taken out.
     assert row.checks
     for check in row.checks:
-        if check.startswith("bench."):
+        if check.startswith("experiments."):
             name = check.rpartition(".")[2]
-            assert name in importlib.import_module("bench.experiments").NAMES
+            assert name in importlib.import_module("experiments").NAMES
         else:
             file, _, function = check.partition("::")
             tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))

@@ -60,7 +60,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 @pytest.fixture
 def clock(device: Device, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    clock = importlib.import_module("bench.clock")
+    clock = importlib.import_module("bench.harness.clock")
     buffer = SimpleNamespace(zero_=lambda: device.ask(FLUSH, 0.001))
     monkeypatch.setattr(clock.torch, "empty", lambda *_, **__: buffer)
     played = SimpleNamespace(perf_counter=lambda: device.host / 1e3)

@@ -162,8 +162,8 @@ def test_ours_is_compared_with_float64(
 def test_observed_gradients_that_differ_fail_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arm = module("training").Arm
-    backward = arm.backward
+    training = module("training").Training
+    backward = training.backward
 
     def scaled(self: Any, codes: torch.Tensor) -> torch.Tensor:
         loss = backward(self, codes)
@@ -172,24 +172,24 @@ def test_observed_gradients_that_differ_fail_the_run(
             self.statistics.rescale(1.0)
         return loss
 
-    monkeypatch.setattr(arm, "backward", scaled)
+    monkeypatch.setattr(training, "backward", scaled)
     status, result = run(tmp_path, "training")
     assert status == 1 and result["training"] is None
     assert "gradient of norm.weight differs" in result["failed"][0]
 
 
 def test_one_wrong_element_is_seen() -> None:
-    agreement, cases = module("agreement"), module("cases")
+    correctness, cases = module("correctness"), module("cases")
     wanted = torch.randn(256, 256)
     for kind, arithmetic in cases.ARITHMETIC.items():
-        agreement.check("it", wanted * (1 + arithmetic.unit), wanted, kind, arithmetic)
+        correctness.check("it", wanted * (1 + arithmetic.unit), wanted, kind, arithmetic)
         # Not enough to be seen in the mean.
-        least = agreement.MAXIMUM * agreement.RMS[kind] * arithmetic.unit
+        least = correctness.MAXIMUM * correctness.RMS[kind] * arithmetic.unit
         for wrong in (2 * least, float("nan")):
             found = wanted.clone()
             found[3, 7] += wrong
-            with pytest.raises(agreement.Mismatch):
-                agreement.check("it", found, wanted, kind, arithmetic)
+            with pytest.raises(correctness.Mismatch):
+                correctness.check("it", found, wanted, kind, arithmetic)
 
 
 def test_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    training, main = module("training"), module("__main__")
+    training = module("training")
 
     def measured(_: Any, batch: int, *__: Any) -> dict[str, Any]:
         if batch > 5:
@@ -222,7 +222,7 @@ def test_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(training, "_measure", measured)
     settings = {"device": "cpu", "batch": 32}
-    assert training.measure(main.TINY, settings, lambda: None)["batch"] == 4
+    assert training.measure(training.gpt.TINY, settings, lambda: None)["batch"] == 4
 
 
 def test_without_a_gpu(
@@ -238,7 +238,7 @@ def test_without_a_gpu(
 
 
 def test_functions_are_measured_in_turn() -> None:
-    clock = importlib.import_module("bench.clock")
+    clock = importlib.import_module("bench.harness.clock")
     called: list[str] = []
 
     class Watch:
@@ -260,7 +260,7 @@ def test_functions_are_measured_in_turn() -> None:
 
 
 def test_ratios_are_within_rounds() -> None:
-    clock = importlib.import_module("bench.clock")
+    clock = importlib.import_module("bench.harness.clock")
     ours, theirs = (clock.summary([(t, 0.0) for t in times]) for times in ([2, 4, 9], [1, 2, 3, 8]))
     assert ours["median"] == 4 and ours["quartiles"] == [3, 6.5]
     found = clock.ratio(ours, theirs)
@@ -290,13 +290,13 @@ def test_aims() -> None:
 
 
 def test_gpt_is_gpt_2_small() -> None:
-    gpt = module("gpt")
+    gpt = importlib.import_module("bench.harness.gpt")
     with torch.device("meta"):
         model = gpt.GPT(gpt.Size(tied=True))
     # GPT-2's 124,439,808 (Radford et al., 2019, as published) and 47 more tokens.
     assert sum(p.numel() for p in model.parameters()) == 124_439_808 + 47 * 768
     assert model.tokens.weight is model.head.weight
-    size = module("__main__").TINY
+    size = gpt.TINY
     codes = torch.zeros(2, size.length, dtype=torch.int64)
     assert gpt.GPT(size)(codes).shape == (2, size.length, size.vocabulary)
 

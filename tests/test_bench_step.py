@@ -32,12 +32,12 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"bench.step.{name}")
 
 
-def problem(
+def workload(
     rule: str = "AdamW", types: str = "fp32", shapes: Any = ((40_000,), (3, 5), ()), **case: Any
 ) -> Any:
     case = module("models").Case("test", "", shapes, **case)
     codec, row = module("codecs").CODECS[types], module("rules").RULES[rule]
-    return module("problem").Problem(case, codec, row, CPU)
+    return module("workload").Workload(case, codec, row, CPU)
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,10 @@ def test_the_other_cases_are_what_they_are_for() -> None:
     assert models.case("huge").parameters % 2, "with a tail"
     assert models.case("odd").shift == models.tiny("odd").shift == 1
     for types in ("fp32", "bf16"):
-        odd = problem(types=types, shapes=((7,), (300,), (5, 3)), shift=1)
+        odd = workload(types=types, shapes=((7,), (300,), (5, 3)), shift=1)
         addresses = [t.data_ptr() % 16 for p in odd.params for t in (p, p.grad)]
         assert 0 not in addresses
-    last = problem(shapes=((4, 3, 2, 2), (5,)), channels_last=True)
+    last = workload(shapes=((4, 3, 2, 2), (5,)), channels_last=True)
     for tensor in (last.params[0], last.params[0].grad, last.states["exp_avg"].views[0]):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
         assert not tensor.is_contiguous()
@@ -110,7 +110,7 @@ def test_bytes_a_parameter(
     rule: str, types: str, contender: str, clip: bool, scaler: bool, expected: float
 ) -> None:
     count = module("contenders").CONTENDERS[contender].bytes_per_parameter
-    assert count(problem(rule, types), clip, scaler) == expected
+    assert count(workload(rule, types), clip, scaler) == expected
 
 
 def test_our_bytes_are_the_budgets_of_the_compiled_kernels() -> None:
@@ -120,13 +120,13 @@ def test_our_bytes_are_the_budgets_of_the_compiled_kernels() -> None:
     names |= {torch.float16: "fp16", torch.float64: "fp64"}
     for rule, row in module("rules").RULES.items():
         for types, codec in module("codecs").CODECS.items():
-            own = problem(rule, types)
+            own = workload(rule, types)
             more = ["fp32"] * row.takes_squares + [names[codec.gradient]] * row.takes_pairs
             states = [names[codec.state]] * len(own.states)
             dtypes = (names[codec.param], names[codec.gradient], *more, *states)
             options = (False,) * len(row.rule.option_names)
             budget = update_tensors(row.rule, options, dtypes).budget.bytes_per_element
-            assert module("traffic").ours(own, False, False) == budget, (rule, types)
+            assert module("bytes_moved").ours(own, False, False) == budget, (rule, types)
 
 
 def nothing(x: Any, _: Any, step: Callable[[], Any]) -> None:
@@ -178,9 +178,9 @@ def replace(
     make = contenders[of or name].make
 
     def make_broken(x: Any, clip: bool, scale: float | None) -> Any:
-        arm = make(x, clip, scale)
-        step = arm.step
-        return dataclasses.replace(arm, step=lambda: broken(x, arm.optimizer, step))
+        timed = make(x, clip, scale)
+        step = timed.step
+        return dataclasses.replace(timed, step=lambda: broken(x, timed.optimizer, step))
 
     changed = dataclasses.replace(contenders[name], make=make_broken)
     monkeypatch.setitem(contenders, name, changed)
@@ -271,7 +271,7 @@ def test_squares_that_are_not_read_are_seen(monkeypatch: pytest.MonkeyPatch) -> 
     class Deaf(fusedopt.BatchDecoupledAdam):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             # A batch of the virtual size is plain Adam.
-            super().__init__(*args, **kwargs, virtual_batch_size=module("problem").SAMPLES)
+            super().__init__(*args, **kwargs, virtual_batch_size=module("workload").SAMPLES)
 
     deaf = dataclasses.replace(row, ours=Deaf)
 
@@ -306,7 +306,7 @@ def test_half_precision_leaves_torch_something_to_divide_by(rule: str) -> None:
     keys = [(name, clip, False) for name in names for clip in (False, True)]
     rows = run_group(rule, "fp16", *keys)
     assert [row["status"] for row in rows] == ["measured"] * len(keys), rows
-    own = problem(rule, "fp16")
+    own = workload(rule, "fp16")
     # Of some millions drawn in half precision, one is zero.
     own.gradients.drawn(1)[:2] = torch.tensor([0.0, -0.0])
     own.new_gradients(1, 8.0)
@@ -323,16 +323,16 @@ def test_svag_without_its_first_gradient_is_seen(
     )
     assert plain["status"] == scaled["status"] == "measured"
     assert clipped["reason"] == "SVAG does not cover clipping"
-    assert plain["bytes_per_parameter"] == module("traffic").ideal(problem(rule))
+    assert plain["bytes_per_parameter"] == module("bytes_moved").ideal(workload(rule))
     # The second one twice; then another ell.
-    found = module("problem").Problem
+    found = module("workload").Workload
     with monkeypatch.context() as patch:
         patch.setattr(found, "attach_held", found.attach_gradients)
         assert run_group(rule, "fp32", ("fusedopt",))[0]["status"] == "failed"
     paired = module("contenders")._paired
 
-    def other(arm: Any, optimizer: Any, ell: float, x: Any) -> Any:
-        return paired(arm, optimizer, 1.01 * ell, x)
+    def other(timed: Any, optimizer: Any, ell: float, x: Any) -> Any:
+        return paired(timed, optimizer, 1.01 * ell, x)
 
     monkeypatch.setattr(module("contenders"), "_paired", other)
     assert run_group(rule, "fp32", ("fusedopt",))[0]["status"] == "failed"

@@ -54,7 +54,7 @@ def test_files(quick: tuple[Path, dict[str, Any]]) -> None:
     folder, result = quick
     # Some types only: neither this nor what is so tiny replaces another result.
     when = re.sub(r"[-:]|\+.*", "", result["environment"]["date"]).replace("T", "-")
-    stem = f"{module('environment').slug(result['environment'])}-quick-partial-{when}"
+    stem = f"{module('harness.environment').slug(result['environment'])}-quick-partial-{when}"
     names = {f"{stem}.json", f"{stem}-bars.png", f"{stem}-roofline.png"}
     assert {file.name for file in folder.iterdir()} == names
     for name in names - {f"{stem}.json"}:
@@ -75,7 +75,7 @@ def test_files(quick: tuple[Path, dict[str, Any]]) -> None:
 def test_names_of_files(settings: dict[str, Any], suffix: str, tmp_path: Path) -> None:
     environment = {"device": "A GPU", "commit": "0123456789ab"}
     environment["date"] = "2026-02-03T04:05:06+00:00"
-    file = module("step.output").File(tmp_path, {"environment": environment, "settings": settings})
+    file = module("step.result").file(tmp_path, {"environment": environment, "settings": settings})
     assert file.json == tmp_path / f"a-gpu-012345678{suffix}.json"
 
 
@@ -174,8 +174,8 @@ def test_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_to_time_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    peers = importlib.import_module("bench.step.peers")
-    monkeypatch.setattr(peers.Peer, "reason_missing", lambda self: "not installed")
+    external = importlib.import_module("bench.step.external")
+    monkeypatch.setattr(external.ExternalLibrary, "reason_missing", lambda self: "not installed")
     arguments = ["bench", "step", "--quick", "--contender", "optimi", "--device", "cpu"]
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 2
     assert "optimi is not installed" in capsys.readouterr().err
@@ -280,8 +280,8 @@ def test_brackets_in_a_reason_are_no_markup(
 def test_trainings_that_differ_have_no_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens, run = module("tokens"), module("step.run")
-    make = tokens._optimizer
+    training, run = module("step.training"), module("step.run")
+    make = training._optimizer
 
     def slower(contender: str, *rest: Any) -> Any:
         optimizer = make(contender, *rest)
@@ -289,12 +289,12 @@ def test_trainings_that_differ_have_no_speed(
             optimizer.param_groups[0]["lr"] *= 0.1
         return optimizer
 
-    monkeypatch.setattr(tokens, "TOLERANCE", 1e-4)
+    monkeypatch.setattr(training, "TOLERANCE", 1e-4)
     monkeypatch.setattr(run, "report", lambda *_: None)
     alike, apart = tmp_path / "alike", tmp_path / "apart"
     assert run.run(options(alike, parts=["training"])) == 0
     assert len(result_in(alike)["training"]) == 3
-    monkeypatch.setattr(tokens, "_optimizer", slower)
+    monkeypatch.setattr(training, "_optimizer", slower)
     assert run.run(options(apart, parts=["training"])) == 1
     result = result_in(apart)
     assert result["training"] is None and "losses of torch-foreach" in result["failed"][0]
@@ -322,7 +322,7 @@ def test_a_first_step_that_is_wrong_has_no_time(monkeypatch: pytest.MonkeyPatch)
         step(self)
 
     monkeypatch.setattr(fusedopt.AdamW, "step", twice)
-    with pytest.raises(module("step.gate").Mismatch, match="from float64 after two steps"):
+    with pytest.raises(module("step.correctness").Mismatch, match="from float64 after two steps"):
         first_step.measure("fusedopt", "AdamW", "fp32", "cpu", True)
 
 
@@ -337,7 +337,7 @@ def test_host_times_of_some_contenders() -> None:
 def test_contenders_that_are_missing_or_break(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, peers = module("step.run"), module("step.peers")
+    run, external = module("step.run"), module("step.external")
     contenders = module("step.contenders").CONTENDERS
 
     class Peer(torch.optim.SGD):
@@ -351,10 +351,10 @@ def test_contenders_that_are_missing_or_break(
     def build(found: ModuleType, params: list[Any], row: Any) -> Any:
         return found.AdamW(params)
 
-    broken = peers.Peer("peer_that_breaks", build)
-    absent = peers.Peer("no_such_library.optim", build)
-    monkeypatch.setattr(peers, "PEERS", {})
-    monkeypatch.setattr(run, "PEERS", {"optimi": broken, "torchao": absent})
+    broken = external.ExternalLibrary("peer_that_breaks", build)
+    absent = external.ExternalLibrary("no_such_library.optim", build)
+    monkeypatch.setattr(external, "LIBRARIES", {})
+    monkeypatch.setattr(run, "LIBRARIES", {"optimi": broken, "torchao": absent})
     old = contenders["optimi"]
     monkeypatch.setitem(
         contenders, "optimi", type(old)("optimi", "optimi", broken.make, old.bytes_per_parameter)
@@ -388,7 +388,7 @@ def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = measure.measure(group, settings, None)
     assert ours["status"] == "measured" and ours["percent_of_copy"] is None
     assert theirs["status"] == "does not fit" and "3 GiB" in theirs["reason"]
-    monkeypatch.setattr(measure, "Problem", full)
+    monkeypatch.setattr(measure, "Workload", full)
     assert [row["status"] for row in measure.measure(group, settings, None)] == ["does not fit"] * 2
 
 
@@ -448,24 +448,24 @@ def test_on_a_gpu(tmp_path: Path) -> None:
 
 
 def test_pictures_of_little(tmp_path: Path, quick: tuple[Path, dict[str, Any]]) -> None:
-    figures, output = module("step.figures"), module("step.output")
+    figures, step_result = module("step.figures"), module("step.result")
     _, result = quick
     ours = [row for row in result["rows"] if row["contender"] == "fusedopt"]
     for rows, copy in (([], None), (ours[:1], result["copy"])):
-        file = output.File(tmp_path, result)
+        file = step_result.file(tmp_path, result)
         figures.write({**result, "rows": rows, "copy": copy}, file)
         assert file.path("-bars.png").read_bytes().startswith(PNG)
 
 
 def test_tenths() -> None:
-    clock = module("clock")
+    clock = module("harness.clock")
     found = clock.percentiles([float(i) for i in range(11)])
     assert found == {"median": 5.0, "p10": 1.0, "p90": 9.0}
     assert clock.percentiles([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
 
 
 def test_environment_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = module("environment")
+    environment = module("harness.environment")
     monkeypatch.setattr(environment, "_output", lambda *_: None)
     facts = environment.environment("cpu")
     assert facts["commit"] is None and facts["uncommitted_changes"] is None

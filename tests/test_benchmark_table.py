@@ -7,27 +7,16 @@ import importlib
 import json
 import sys
 from datetime import datetime, timedelta, timezone
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# bench and docs are not installed. Last, so that they hide nothing that is.
+# bench and tools are not installed. Last, so that they hide nothing that is.
 sys.path.append(str(ROOT))
 
-
-def _load() -> ModuleType:
-    path = ROOT / "docs" / "benchmark_table.py"
-    spec = spec_from_file_location("benchmark_table", path)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-table = _load()
+readme = importlib.import_module("tools.readme")
+table = importlib.import_module("tools.benchmark_table")
 reader = importlib.import_module("bench.gpu.result")
 
 
@@ -89,9 +78,9 @@ def keep(folder: Path, name: str, result: dict, **environment) -> None:
 
 
 def test_readme_has_the_table_as_the_results_have_it() -> None:
-    # Catches a README that says what an older result said: python -m docs.benchmark_table --write.
-    readme = table.README.read_text(encoding="utf-8")
-    assert table.within(readme) == readme
+    # Catches a README that says what an older result said: python -m tools.benchmark_table --write.
+    text = readme.README.read_text(encoding="utf-8")
+    assert table.SECTION.within(text) == text
 
 
 def test_without_a_result_that_is_said_with_the_command(tmp_path) -> None:
@@ -179,12 +168,13 @@ def test_another_schema_is_an_error(result, tmp_path) -> None:
 def test_only_what_is_between_the_markers_changes(monkeypatch, result, tmp_path) -> None:
     keep(tmp_path, "a.json", result)
     monkeypatch.setattr(table, "RESULTS", tmp_path)
-    written = table.within(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    assert written.startswith(f"before\n{table.BEGIN}\n") and "old" not in written
-    assert written.endswith(f"\n{table.END}\nafter\n") and "| gpt2 |" in written
-    assert table.within(written) == written
+    section = table.SECTION
+    written = section.within(f"before\n{section.begin}\nold\n{section.end}\nafter\n")
+    assert written.startswith(f"before\n{section.begin}\n") and "old" not in written
+    assert written.endswith(f"\n{section.end}\nafter\n") and "| gpt2 |" in written
+    assert section.within(written) == written
     with pytest.raises(ValueError, match="no place"):
-        table.within("nothing")
+        section.within("nothing")
 
 
 def test_the_summary_of_a_gpu_run(result) -> None:

@@ -33,14 +33,14 @@ NAMES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _checkout() -> Iterator[None]:
-    """Make bench importable, which no installation has."""
+    """Make experiments importable, which no installation has."""
     sys.path.insert(0, str(ROOT))
     yield
     sys.path.remove(str(ROOT))
 
 
 def module(name: str) -> ModuleType:
-    return importlib.import_module(f"bench.experiments.{name}")
+    return importlib.import_module(f"experiments.{name}")
 
 
 def run(name: str, folder: Path) -> dict:
@@ -54,7 +54,7 @@ def run(name: str, folder: Path) -> dict:
 
 
 def test_names_are_the_experiments() -> None:
-    assert list(importlib.import_module("bench.experiments").NAMES) == NAMES
+    assert list(importlib.import_module("experiments").NAMES) == NAMES
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_noise_scale(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_char_gpt_as_a_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.experiments", "char_gpt", "--reduced"]
+    command = [sys.executable, "-m", "experiments", "char_gpt", "--reduced"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [*command, "--out", tmp_path / "new"],
@@ -152,8 +152,8 @@ def test_unknown_experiment(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_results_keep_apart_from_a_reduced_run() -> None:
     parse = module("__main__")._parse
-    assert parse([]).out == ROOT / "bench" / "results" / "cpu"
-    assert parse(["--reduced"]).out == ROOT / "bench" / "out"
+    assert parse([]).out == ROOT / "experiments" / "results" / "cpu"
+    assert parse(["--reduced"]).out == ROOT / "experiments" / "out"
 
 
 def test_hyper_parameters_of_an_arm() -> None:

@@ -28,14 +28,14 @@ HYPER: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _checkout() -> Iterator[None]:
-    """Make bench importable, which no installation has."""
+    """Make experiments importable, which no installation has."""
     sys.path.insert(0, str(ROOT))
     yield
     sys.path.remove(str(ROOT))
 
 
 def module(name: str) -> ModuleType:
-    return importlib.import_module(f"bench.experiments.{name}")
+    return importlib.import_module(f"experiments.{name}")
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.xdist_group("packaging")
 
 ROOT = Path(__file__).resolve().parents[1]
 # Directories of the repository that must not become top-level packages of a user's environment.
-PRIVATE = ["bench", "cmake", "docs", "examples", "kernels", "native", "tests"]
+PRIVATE = ["bench", "cmake", "docs", "examples", "experiments", "kernels", "native", "tests"]
+PRIVATE += ["tools"]
 # What a tree without git leaves out of a copy; with git, .gitignore decides.
 GENERATED = [".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"]
 
@@ -34,11 +35,11 @@ for _tool in ("pip", "setuptools"):
         pytest.skip(f"building needs {_tool}", allow_module_level=True)
 
 
-def run(*command, cwd, **settings):
-    """Run a command that sees none of this process's Python and pip settings; return its stdout."""
+def attempt(*command, cwd, **settings):
+    """Run a command that sees none of this process's Python and pip settings."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))}
     offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
-    done = subprocess.run(
+    return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
         env=inherited | offline | {"PYTHONDONTWRITEBYTECODE": "1"} | settings,
@@ -47,6 +48,11 @@ def run(*command, cwd, **settings):
         text=True,
         timeout=300,
     )
+
+
+def run(*command, cwd, **settings):
+    """Run a command as ``attempt`` does, which has to succeed; return its stdout."""
+    done = attempt(*command, cwd=cwd, **settings)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -107,20 +113,30 @@ def new_environment(tmp_path_factory, dependencies):
     return make
 
 
+def to_wheel(source, target):
+    """Return the command that builds a wheel."""
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", target]
+    return sys.executable, "-m", "pip", "wheel", *options, source
+
+
 @pytest.fixture(scope="module")
 def wheel(checkout, tmp_path_factory):
     target = tmp_path_factory.mktemp("wheel")
-    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", target]
-    run(sys.executable, "-m", "pip", "wheel", *options, checkout, cwd=target)
+    run(*to_wheel(checkout, target), cwd=target)
     (built,) = target.glob("*.whl")
     return built
+
+
+def to_sdist(target):
+    """Return the command that builds a source archive of the current directory."""
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    return sys.executable, "-c", build, target
 
 
 @pytest.fixture(scope="module")
 def sdist(checkout, tmp_path_factory):
     target = tmp_path_factory.mktemp("sdist")
-    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-    run(sys.executable, "-c", build, target, cwd=checkout)
+    run(*to_sdist(target), cwd=checkout)
     (built,) = target.glob("*.tar.gz")
     return built
 
@@ -211,10 +227,31 @@ def test_sdist_holds_the_project(sdist, checkout):
     with tarfile.open(sdist) as archive:
         members = archive.getnames()
     names = {name.partition("/")[2] for name in members}
-    files = {"LICENSE", "README.md", "Makefile", "constraints.txt", "CMakeLists.txt"}
-    sources = [python_files(checkout, name) for name in ("fusedopt", "kernels", "tests", "bench")]
-    assert files.union(*sources) <= names
+    files = {"LICENSE", "README.md", "CONTRIBUTING.md", "Makefile", "constraints.txt"}
+    files |= {"CMakeLists.txt", "setup.py", "docs/batch_size.md"}
+    folders = "fusedopt", "kernels", "tests", "bench", "experiments", "tools"
+    assert files.union(*(python_files(checkout, name) for name in folders)) <= names
     assert not {".venv", ".git", "build", "dist"} & {name.split("/")[0] for name in names}
+
+
+@pytest.mark.parametrize("lost", [("kernels", "examples"), ("kernels",), ("examples",)])
+def test_a_checkout_without_its_links_is_not_built(lost, tmp_path):
+    # Catches a wheel without kernels, in silence: where links are not allowed, an archive or git
+    # leaves text files in their place.
+    source, target = tmp_path / "repository", tmp_path / "built"
+    target.mkdir()
+    copy_repository(source)
+    for name in lost:
+        link = source / "fusedopt" / name
+        text = os.readlink(link)
+        link.unlink()
+        link.write_text(text)
+    for command, cwd in ((to_wheel(source, target), tmp_path), (to_sdist(target), source)):
+        done = attempt(*command, cwd=cwd)
+        assert done.returncode != 0
+        (line,) = [x for x in (done.stdout + done.stderr).splitlines() if "cannot be built" in x]
+        assert f"fusedopt/{lost[0]} has to be a link to {lost[0]}" in line
+        assert not any(target.iterdir())
 
 
 @pytest.fixture(scope="module")

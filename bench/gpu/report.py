@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.files import write_whole
+from bench.harness.output import plain, write_json, write_whole
 
 # More of one command's output is not needed to understand it, and the files have to stay small.
 HEAD, TAIL = 200_000, 800_000
@@ -19,8 +19,7 @@ LARGEST = 4_000_000
 
 def write(summary: Mapping[str, Any], folder: Path) -> None:
     """Write summary.json and summary.md."""
-    text = json.dumps(summary, indent=1)
-    write_whole(folder / "summary.json", text + "\n")
+    write_json(folder / "summary.json", summary)
     write_whole(folder / "summary.md", markdown(summary))
 
 
@@ -31,11 +30,11 @@ def collect(work: Path, folder: Path) -> None:
         # A command may have written anything.
         try:
             if path.parent.name in KEPT and path.stat().st_size < LARGEST:
-                found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
+                found[path.parent.name] = plain(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError):
             found[path.parent.name] = None
     if found:
-        write_whole(folder / "results.json", json.dumps(found, indent=1) + "\n")
+        write_json(folder / "results.json", found)
 
 
 def log(folder: Path, heading: str, output: str, errors: str) -> None:
@@ -89,6 +88,8 @@ def show(summary: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from bench.harness.tables import wide
+
     title = f"{summary['device']}, {summary['target']}, {summary['seconds']:.0f} s"
     table = Table(title=title)
     for column in ("stage", "result"):
@@ -97,7 +98,4 @@ def show(summary: Mapping[str, Any]) -> None:
     table.add_column("key figures")
     for stage in summary["stages"]:
         table.add_row(stage["stage"], stage["result"], f"{stage['seconds']:.0f}", told(stage))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    console.print(table, markup=False)
+    wide(Console()).print(table, markup=False)

@@ -8,10 +8,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+from bench.step import OURS, SCHEMA
 
-# Contenders by the names that the benchmark gives them.
-OURS = "fusedopt"
+# Contenders by the names that the benchmark gives them, beside ours.
 FUSED, FOREACH, COMPILED = "torch-fused", "torch-foreach", "torch-compiled"
 
 # What is spoken of where one rule has to stand for all.

@@ -12,10 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from bench.harness.places import ROOT
+
 from . import findings
 from .processes import Command, Outcome
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

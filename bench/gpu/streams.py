@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import clock
-from bench.files import write_whole
+from bench.harness import clock
+from bench.harness.output import write_json
 from fusedopt.kernels.lang import jit, tl
 
 BLOCK = 1024
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name: clock.percentiles([moved[name] / (1e6 * on_device) for on_device, _ in measured])
         for name, measured in times.items()
     }
-    write_whole(options.out, json.dumps({"elements": options.elements, "gbps": found}, indent=1))
+    write_json(options.out, {"elements": options.elements, "gbps": found})
     print(json.dumps(found))
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,15 +11,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
+
+from bench.harness import output, tables
+from bench.harness.contenders import Mismatch
+from bench.harness.environment import device_slug
+from bench.harness.gpt import TINY, Size
+from bench.harness.places import RESULTS, SCRATCH
 
 from . import PARTS
-from .agreement import Mismatch
 from .cases import ARITHMETIC, QUICK, SHAPES, Shape
-from .gpt import Size
 
-BENCH = Path(__file__).resolve().parents[1]
-TINY = Size(layers=2, heads=2, width=16, vocabulary=64, length=8)
 NOTE = "tiny shapes, which show that the benchmark works and nothing else"
 
 
@@ -47,20 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, device: str) -> int:
     """Measure, write and print; what there is of the JSON is written after every case."""
-    from . import output
+    from bench.harness.figures import save
+
+    from . import figures
     from .report import report
+    from .result import keep, new
 
     settings = _settings(options, device)
-    result = output.new(settings, device, not options.quick, NOTE if options.quick else "")
+    result = new(settings, device, not options.quick, NOTE if options.quick else "")
     folder = options.out or _folder(result["environment"]["device"], options.quick)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    console = Console()
-    with Progress(
-        *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    ) as progress:
+    file = output.File(folder, "per_sample")
+    with tables.progress(Console(stderr=True)) as progress:
         for _ in _parts(result, settings, progress):
-            output.keep(result, folder)
-    output.write(result, folder)
+            keep(result, file)
+    keep(result, file)
+    save(figures.draw(result), file.path(".png"))
+    console = Console()
     report(result, console)
     console.print(f"Wrote {folder}/per_sample.json and .png", soft_wrap=True)
     missed = any(aim["holds"] is False for aim in result["aims"])
@@ -69,12 +72,12 @@ def run(options: argparse.Namespace, device: str) -> int:
 
 def collect(arguments: Sequence[str], device: str, progress: Progress) -> Iterator[dict[str, Any]]:
     """Measure without writing; yield the result after every case, as far as it has come."""
-    from . import output
     from .aims import aims
+    from .result import new
 
     options = _parse(arguments)
     settings = _settings(options, device)
-    result = output.new(settings, device, not options.quick, NOTE if options.quick else "")
+    result = new(settings, device, not options.quick, NOTE if options.quick else "")
     for _ in _parts(result, settings, progress):
         result["aims"] = aims(result)
         yield result
@@ -138,8 +141,7 @@ def _settings(options: argparse.Namespace, device: str) -> dict[str, Any]:
 
 
 def _folder(device: str, quick: bool) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return BENCH / "out" / "per_sample" if quick else BENCH / "results" / slug / "per_sample"
+    return SCRATCH / "per_sample" if quick else RESULTS / device_slug(device) / "per_sample"
 
 
 def _shape(text: str) -> Shape:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from bench.harness.contenders import backend_of, load
 from fusedopt import backends
 from fusedopt.statistics.ops import reference
 from fusedopt.statistics.ops.samples import Samples
@@ -100,14 +99,6 @@ def vmap_backward(x: Operands) -> Run:
     return lambda: _reduce(pull(x.e)[0])
 
 
-def _installed(name: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(name)
-    except Exception:
-        # Whatever keeps it from working with this torch: its formula is measured instead.
-        return None
-
-
 def missing() -> list[dict[str, str]]:
     """List the libraries whose formula is measured in their place."""
     reason = "not installed, or not for this torch; its formula is measured instead"
@@ -115,8 +106,8 @@ def missing() -> list[dict[str, str]]:
     return [{"contender": name, "reason": reason} for name, found in known if found is None]
 
 
-_OPACUS = _installed("opacus.grad_sample.linear")
-_BACKPACK = _installed("backpack.extensions.firstorder.sum_grad_squared.linear")
+_OPACUS, _ = load("opacus.grad_sample.linear")
+_BACKPACK, _ = load("backpack.extensions.firstorder.sum_grad_squared.linear")
 
 
 def _layer(weight: Tensor) -> nn.Linear:
@@ -142,7 +133,7 @@ def opacus(x: Operands) -> Run:
 def opacus_fused(x: Operands) -> Run:
     """Return Opacus's samples, reduced in one pass by this library."""
     rows = _grad_sample(x)
-    backend = "reference" if x.a.device.type == "cpu" else "triton"
+    backend = backend_of(x.a.device)
 
     def run() -> Result:
         gradients, squares = backends.reduce_samples([x.weight], [[rows()]], backend)

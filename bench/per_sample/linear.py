@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import clock
-from bench.step.peers import first_line
+from bench.harness import clock
+from bench.harness.contenders import FAILED, MEASURED, UNFIT, Mismatch, first_line
 
-from .agreement import Mismatch, check_results
 from .cases import ARITHMETIC, Shape
 from .contenders import BASE, CONTENDERS, OURS, Contender, Operands, Result, Run
+from .correctness import check_results
 
-MEASURED, UNFIT, FAILED = "measured", "does not fit", "failed"
 # Of the weight's rows and columns, how many at either end are compared with float64.
 EDGE = 8
 

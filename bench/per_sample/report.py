@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.harness.tables import mebibytes
+
 
 def report(result: dict[str, Any], console: Console) -> None:
     """Print times, memory and aims."""
@@ -35,14 +37,10 @@ def _linear(case: dict[str, Any]) -> Table:
             f"{entry['median']:.4g}",
             f"{entry['ratio']:.3f} ({low:.3f} to {high:.3f})",
             f"{entry['host_median']:.3g}",
-            _mebibytes(entry["peak_bytes"]),
+            mebibytes(entry["peak_bytes"]),
             entry["source"],
         )
     return table
-
-
-def _mebibytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**20:.0f}"
 
 
 def _training(step: dict[str, Any]) -> Table:
@@ -55,7 +53,7 @@ def _training(step: dict[str, Any]) -> Table:
             name,
             f"{entry['median']:.4g} ({low:.4g} to {high:.4g})",
             f"{entry['host_median']:.4g}",
-            _mebibytes(entry["peak_bytes"]),
+            mebibytes(entry["peak_bytes"]),
         )
     return table
 

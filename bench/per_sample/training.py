@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from bench import clock
+from bench.harness import clock, gpt
+from bench.harness.contenders import Mismatch, backend_of
+from bench.harness.gpt import Size
 
-from .agreement import Mismatch, check
 from .cases import ARITHMETIC
-from .gpt import GPT, Size, backward
+from .correctness import check
 
 # Before times are taken or memory is counted: states are made in the first step.
 WARM_UP = 3
@@ -22,41 +23,28 @@ WARM_UP = 3
 STEPS = 4
 
 
-class Arm:
-    """A model with its optimizer, the same weights for the same seed."""
+class Training(gpt.Training):
+    """A training with statistics, or one without."""
 
     def __init__(self, size: Size, device: torch.device, observed: bool) -> None:
-        with torch.random.fork_rng(), device:
-            torch.manual_seed(0)
-            self.model = GPT(size)
-        self.device = device
+        super().__init__(size, device)
         self.statistics: fusedopt.PerSampleSquares | None = None
-        backend = "reference" if device.type == "cpu" else "triton"
+        backend = backend_of(device)
         options: dict[str, Any] = {"lr": 6e-4, "weight_decay": 0.1, "backend": backend}
         if observed:
             self.statistics = fusedopt.PerSampleSquares(self.model, backend=backend)
-            self.optimizer: torch.optim.Optimizer = fusedopt.BatchDecoupledAdam(
-                self.model.parameters(), statistics=self.statistics, **options
+            self.optimizer = fusedopt.BatchDecoupledAdam(
+                self.params, statistics=self.statistics, **options
             )
         else:
-            self.optimizer = fusedopt.AdamW(self.model.parameters(), **options)
-
-    def backward(self, codes: Tensor) -> Tensor:
-        """Form the gradients of codes ``[batch, length + 1]``; return the loss."""
-        self.optimizer.zero_grad()
-        return backward(self.model, codes)
-
-    def step(self, codes: Tensor) -> None:
-        """Train on a batch."""
-        self.backward(codes)
-        self.optimizer.step()
+            self.optimizer = fusedopt.AdamW(self.params, **options)
 
 
 def measure(size: Size, settings: dict[str, Any], advance: Callable[[], None]) -> dict[str, Any]:
     """Return times and memory, at the largest batch up to the one asked for that fits.
 
     Raises:
-        Mismatch: where the gradients of the two arms differ by more than rounding.
+        Mismatch: where the gradients of the two differ by more than rounding.
         torch.OutOfMemoryError: where not even one sequence fits.
     """
     device, batch = torch.device(settings["device"]), settings["batch"]
@@ -91,9 +79,7 @@ def _measure(
     settings: dict[str, Any],
     advance: Callable[[], None],
 ) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(size.vocabulary, (batch, size.length + 1), generator=generator)
-    codes = codes.to(device)
+    codes = gpt.draw_codes(size, batch, device)
     watch = clock.Clock(device)
     peaks = {}
     for name, observed in (("without", False), ("with", True)):
@@ -101,9 +87,9 @@ def _measure(
         peaks[name] = clock.peak_bytes(partial(_train, size, device, observed, codes), device)
         advance()
     clock.release()
-    arms = {"without": Arm(size, device, False), "with": Arm(size, device, True)}
-    distances = _compare(arms["without"], arms["with"], codes, device)
-    runs = {name: partial(_steps, arm, codes) for name, arm in arms.items()}
+    trainings = {"without": Training(size, device, False), "with": Training(size, device, True)}
+    distances = _compare(trainings["without"], trainings["with"], codes, device)
+    runs = {name: partial(_steps, training, codes) for name, training in trainings.items()}
     advance()
     times = clock.in_turn(runs, watch, settings["repetitions"], settings["seconds"])
     result: dict[str, Any] = {}
@@ -112,7 +98,7 @@ def _measure(
         result[name] = clock.summary(a_step) | {"peak_bytes": peaks[name]}
     result |= clock.ratio(result["with"], result["without"])
     advance()
-    observed = arms["with"]
+    observed = trainings["with"]
     return {
         "parameters": sum(p.numel() for p in observed.model.parameters()),
         "samples": observed.statistics.samples,
@@ -121,22 +107,24 @@ def _measure(
     }
 
 
-def _steps(arm: Arm, codes: Tensor) -> None:
+def _steps(training: Training, codes: Tensor) -> None:
     for _ in range(STEPS):
-        arm.step(codes)
+        training.step(codes)
 
 
-def _train(size: Size, device: torch.device, observed: bool, codes: Tensor) -> Arm:
-    arm = Arm(size, device, observed)
+def _train(size: Size, device: torch.device, observed: bool, codes: Tensor) -> Training:
+    training = Training(size, device, observed)
     for _ in range(WARM_UP):
-        arm.step(codes)
-    return arm
+        training.step(codes)
+    return training
 
 
-def _compare(plain: Arm, observed: Arm, codes: Tensor, device: torch.device) -> dict[str, float]:
-    """Check that both arms have the same gradients, and that the squares are those of samples."""
+def _compare(
+    plain: Training, observed: Training, codes: Tensor, device: torch.device
+) -> dict[str, float]:
+    """Check that both have the same gradients, and that the squares are those of samples."""
     kind = "fp32" if device.type == "cpu" else "bf16"
-    losses = [arm.backward(codes).item() for arm in (plain, observed)]
+    losses = [training.backward(codes).item() for training in (plain, observed)]
     if abs(losses[1] - losses[0]) > 1e-3 * losses[0]:
         raise Mismatch(f"losses are {losses[0]:g} without statistics and {losses[1]:g} with them")
     worst = {"rms": 0.0, "maximum": 0.0}
@@ -148,9 +136,9 @@ def _compare(plain: Arm, observed: Arm, codes: Tensor, device: torch.device) -> 
     return worst
 
 
-def _check_squares(name: str, parameter: Tensor, arm: Arm) -> None:
+def _check_squares(name: str, parameter: Tensor, training: Training) -> None:
     """Check that the mean of squares is at least the square of the mean, as it is of anything."""
-    mean_square = arm.statistics.mean_square(parameter).sum().item()
+    mean_square = training.statistics.mean_square(parameter).sum().item()
     squared_mean = parameter.grad.square().sum().item()
     if not 0.99 * squared_mean <= mean_square < float("inf"):
         raise Mismatch(

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.harness.places import BASELINES
+
 # The parameters are on the CPU, where the Triton backend takes them only for the interpreter; no
 # kernel runs. Before anything imports Triton: the decorator decides by it.
 os.environ["TRITON_INTERPRET"] = "1"
 
-BASELINE = Path(__file__).resolve().parents[1] / "baselines" / "host.json"
+BASELINE = BASELINES / "host.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +61,8 @@ def _show(rows: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from bench.harness.tables import wide
+
     table = Table(title="host time of step(), and calls of Python, without the launch")
     for column in ("class", "gradients", "over torch"):
         table.add_column(column)
@@ -72,10 +76,7 @@ def _show(rows: Sequence[dict[str, Any]]) -> None:
             *(f"{row[x]} ({row[x + '_a_tensor']:g})" for x in ("calls", "baseline_calls")),
             "; ".join(row["slower"]) or "-",
         )  # fmt: skip
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    console.print(table)
+    wide(Console(), 120).print(table)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

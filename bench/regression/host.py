@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import fusedopt
-from bench.pairs import make_params, ratio, without_launches
+from bench.harness.pairs import make_params, ratio, without_launches
 
 TENSORS, ELEMENTS = 1000, 16
 ROUNDS = 100

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from bench.harness.output import write_whole
+
 from .host import CASES, ELEMENTS, MODES, ROUNDS, TENSORS, Case, calls, measure
 
 SCHEMA = 1
@@ -131,9 +133,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def save(path: Path, baseline: Mapping[str, Any]) -> None:
     """Write a baseline, one row a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     head = {name: value for name, value in baseline.items() if name != "rows"}
     lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
     rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in baseline["rows"].items()]
     text = "\n".join(["{", *lines, ' "rows": {', ",\n".join(rows), " }", "}"])
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, text + "\n")

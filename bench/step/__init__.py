@@ -11,7 +11,7 @@ schema     1
 kind       "bench"
 measurement whether the figures mean anything: false with ``--quick``
 note       what a reader has to know first, or ""
-environment see ``bench.environment``
+environment see ``bench.harness.environment``
 settings   what was asked for; "parts", "set" (core, full, quick or cpu), "partial" (whether
            only some of the set), "device", "rounds", ...
 copy       {"gbps": {"median", "p10", "p90"}, "bytes", "by_case": {case: GB/s}}: a device copy, read
@@ -45,7 +45,7 @@ status              "measured", "failed", "skipped" or "does not fit", and "reas
 device_ms           {"median", "p10", "p90"} of the device; on a CPU wall time
 host_ms             until step() returns, on a device that has nothing else to do
 launches            kernels in one profiled step, and "copies"; null on a CPU
-bytes_per_parameter what the contender's operations read and write: ``traffic``
+bytes_per_parameter what the contender's operations read and write: ``bytes_moved``
 gbps                of those bytes; "percent_of_copy" of the copy that was measured before the case
 extra_peak_bytes    allocated in a step, beyond what was before; null on a CPU
 error               {"ulps", "relative", "bound_ulps"} against float64, in units of the stored type
@@ -57,3 +57,4 @@ ratio_to_ours       time over ours at the same clip and scaler: the median withi
 # What needs a quiet GPU first, for a run may be cut short.
 PARTS = ("step", "training", "first-step", "host", "per-sample")
 OURS = "fusedopt"
+SCHEMA = 1

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bench.environment import ROOT
+from bench.harness.places import ROOT
 
 from . import first_step
 

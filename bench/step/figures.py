@@ -8,9 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from bench.harness.figures import heading, save
+from bench.harness.output import File
+
 from . import OURS
 from .contenders import CONTENDERS
-from .output import File
 
 Entry = dict[str, Any]
 COLOURS = {name: f"C{i}" for i, name in enumerate(CONTENDERS)}
@@ -20,17 +22,15 @@ LONGEST = 6.0
 
 def write(result: Entry, file: File) -> None:
     """Write both pictures beside the JSON."""
-    bars(result).savefig(file.path("-bars.png"), dpi=110)
-    roofline(result).savefig(file.path("-roofline.png"), dpi=110)
+    save(bars(result), file.path("-bars.png"))
+    save(roofline(result), file.path("-roofline.png"))
 
 
 def _heading(result: Entry, what: str) -> str:
     environment = result["environment"]
     cuda = f", CUDA {environment['cuda']}" if environment["cuda"] else ""
     text = f"{what}\n{environment['device']}, torch {environment['torch']}{cuda}"
-    if not result["measurement"]:
-        return f"{text}\nNOT A MEASUREMENT: tiny tensors"
-    return f"{text}\n{result['note']}" if result["note"] else text
+    return heading(text, result, "tensors")
 
 
 def _measured(result: Entry) -> list[Entry]:

@@ -12,11 +12,11 @@ import torch
 
 from fusedopt.compilations import compilations
 
-from . import OURS, gate, models
+from . import OURS, correctness, models
 from .codecs import CODECS
 from .contenders import CONTENDERS
-from .problem import Problem
 from .rules import RULES
+from .workload import Workload
 
 # Contender, rule, types. On a CPU nothing of ours is compiled, and torch compiles for minutes.
 CORE = (
@@ -38,22 +38,22 @@ def measure(contender: str, rule: str, types: str, device: str, quick: bool) -> 
     case = models.tiny("gpt2") if quick else models.case("gpt2")
     # The context, the libraries and the tensors are there before any optimizer.
     codec = CODECS[types]
-    problem = Problem(case, codec, RULES[rule], place)
-    arm = CONTENDERS[contender].make(problem, False, None)
+    workload = Workload(case, codec, RULES[rule], place)
+    timed = CONTENDERS[contender].make(workload, False, None)
     found: list[tuple[float, int]] = []
 
     def step() -> None:
         _wait(place)
         with compilations() as seen:
             begin = time.perf_counter()
-            arm.step()
+            timed.step()
             _wait(place)
             found.append((time.perf_counter() - begin, seen.compiled))
 
-    taken = gate.take(problem, step)
+    taken = correctness.take(workload, step)
     # Afterwards: float64 would take some of the first step's time away.
     bound = codec.bound_of(contender == OURS, False, place)
-    gate.compare(problem, taken, gate.expect(problem, False), bound)
+    correctness.compare(workload, taken, correctness.expect(workload, False), bound)
     seconds, compiled = found[0]
     return {"seconds": seconds, "variants_compiled": compiled if contender == OURS else None}
 

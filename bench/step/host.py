@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 import fusedopt
-from bench import clock
+from bench.harness import clock
 from fusedopt.backends import triton as backend
 
 from . import OURS
-from .problem import SAMPLES
 from .rules import RULES, Row
+from .workload import SAMPLES
 
 ELEMENTS = 16
 TENSORS = 1000

@@ -8,20 +8,18 @@ from typing import Any
 
 import torch
 
-from bench import clock
+from bench.harness import clock
+from bench.harness.contenders import FAILED, MEASURED, SKIPPED, UNFIT, Mismatch, first_line
 
-from . import OURS, gate
-from .arms import Arm, Unsupported
+from . import OURS, correctness
 from .codecs import CODECS
 from .contenders import CONTENDERS
 from .launches import launches
 from .models import Case
-from .peers import first_line
-from .problem import Problem
+from .protocol import TimedStep, Unsupported
 from .rules import RULES
+from .workload import Workload
 
-UNFIT = "does not fit"
-MEASURED, FAILED, SKIPPED = "measured", "failed", "skipped"
 # Where random numbers take longer than a step, timed steps see the same ones.
 REDRAWN_ON_CPU = 2**20
 
@@ -80,7 +78,7 @@ def measure(group: Group, settings: dict[str, Any], copy_gbps: float | None) -> 
         if "can't allocate memory" not in str(error):
             raise
         _mark(rows, UNFIT, first_line(error))
-    except gate.Mismatch as error:
+    except Mismatch as error:
         _mark(rows, FAILED, str(error))
     clock.release()
     return rows
@@ -101,33 +99,35 @@ def _measure(
 ) -> None:
     # Before any memory is counted.
     watch = clock.Clock(device)
-    problem = Problem(group.case, CODECS[group.types], RULES[group.rule], device)
-    arms: dict[Key, Arm] = {}
+    workload = Workload(group.case, CODECS[group.types], RULES[group.rule], device)
+    admitted: dict[Key, TimedStep] = {}
     for clip in (False, True):
         pairs = [pair for pair in zip(group.keys, rows, strict=True) if pair[0].clip == clip]
         if pairs:
-            expected = gate.expect(problem, clip)
+            expected = correctness.expect(workload, clip)
         for key, row in pairs:
-            arm = _admit(key, row, problem, expected)
-            if arm is not None:
-                arms[key] = arm
+            timed = _admit(key, row, workload, expected)
+            if timed is not None:
+                admitted[key] = timed
             clock.release()
     by_key = dict(zip(group.keys, rows, strict=True))
-    _time(problem, arms, by_key, watch, settings)
-    for key in arms:
-        _derive(by_key[key], key, problem, copy_gbps)
+    _time(workload, admitted, by_key, watch, settings)
+    for key in admitted:
+        _derive(by_key[key], key, workload, copy_gbps)
 
 
-def _admit(key: Key, row: RowT, problem: Problem, expected: gate.Expected) -> Arm | None:
+def _admit(
+    key: Key, row: RowT, workload: Workload, expected: correctness.Expected
+) -> TimedStep | None:
     """Return what to time, if it is what it says it is; otherwise note why not."""
-    scale = gate.SCALE if key.scaler else None
+    scale = correctness.SCALE if key.scaler else None
     contender = CONTENDERS[key.contender]
-    codec = problem.codec
-    bound = codec.bound_of(key.contender == OURS, key.clip, problem.device)
+    codec = workload.codec
+    bound = codec.bound_of(key.contender == OURS, key.clip, workload.device)
     try:
-        arm = contender.make(problem, key.clip, scale)
-        error = gate.check(problem, expected, arm.step, bound, scale or 1.0)
-    except gate.Mismatch as mismatch:
+        timed = contender.make(workload, key.clip, scale)
+        error = correctness.check(workload, expected, timed.step, bound, scale or 1.0)
+    except Mismatch as mismatch:
         row |= {"status": FAILED, "reason": str(mismatch)}
         row["error"] = None if mismatch.error is None else mismatch.error.facts()
     except Unsupported as reason:
@@ -139,40 +139,40 @@ def _admit(key: Key, row: RowT, problem: Problem, expected: gate.Expected) -> Ar
         row |= {"status": status, "reason": f"at its first steps: {first_line(broken)}"}
     else:
         row |= {"status": MEASURED, "error": error.facts()}
-        if arm.scaler is not None:
+        if timed.scaler is not None:
             # So that gradients keep their size however often they are unscaled in place.
-            arm.scaler.update(1.0)
-        return arm
+            timed.scaler.update(1.0)
+        return timed
     return None
 
 
 def _time(
-    problem: Problem,
-    arms: dict[Key, Arm],
+    workload: Workload,
+    admitted: dict[Key, TimedStep],
     rows: dict[Key, RowT],
     watch: clock.Clock,
     settings: dict[str, Any],
 ) -> None:
     """Fill in times, launches and memory of what has passed."""
-    device = problem.device
-    problem.restart()
-    problem.new_gradients(1, 1.0)
-    for key, arm in list(arms.items()):
+    device = workload.device
+    workload.restart()
+    workload.new_gradients(1, 1.0)
+    for key, timed in list(admitted.items()):
         try:
-            arm.step()
-            rows[key]["extra_peak_bytes"] = clock.peak_bytes(arm.step, device)
-            rows[key] |= launches(arm.step, device)
+            timed.step()
+            rows[key]["extra_peak_bytes"] = clock.peak_bytes(timed.step, device)
+            rows[key] |= launches(timed.step, device)
         except torch.OutOfMemoryError as full:
             rows[key] |= {"status": UNFIT, "reason": first_line(full)}
-            del arms[key]
+            del admitted[key]
     clock.release()
-    redraw = device.type != "cpu" or problem.case.parameters <= REDRAWN_ON_CPU
+    redraw = device.type != "cpu" or workload.case.parameters <= REDRAWN_ON_CPU
     times = clock.in_turn(
-        {key: arm.step for key, arm in arms.items()},
+        {key: timed.step for key, timed in admitted.items()},
         watch,
         settings["rounds"],
         settings["seconds"],
-        before=_redraw(problem) if redraw else lambda: None,
+        before=_redraw(workload) if redraw else lambda: None,
     )
     for key, measured in times.items():
         summary = clock.summary(measured)
@@ -189,16 +189,16 @@ def _time(
         del rows[key]["_summary"]
 
 
-def _redraw(problem: Problem) -> Callable[[], None]:
+def _redraw(workload: Workload) -> Callable[[], None]:
     seeds = iter(range(10, 1_000_000))
-    return lambda: problem.new_gradients(next(seeds), 1.0)
+    return lambda: workload.new_gradients(next(seeds), 1.0)
 
 
-def _derive(row: RowT, key: Key, problem: Problem, copy_gbps: float | None) -> None:
+def _derive(row: RowT, key: Key, workload: Workload, copy_gbps: float | None) -> None:
     """Fill in what follows from the time."""
-    count = CONTENDERS[key.contender].bytes_per_parameter(problem, key.clip, key.scaler)
+    count = CONTENDERS[key.contender].bytes_per_parameter(workload, key.clip, key.scaler)
     row["bytes_per_parameter"] = count
     if row["device_ms"] is not None:
-        row["gbps"] = count * problem.case.parameters / (1e6 * row["device_ms"]["median"])
+        row["gbps"] = count * workload.case.parameters / (1e6 * row["device_ms"]["median"])
         if copy_gbps:
             row["percent_of_copy"] = 100 * row["gbps"] / copy_gbps

@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.harness.tables import mebibytes, number, wide
+
 Entry = dict[str, Any]
 
 
 def report(result: dict[str, Any], console: Console) -> None:
     """Print every table that there is something for."""
-    if not console.is_terminal:
-        # A log file has no edge: numbers must not be cut off at 80 columns.
-        console = Console(file=console.file, width=180)
+    console = wide(console, 180)
     if result["note"]:
         meaning = "" if result["measurement"] else "Not a measurement: "
         console.print(f"[bold]{meaning}{result['note']}.[/bold]", soft_wrap=True)
@@ -51,22 +51,18 @@ def _copy(copy: Entry) -> str:
     )
 
 
-def _number(value: float | None, form: str = ".4g") -> str:
-    return "-" if value is None else format(value, form)
-
-
 _COLUMNS: tuple[tuple[str, Callable[[Entry], str]], ...] = (
     ("ms", lambda row: _time(row, "median")),
     ("p10", lambda row: _time(row, "p10")),
     ("p90", lambda row: _time(row, "p90")),
-    ("over ours", lambda row: _number(row["ratio_to_ours"], ".3f")),
-    ("host ms", lambda row: _number(row["host_ms"], ".3g")),
-    ("launches", lambda row: _number(row["launches"], "d")),
-    ("B/param", lambda row: _number(row["bytes_per_parameter"], "g")),
-    ("GB/s", lambda row: _number(row["gbps"], ".0f")),
-    ("% of copy", lambda row: _number(row["percent_of_copy"], ".0f")),
-    ("extra MiB", lambda row: _mebibytes(row["extra_peak_bytes"])),
-    ("ulps", lambda row: _number(row["error"] and row["error"]["ulps"], ".3g")),
+    ("over ours", lambda row: number(row["ratio_to_ours"], ".3f")),
+    ("host ms", lambda row: number(row["host_ms"], ".3g")),
+    ("launches", lambda row: number(row["launches"], "d")),
+    ("B/param", lambda row: number(row["bytes_per_parameter"], "g")),
+    ("GB/s", lambda row: number(row["gbps"], ".0f")),
+    ("% of copy", lambda row: number(row["percent_of_copy"], ".0f")),
+    ("extra MiB", lambda row: mebibytes(row["extra_peak_bytes"])),
+    ("ulps", lambda row: number(row["error"] and row["error"]["ulps"], ".3g")),
 )
 
 
@@ -121,11 +117,7 @@ def _some(names: dict[str, None], most: int = 4) -> str:
 
 
 def _time(row: Entry, which: str) -> str:
-    return _number(row["device_ms"] and row["device_ms"][which])
-
-
-def _mebibytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**20:.0f}"
+    return number(row["device_ms"] and row["device_ms"][which])
 
 
 def _host(result: Entry) -> Table | None:
@@ -136,8 +128,8 @@ def _host(result: Entry) -> Table | None:
     table = Table(*columns, title=title)
     for row in result["host"]:
         names = (row["rule"], f"{row['tensors']:,}", row["gradients"], row["contender"])
-        ratio = _number(row["ratio_to_ours"], ".2f")
-        table.add_row(*names, f"{row['microseconds']:.0f}", ratio, _number(row["launches"], "d"))
+        ratio = number(row["ratio_to_ours"], ".2f")
+        table.add_row(*names, f"{row['microseconds']:.0f}", ratio, number(row["launches"], "d"))
     return table
 
 
@@ -147,9 +139,9 @@ def _first_step(result: Entry) -> Table | None:
     title = "First step of a process, nothing compiled before"
     table = Table("rule", "types", "contender", "seconds", "kernels compiled", title=title)
     for row in result["first_step"]:
-        seconds = _number(row["seconds"], ".3g") if row["reason"] is None else row["reason"]
+        seconds = number(row["seconds"], ".3g") if row["reason"] is None else row["reason"]
         names = (row["rule"], row["types"], row["contender"])
-        table.add_row(*names, seconds, _number(row["variants_compiled"], "d"))
+        table.add_row(*names, seconds, number(row["variants_compiled"], "d"))
     return table
 
 

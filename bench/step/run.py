@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-from bench import clock, tokens
-from bench.environment import ROOT
+from bench.harness import clock, tables
+from bench.harness.contenders import first_line
+from bench.harness.output import File
+from bench.harness.places import RESULTS, SCRATCH
 
-from . import OURS, PARTS, children, figures, first_step, output, sets
+from . import OURS, PARTS, children, figures, first_step, sets, training
+from . import result as results
+from .external import LIBRARIES
 from .measure import Group, measure
-from .peers import PEERS, first_line
 from .report import report
 
-BENCH = ROOT / "bench"
 QUICK = "tiny tensors, which show that the benchmark works and nothing else"
 NO_GPU = (
     "no GPU: the reference backend and torch on a processor, whose caches move more than memory"
@@ -45,12 +47,12 @@ def run(options: argparse.Namespace) -> int:
     chosen = "quick" if options.quick else "cpu" if device == "cpu" else options.set
     settings = _settings(options, device, chosen)
     note = QUICK if options.quick else NO_GPU if device == "cpu" else ""
-    result = output.new(settings, device, not options.quick, note)
+    result = results.new(settings, device, not options.quick, note)
     small = options.quick or device == "cpu"
-    folder = options.out or (BENCH / "out" if small else BENCH / "results")
+    folder = options.out or (SCRATCH if small else RESULTS)
     console = Console(stderr=True)
     try:
-        file = output.File(Path(folder), result)
+        file = results.file(Path(folder), result)
     except OSError as error:
         console.print(f"bench: --out {folder}: {error.strerror}", markup=False, soft_wrap=True)
         return 2
@@ -111,25 +113,22 @@ def _missing(result: dict[str, Any], settings: dict[str, Any]) -> None:
         result["missing"] += missing()
     if not {"step", "first-step"} & set(settings["parts"]):
         return
-    for name, peer in PEERS.items():
+    for name, library in LIBRARIES.items():
         if settings["contenders"] and name not in settings["contenders"]:
             continue
-        reason = peer.reason_missing()
+        reason = library.reason_missing()
         if reason is not None:
             result["missing"].append({"contender": name, "reason": reason})
 
 
-def _run(
-    result: dict[str, Any], settings: dict[str, Any], file: output.File, console: Console
-) -> None:
+def _run(result: dict[str, Any], settings: dict[str, Any], file: File, console: Console) -> None:
     """Run the parts; whatever a part raises is noted, and the next one runs."""
     groups = _groups(result, settings) if "step" in settings["parts"] else []
     if settings["device"] == "cuda":
         seconds = sets.estimate(groups, settings["rounds"], settings["seconds"])
         seconds += sum(SECONDS.get(part, 0.0) for part in settings["parts"])
         console.print(f"About {seconds / 60:.0f} minutes on an H100.", soft_wrap=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+    with tables.progress(console) as progress:
         steps = {
             "step": partial(_step, groups),
             "host": _host,
@@ -233,7 +232,7 @@ def _training(
         raise RuntimeError("training is measured on a GPU alone; --quick checks it")
     task = progress.add_task("training steps", total=3)
     advance: Callable[[], None] = partial(progress.advance, task)
-    size, batch = (tokens.TINY, 3) if quick else (tokens.SIZE, 16)
+    size, batch = (training.TINY, 3) if quick else (training.SIZE, 16)
     rounds = {"rounds": 2 if quick else 15, "seconds": 4.0}
-    result["training"] = tokens.measure(size, batch, {**settings, **rounds}, advance)
+    result["training"] = training.measure(size, batch, {**settings, **rounds}, advance)
     yield

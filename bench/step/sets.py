@@ -35,12 +35,12 @@ class Choice:
 
 
 BOTH = (False, True)
-PEERS = tuple(name for name in ALL if name not in EAGER and name != "torch-compiled")
+EXTERNAL = tuple(name for name in ALL if name not in EAGER and name != "torch-compiled")
 
 # On a GPU in about a minute and a half: see ``estimate``.
 CORE = (
     Choice("gpt2", ["AdamW"], ["fp32", "bf16"], FAST, BOTH),
-    Choice("gpt2", ["AdamW"], ["fp32", "bf16"], ["torch-compiled", "torch-for-loop", *PEERS]),
+    Choice("gpt2", ["AdamW"], ["fp32", "bf16"], ["torch-compiled", "torch-for-loop", *EXTERNAL]),
     Choice("gpt2", ["AdamW"], ["fp32"], FAST, BOTH, (True,)),
     Choice("gpt2", ["SGD-momentum", "RMSprop"], ["fp32"], FAST),
     Choice("gpt2", ["BatchDecoupledAdam"], ["fp32"], [OURS]),
@@ -71,7 +71,7 @@ CPU = (
     Choice("many", ["AdamW"], ["fp32"], FAST),
     Choice("gpt2", ["AdamW"], ["fp32"], FAST),
 )
-_QUICK = (*EAGER, *PEERS)
+_QUICK = (*EAGER, *EXTERNAL)
 QUICK = (
     Choice("gpt2", list(RULES), list(CODECS), EAGER, BOTH),
     Choice("gpt2", ["AdamW"], ["fp32"], _QUICK, BOTH, BOTH),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.files import write_whole
+from bench.harness.output import write_json
 from fusedopt.kernels import geometry, lang
 from fusedopt.kernels.rules import REGISTRY
 
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from bench.clock import Clock
-    from bench.environment import environment
+    from bench.harness.clock import Clock
+    from bench.harness.environment import environment
     from fusedopt.kernels import aot
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def keep(so_far: Sequence[dict[str, Any]]) -> None:
         if options.out is not None:
             found = {"architecture": target, **origin, "results": so_far}
-            write_whole(options.out, json.dumps(found, indent=1) + "\n")
+            write_json(options.out, found)
 
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
@@ -100,6 +100,8 @@ def _show(results: Sequence[dict[str, Any]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from bench.harness.tables import wide
+
     table = Table(title=f"{title}: block/threads, and time over the default's")
     for column in ("rule", "types", "default", "chosen", "ratio (quartiles)", "ruled out"):
         table.add_column(column)
@@ -116,10 +118,7 @@ def _show(results: Sequence[dict[str, Any]], title: str) -> None:
         ruled_out = sum("ruled_out" in x for x in tried.values())
         names = result["rule"], result["types"], result["default"]
         table.add_row(*names, *cells, str(ruled_out))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    console.print(table)
+    wide(Console()).print(table)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

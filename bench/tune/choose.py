@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.clock import quartiles
+from bench.harness.clock import quartiles
 
 # In three rounds of four, a candidate takes at most this share of the default's time.
 FASTER = 0.99

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.clock import Clock, in_turn, release
+from bench.harness.clock import Clock, in_turn, release
 from fusedopt.kernels import geometry
 from fusedopt.kernels.geometry import Geometry
 

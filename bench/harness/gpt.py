@@ -30,6 +30,10 @@ class Size:
     tied: bool = False
 
 
+# Shows that a benchmark works, and nothing else.
+TINY = Size(layers=2, heads=2, width=16, vocabulary=64, length=8)
+
+
 class Block(nn.Module):
     """Causal attention, then a perceptron of two layers, both residual."""
 
@@ -81,3 +85,42 @@ def backward(model: GPT, codes: Tensor) -> Tensor:
         loss = F.cross_entropy(logits.flatten(0, 1), codes[:, 1:].flatten())
     loss.backward()
     return loss.detach()
+
+
+def draw_codes(size: Size, batch: int, device: torch.device) -> Tensor:
+    """Draw sequences ``[batch, length + 1]`` to train on, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(size.vocabulary, (batch, size.length + 1), generator=generator)
+    return codes.to(device)
+
+
+class Training:
+    """A GPT that is trained, with the same weights whoever its optimizer is.
+
+    Attributes:
+        optimizer: of the model, which whoever inherits makes.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        with torch.random.fork_rng(), device:
+            torch.manual_seed(0)
+            self.model = GPT(size)
+        self.params = list(self.model.parameters())
+        self.device = device
+
+    def backward(self, codes: Tensor) -> Tensor:
+        """Form the gradients of codes ``[batch, length + 1]``; return the loss."""
+        self.optimizer.zero_grad()
+        return backward(self.model, codes)
+
+    def update(self) -> None:
+        """Do all that stands between the backward pass and the next forward pass."""
+        self.optimizer.step()
+
+    def step(self, codes: Tensor) -> Tensor:
+        """Train on a batch; return the loss before."""
+        loss = self.backward(codes)
+        self.update()
+        return loss

@@ -76,7 +76,7 @@ def _view(memory: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
     return memory.view(shape)
 
 
-class Problem:
+class Workload:
     """A case in the types of a codec, with the states of a rule."""
 
     def __init__(self, case: Case, codec: Codec, row: Row, device: torch.device) -> None:

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .arms import Arm
 from .codecs import Codec
 from .models import Case
-from .problem import Problem
+from .protocol import TimedStep
 from .rules import Row
+from .workload import Workload
 
-Make = Callable[[Problem, bool, float | None], Arm]
-Count = Callable[[Problem, bool, bool], float]
+Make = Callable[[Workload, bool, float | None], TimedStep]
+Count = Callable[[Workload, bool, bool], float]
 
 # Written, but not read, in spite of being changed in place.
 _OVERWRITTEN = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
@@ -36,23 +36,23 @@ def itemsize(dtype: torch.dtype) -> int:
     return torch.empty((), dtype=dtype, device="meta").element_size()
 
 
-def ideal(problem: Problem) -> float:
+def ideal(workload: Workload) -> float:
     """Return what one pass over everything moves."""
-    codec = problem.codec
+    codec = workload.codec
     param, gradient, state = map(itemsize, (codec.param, codec.gradient, codec.state))
-    squares = 4 * problem.row.takes_squares
-    gradient *= 1 + problem.row.takes_pairs
-    return 2 * param + gradient + squares + 2 * state * len(problem.states)
+    squares = 4 * workload.row.takes_squares
+    gradient *= 1 + workload.row.takes_pairs
+    return 2 * param + gradient + squares + 2 * state * len(workload.states)
 
 
-def ours(problem: Problem, clip: bool, scaler: bool) -> float:
+def ours(workload: Workload, clip: bool, scaler: bool) -> float:
     """Count one pass, and one more read of the gradients where their norm is wanted.
 
     ``kernels/aot_variants.py`` has the same numbers as budgets of the compiled kernels. The loss
     scaler's own search for an overflow reads and writes the gradients before the step.
     """
-    gradient = itemsize(problem.codec.gradient)
-    return ideal(problem) + gradient * (clip + 2 * scaler)
+    gradient = itemsize(workload.codec.gradient)
+    return ideal(workload) + gradient * (clip + 2 * scaler)
 
 
 def one_pass(make: Make) -> Count:
@@ -63,9 +63,9 @@ def one_pass(make: Make) -> Count:
     and writes them.
     """
 
-    def count(problem: Problem, clip: bool, scaler: bool) -> float:
-        gradient = itemsize(problem.codec.gradient)
-        return ideal(problem) + gradient * (3 * clip + 2 * scaler)
+    def count(workload: Workload, clip: bool, scaler: bool) -> float:
+        gradient = itemsize(workload.codec.gradient)
+        return ideal(workload) + gradient * (3 * clip + 2 * scaler)
 
     return count
 
@@ -73,8 +73,8 @@ def one_pass(make: Make) -> Count:
 def eager(make: Make) -> Count:
     """Count what is dispatched in a step on a small tensor."""
 
-    def count(problem: Problem, clip: bool, scaler: bool) -> float:
-        return _dispatched(make, problem.codec, problem.row, problem.device, clip, scaler)
+    def count(workload: Workload, clip: bool, scaler: bool) -> float:
+        return _dispatched(make, workload.codec, workload.row, workload.device, clip, scaler)
 
     return count
 
@@ -83,8 +83,8 @@ def one_pass_on_gpu(make: Make) -> Count:
     """Count one pass where a kernel takes it, and dispatched operations on a CPU."""
     on_gpu, on_cpu = one_pass(make), eager(make)
 
-    def count(problem: Problem, clip: bool, scaler: bool) -> float:
-        return (on_cpu if problem.device.type == "cpu" else on_gpu)(problem, clip, scaler)
+    def count(workload: Workload, clip: bool, scaler: bool) -> float:
+        return (on_cpu if workload.device.type == "cpu" else on_gpu)(workload, clip, scaler)
 
     return count
 
@@ -96,13 +96,13 @@ def _dispatched(
     sizes = (1024, 3072)
     moved = []
     for size in sizes:
-        small = Problem(Case("traffic", "", ((size,),)), codec, row, device)
-        arm = make(small, clip, 1.0 if scaler else None)
+        small = Workload(Case("bytes_moved", "", ((size,),)), codec, row, device)
+        timed = make(small, clip, 1.0 if scaler else None)
         small.new_gradients(seed=1, deviation=1.0)
         # Whatever is made in the first step is made.
-        arm.step()
+        timed.step()
         with Counter() as counter:
-            arm.step()
+            timed.step()
         moved.append(counter.bytes)
     # What does not grow with the tensor is not the parameters'.
     return (moved[1] - moved[0]) / (sizes[1] - sizes[0])

@@ -1,4 +1,4 @@
-"""The README's table of algorithms: ``python -m docs.algorithm_table [--write]``.
+"""The README's table of algorithms: ``python -m tools.algorithm_table [--write]``.
 
 Every algorithm that the project has, with the document it comes from, where it lives and what
 checks it. The files are found from the code: of a rule from the registry, where the group that
@@ -8,10 +8,8 @@ makes it this algorithm has to be among the rule's examples, over which the test
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,10 +18,7 @@ from typing import Any
 
 from fusedopt.kernels.rule import Rule
 from fusedopt.kernels.rules import REGISTRY
-
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-BEGIN, END = "<!-- algorithms: begin -->", "<!-- algorithms: end -->"
+from tools.readme import ROOT, Section
 
 RMSPROP_AND_ADAM = "McAllester, TTIC 31230, RMSProp and Adam"
 MOMENTUM = "McAllester, TTIC 31230, SGD with Momentum"
@@ -77,7 +72,7 @@ ROWS = (
         'RMSprop(denominator="variance")',
         (
             "test_variants_rmsprop::test_variance_denominator_is_free_of_the_parameters_unit",
-            "bench.experiments.denominator",
+            "experiments.denominator",
         ),
         rule="RMSprop", group={"denominator": "variance"},
     ),
@@ -91,7 +86,7 @@ ROWS = (
         'Adam(bias_correction="running_mean")',
         (
             "test_variants_adam::test_running_mean_is_the_plain_mean_up_to_the_horizon",
-            "bench.experiments.bias_corrections",
+            "experiments.bias_corrections",
         ),
         rule="Adam", group={"bias_correction": "running_mean"},
     ),
@@ -106,7 +101,7 @@ ROWS = (
         "BatchDecoupledAdam(virtual_batch_size=1)",
         (
             "test_batch_decoupled::test_adam_is_the_mean_over_all_subsets",
-            "bench.experiments.digits",
+            "experiments.digits",
         ),
         rule="BatchDecoupledAdam", group={"mean_weight": 0.0},
     ),
@@ -136,7 +131,7 @@ ROWS = (
         "002-e", "RMSProp with bias correction", OPTIMIZATION, "RMSprop(bias_correction=True)",
         (
             "test_variants_rmsprop::test_bias_correction_makes_constant_gradients_exact",
-            "bench.experiments.bias_corrections",
+            "experiments.bias_corrections",
         ),
         rule="RMSprop", group={"bias_correction": True},
     ),
@@ -160,7 +155,7 @@ ROWS = (
     Row(
         "003-b", "temperature rule", MOMENTUM,
         "scaling.temperature_lr(eta0, momentum, batch_size)",
-        ("bench.experiments.temperature",),
+        ("experiments.temperature",),
         lives=("fusedopt.scaling.temperature_lr",),
     ),
     Row(
@@ -171,34 +166,34 @@ ROWS = (
     ),
     Row(
         "004-a", "square-root rule, RMSprop", SDES, 'scaling.rescale(..., rule="sqrt")',
-        ("test_scaling::test_four_times_the_batch", "bench.experiments.svag"),
+        ("test_scaling::test_four_times_the_batch", "experiments.svag"),
         lives=("fusedopt.scaling.rescale",),
     ),
     Row(
         "004-b", "square-root rule, Adam", SDES, 'scaling.rescale(..., rule="sqrt")',
-        ("test_scaling::test_four_times_the_batch", "bench.experiments.square_root"),
+        ("test_scaling::test_four_times_the_batch", "experiments.square_root"),
         lives=("fusedopt.scaling.rescale",),
     ),
     Row(
         "004-c", "SVAG for adaptive methods", SDES, "SVAG(optimizer, ell)",
-        ("test_svag::test_moments_of_the_mixed_gradient", "bench.experiments.svag"),
+        ("test_svag::test_moments_of_the_mixed_gradient", "experiments.svag"),
         rule="SVAG Adam", lives=("fusedopt.SVAG",),
     ),
     Row(
-        "004-d", "SDE of RMSprop and Adam", SDES, "python -m bench.experiments svag",
-        ("test_experiments_svag::test_solver_on_ornstein_uhlenbeck", "bench.experiments.svag"),
-        lives=("bench.experiments.sde",),
+        "004-d", "SDE of RMSprop and Adam", SDES, "python -m experiments svag",
+        ("test_experiments_svag::test_solver_on_ornstein_uhlenbeck", "experiments.svag"),
+        lives=("experiments.sde",),
     ),
     Row(
         "004-e", "noise against signal", SDES, "statistics.noise_scale()",
-        ("test_batch_decoupled::test_noise_scale_is_unbiased", "bench.experiments.noise_signal"),
+        ("test_batch_decoupled::test_noise_scale_is_unbiased", "experiments.noise_signal"),
         lives=("fusedopt.statistics.Statistics",),
     ),
     Row(
         "2402.18824", "batch-size invariant Adam, micro-batches",
         "Wang and Aitchison 2024, arXiv 2402.18824",
         "BatchDecoupledAdam(statistics=MicroBatchSquares())",
-        ("test_variants_statistics::test_micro_batches", "bench.experiments.digits"),
+        ("test_variants_statistics::test_micro_batches", "experiments.digits"),
         rule="BatchDecoupledAdam",
         lives=("fusedopt.MicroBatchSquares", "fusedopt.scaling.rescale"),
     ),
@@ -207,7 +202,7 @@ ROWS = (
         (
             "test_batch_decoupled::test_adam_is_the_mean_over_all_subsets",
             "test_batch_decoupled::test_whole_batch_is_the_plain_optimizer_bitwise",
-            "bench.experiments.digits",
+            "experiments.digits",
         ),
         rule="BatchDecoupledAdam", group={"mean_weight": any, "square_weight": any},
     ),
@@ -265,31 +260,14 @@ def table() -> str:
 
 
 def _check(check: str) -> str:
-    if check.startswith("bench."):
+    if check.startswith("experiments."):
         path = check.replace(".", "/") + ".py"
         return f"[experiment {check.rpartition('.')[2]}]({path})"
     file, _, function = check.partition("::")
     return f"[{function.removeprefix('test_')}](tests/{file}.py)"
 
 
-def within(text: str) -> str:
-    """Return the README's text with the table as it is now."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"README.md has no place for the table: {BEGIN} ... {END}")
-    return pattern.sub(lambda _: f"{BEGIN}\n{table()}\n{END}", text)
-
-
-def main() -> int:
-    """Print the table, or write it into the README."""
-    parser = argparse.ArgumentParser(description="The README's table of algorithms.")
-    parser.add_argument("--write", action="store_true", help="write it into README.md")
-    if parser.parse_args().write:
-        README.write_text(within(README.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(table())
-    return 0
-
+SECTION = Section("algorithms", "the table of algorithms", table)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(SECTION.main())

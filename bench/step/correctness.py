@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.harness.contenders import Mismatch
 from fusedopt import SVAG, BackpackSquares
 from fusedopt.testing import ulp
 
-from .problem import SAMPLES, Problem
+from .workload import SAMPLES, Workload
 
 # Deviations of the gradients of two steps, and the bound on their norm over the root of the number
 # of elements. The first is not clipped and the second is: an update that does not change with the
@@ -25,14 +26,6 @@ DEVIATIONS = (0.5, 1.5)
 CLIP = 0.75
 # Powers of two: a division by it rounds nothing.
 SCALE = 1024.0
-
-
-class Mismatch(Exception):
-    """The parameters differ by more than rounding: no time of theirs means anything."""
-
-    def __init__(self, message: str, error: Error | None = None) -> None:
-        super().__init__(message)
-        self.error = error
 
 
 @dataclass(frozen=True)
@@ -82,45 +75,45 @@ class Taken:
     still: int
 
 
-def max_norm(problem: Problem) -> float:
+def max_norm(workload: Workload) -> float:
     """Return the bound on the gradient norm, about half of the second step's."""
-    return float(CLIP * problem.case.parameters**0.5)
+    return float(CLIP * workload.case.parameters**0.5)
 
 
-def expect(problem: Problem, clip: bool) -> Expected:
+def expect(workload: Workload, clip: bool) -> Expected:
     """Take both steps in float64.
 
     Raises:
         Mismatch: where the steps are too small to be told from none.
     """
-    problem.restart()
-    start = problem.checked(problem.parameters)
+    workload.restart()
+    start = workload.checked(workload.parameters)
     size = start.abs()
     p = torch.nn.Parameter(start.clone())
-    optimizer = _reference(p, problem)
-    pair = None if problem.row.ell is None else SVAG(optimizer, problem.row.ell)
+    optimizer = _reference(p, workload)
+    pair = None if workload.row.ell is None else SVAG(optimizer, workload.row.ell)
     for seed, deviation in enumerate(DEVIATIONS, 1):
-        problem.new_gradients(seed, deviation)
+        workload.new_gradients(seed, deviation)
         factor = 1.0
         if clip:
-            factor = min(1.0, max_norm(problem) / (problem.gradient_norm() + 1e-6))
+            factor = min(1.0, max_norm(workload) / (workload.gradient_norm() + 1e-6))
         if pair is not None:
-            p.grad = problem.checked(problem.held)
+            p.grad = workload.checked(workload.held)
             pair.hold()
-        p.grad = problem.checked(problem.gradients).mul_(factor)
-        if problem.squares is not None:
-            p.sum_grad_squared = problem.checked(problem.squares).mul_(factor**2)
+        p.grad = workload.checked(workload.gradients).mul_(factor)
+        if workload.squares is not None:
+            p.sum_grad_squared = workload.checked(workload.squares).mul_(factor**2)
         optimizer.step()
         size = torch.maximum(size, p.detach().abs())
     expected = Expected(start, p.detach(), size)
-    moved = _distances(start, expected, problem.codec.param)[0].median()
-    if not moved > 1.5 * problem.codec.bound:
+    moved = _distances(start, expected, workload.codec.param)[0].median()
+    if not moved > 1.5 * workload.codec.bound:
         raise Mismatch(f"two steps move most elements by {moved:.3g} ulps: nothing could be told")
     return expected
 
 
-def _reference(p: Tensor, problem: Problem) -> torch.optim.Optimizer:
-    row = problem.row
+def _reference(p: Tensor, workload: Workload) -> torch.optim.Optimizer:
+    row = workload.row
     if row.theirs is not None:
         return row.theirs([p], **row.arguments, foreach=False)
     options = {"statistics": BackpackSquares(batch_size=SAMPLES)} if row.takes_squares else {}
@@ -128,13 +121,17 @@ def _reference(p: Tensor, problem: Problem) -> torch.optim.Optimizer:
 
 
 def check(
-    problem: Problem, expected: Expected, step: Callable[[], Any], bound: float, scale: float = 1.0
+    workload: Workload,
+    expected: Expected,
+    step: Callable[[], Any],
+    bound: float,
+    scale: float = 1.0,
 ) -> Error:
     """Take two steps and return how far they lead from float64.
 
     Args:
-        problem: whose tensors ``step`` updates.
-        expected: of this problem.
+        workload: whose tensors ``step`` updates.
+        expected: of this workload.
         step: of a contender without history.
         bound: ulps that an element may be off.
         scale: the loss scale that it divides out.
@@ -143,39 +140,39 @@ def check(
         Mismatch: where an element is further off than the bound, or a run of elements has
             not moved at all.
     """
-    return compare(problem, take(problem, step, scale), expected, bound)
+    return compare(workload, take(workload, step, scale), expected, bound)
 
 
-def take(problem: Problem, step: Callable[[], Any], scale: float = 1.0) -> Taken:
+def take(workload: Workload, step: Callable[[], Any], scale: float = 1.0) -> Taken:
     """Take the two steps.
 
     Args:
-        problem, step, scale: as for ``check``.
+        workload, step, scale: as for ``check``.
 
     Raises:
         Mismatch: where a step takes gradients away.
     """
-    problem.restart()
+    workload.restart()
     for seed, deviation in enumerate(DEVIATIONS, 1):
-        problem.new_gradients(seed, deviation * scale)
+        workload.new_gradients(seed, deviation * scale)
         step()
-        if not problem.keeps_gradients():
+        if not workload.keeps_gradients():
             raise Mismatch("the step takes gradients away: the next one would do nothing")
-    return Taken(problem.checked(problem.parameters), problem.still())
+    return Taken(workload.checked(workload.parameters), workload.still())
 
 
-def compare(problem: Problem, taken: Taken, expected: Expected, bound: float) -> Error:
+def compare(workload: Workload, taken: Taken, expected: Expected, bound: float) -> Error:
     """Return how far two steps have led from float64.
 
     Args:
-        problem, expected, bound: as for ``check``.
-        taken: of this problem.
+        workload, expected, bound: as for ``check``.
+        taken: of this workload.
 
     Raises:
         Mismatch: where an element is further off than the bound, or a run of elements has
             not moved at all.
     """
-    dtype = problem.codec.param
+    dtype = workload.codec.param
     ulps, relative = (x.max().item() for x in _distances(taken.end, expected, dtype))
     error = Error(ulps, relative, bound)
     # Not the other way round, for which nan would pass.

@@ -1,29 +1,22 @@
-"""The result as it is kept: where and with what it was measured, and its files."""
+"""The result as it is kept: where and with what it was measured, and whether aims are met."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.environment import environment
-from bench.experiments import output
-from bench.files import write_whole
+from bench.harness import output
+from bench.harness.environment import environment
 
 from .aims import aims
-from .figure import draw
 
 
 def new(settings: dict[str, Any], device: str, measurement: bool, note: str) -> dict[str, Any]:
     """Return a result without figures."""
     return {
         "experiment": "per_sample",
-        "measurement": measurement,
-        "note": note,
-        "settings": settings,
-        "environment": _environment(device),
+        **output.new(settings, _environment(device), measurement, note),
         "linear": [],
         "training": None,
         "aims": [],
@@ -41,13 +34,7 @@ def _environment(device: str) -> dict[str, Any]:
     }
 
 
-def keep(result: dict[str, Any], folder: Path) -> None:
+def keep(result: dict[str, Any], file: output.File) -> None:
     """Write what there is so far, in case that the run does not come to its end."""
     result["aims"] = aims(result)
-    write_whole(folder / "per_sample.json", json.dumps(result, indent=1))
-
-
-def write(result: dict[str, Any], folder: Path) -> None:
-    """Write JSON and PNG."""
-    result["aims"] = aims(result)
-    output.write(result, draw(result), folder)
+    file.keep(result)

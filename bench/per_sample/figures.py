@@ -9,6 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.harness.figures import heading
+
 from .aims import LONG, LONG_FROM, ROW
 from .contenders import CONTENDERS, OURS
 
@@ -33,14 +35,9 @@ def draw(result: dict[str, Any]) -> Figure:
     handles, labels = axes[0][0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.suptitle(_heading(result))
+    what = "Gradient and per-sample squares of a linear layer"
+    figure.suptitle(heading(f"{what}, {result['environment']['device']}", result, "shapes"))
     return figure
-
-
-def _heading(result: dict[str, Any]) -> str:
-    device = result["environment"]["device"]
-    text = f"Gradient and per-sample squares of a linear layer, {device}"
-    return text if result["measurement"] else f"{text}\nNOT A MEASUREMENT: tiny shapes"
 
 
 def _mebibytes(count: int | None) -> float | None:

@@ -1,4 +1,4 @@
-"""The README's table of GPU times: ``python -m docs.benchmark_table [--write]``.
+"""The README's table of GPU times: ``python -m tools.benchmark_table [--write]``.
 
 Every figure is read from the newest result of ``python -m fusedopt bench`` on a GPU that is kept in
 ``bench/results``; where there is none, that is said.
@@ -6,19 +6,14 @@ Every figure is read from the newest result of ``python -m fusedopt bench`` on a
 
 from __future__ import annotations
 
-import argparse
-import re
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from bench.gpu.result import COMPILED, FOREACH, FUSED, OURS, RULE, date, find, newest, over
+from tools.readme import ROOT, Section
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 NOTHING = (
     "**The whole set has not been taken on a GPU yet.** `python -m bench.gpu --out DIR` takes it,"
@@ -113,25 +108,7 @@ def _first_step(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"First step of a process, with empty caches: {', '.join(steps)}."
 
 
-def within(readme: str) -> str:
-    """Return the README's text with the table as the results have it now."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if not pattern.search(readme):
-        raise ValueError(f"README.md has no place for the benchmarks: {BEGIN} ... {END}")
-    found = text(newest(RESULTS))
-    return pattern.sub(lambda _: f"{BEGIN}\n{found}\n{END}", readme)
-
-
-def main() -> int:
-    """Print the table, or write it into the README."""
-    parser = argparse.ArgumentParser(description="The README's table of GPU times.")
-    parser.add_argument("--write", action="store_true", help="write it into README.md")
-    if parser.parse_args().write:
-        README.write_text(within(README.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(text(newest(RESULTS)))
-    return 0
-
+SECTION = Section("benchmarks", "the table of GPU times", lambda: text(newest(RESULTS)))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(SECTION.main())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +9,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from bench.harness.figures import save
+from bench.harness.output import File
+
 
 def write(result: dict[str, Any], figure: Figure, folder: Path) -> None:
     """Write NAME.json and NAME.png into the folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / result["experiment"]
-    text = json.dumps(_plain(result), indent=1, allow_nan=False)
-    file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    figure.savefig(file.with_suffix(".png"), dpi=110)
-
-
-def _plain(value: Any) -> Any:
-    """Return what strict JSON can say: null for what is not finite, and no more digits than mean
-    something.
-    """
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.7g}") if math.isfinite(value) else None
-    return value
+    file = File(folder, result["experiment"])
+    file.keep(result)
+    save(figure, file.path(".png"))
 
 
 def report(result: dict[str, Any], folder: Path, console: Console) -> None:

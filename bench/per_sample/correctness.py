@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from bench.harness.contenders import Mismatch
+
 from .cases import Arithmetic
 from .contenders import Result
 
@@ -18,10 +20,6 @@ MAXIMUM = 16.0
 # And of an element that is larger still, as in an embedding's gradient, the two results' roundings:
 # in units of the type at its own size.
 ROUNDINGS = 4.0
-
-
-class Mismatch(Exception):
-    """Results differ by more than rounding: no time of theirs means anything."""
 
 
 @dataclass(frozen=True)

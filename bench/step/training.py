@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fusedopt
-from bench import clock
-from bench.per_sample.gpt import GPT, Size, backward
-from bench.step import OURS
-from bench.step.contenders import backend_of
+from bench.harness import clock, gpt
+from bench.harness.contenders import backend_of
+from bench.harness.gpt import Size
+
+from . import OURS
 
 MAX_NORM = 1.0
 SIZE = Size(tied=True)
-TINY = Size(layers=2, heads=2, width=16, vocabulary=64, length=8, tied=True)
+TINY = replace(gpt.TINY, tied=True)
 # After which losses are compared: updates of another size show in the third.
 WARM_UP = 3
 # Of bfloat16 products, in losses that have moved by far more.
@@ -25,34 +26,19 @@ TOLERANCE = 5e-3
 _OPTIONS = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
-class Arm:
-    """A model with its optimizer; the same weights for all."""
+class Training(gpt.Training):
+    """A training whose gradients are clipped, by the step or in front of it."""
 
     def __init__(self, contender: str, size: Size, device: torch.device) -> None:
-        with torch.random.fork_rng(), device:
-            torch.manual_seed(0)
-            self.model = GPT(size)
-        self.params = list(self.model.parameters())
-        self.device = device
+        super().__init__(size, device)
         self.folds_clipping = contender == OURS
         self.optimizer = _optimizer(contender, self.params, device)
-
-    def backward(self, codes: Tensor) -> Tensor:
-        """Form the gradients of codes ``[batch, length + 1]``; return the loss."""
-        self.optimizer.zero_grad()
-        return backward(self.model, codes)
 
     def update(self) -> None:
         """Clip and step."""
         if not self.folds_clipping:
             torch.nn.utils.clip_grad_norm_(self.params, MAX_NORM, foreach=True)
         self.optimizer.step()
-
-    def step(self, codes: Tensor) -> Tensor:
-        """Train on a batch; return the loss before."""
-        loss = self.backward(codes)
-        self.update()
-        return loss
 
 
 def _optimizer(
@@ -65,7 +51,7 @@ def _optimizer(
     return torch.optim.AdamW(params, **_OPTIONS, **how)
 
 
-ARMS = (OURS, "torch-fused", "torch-foreach")
+CONTENDERS = (OURS, "torch-fused", "torch-foreach")
 
 
 def measure(
@@ -84,21 +70,21 @@ def measure(
         torch.OutOfMemoryError: where the batch does not fit.
     """
     device = torch.device(settings["device"])
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(size.vocabulary, (batch, size.length + 1), generator=generator)
-    codes = codes.to(device)
+    codes = gpt.draw_codes(size, batch, device)
     watch = clock.Clock(device)
-    arms = {name: Arm(name, size, device) for name in ARMS}
-    _compare({name: [float(arm.step(codes)) for _ in range(WARM_UP)] for name, arm in arms.items()})
+    trainings = {name: Training(name, size, device) for name in CONTENDERS}
+    _compare(
+        {name: [float(x.step(codes)) for _ in range(WARM_UP)] for name, x in trainings.items()}
+    )
     advance()
     turns = partial(
         clock.in_turn, clock=watch, rounds=settings["rounds"], seconds=settings["seconds"]
     )
-    steps = turns({name: partial(arm.step, codes) for name, arm in arms.items()})
+    steps = turns({name: partial(x.step, codes) for name, x in trainings.items()})
     advance()
-    for arm in arms.values():
-        arm.backward(codes)
-    updates = turns({name: arm.update for name, arm in arms.items()})
+    for training in trainings.values():
+        training.backward(codes)
+    updates = turns({name: x.update for name, x in trainings.items()})
     advance()
     summaries = {name: clock.summary(times) for name, times in steps.items()}
     return [
@@ -121,7 +107,7 @@ def _row(
 
 
 def _compare(losses: dict[str, list[float]]) -> None:
-    """Raise where the arms do not train alike, or do not train."""
+    """Raise where the models do not train alike, or do not train."""
     ours = losses[OURS]
     for name, theirs in losses.items():
         apart = max(abs(a - b) for a, b in zip(theirs, ours, strict=True))

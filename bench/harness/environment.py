@@ -16,7 +16,7 @@ import torch
 import fusedopt
 from fusedopt.kernels.lang import triton
 
-ROOT = Path(__file__).resolve().parents[1]
+from .places import ROOT
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -31,7 +31,8 @@ def environment(device: str) -> dict[str, Any]:
         Plain values: memory and cache in bytes, the power limit in watts; None where unknown.
     """
     # Results of an earlier run do not make this one's code another.
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    results = ":!bench/results", ":!experiments/results"
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     return {
         "fusedopt": fusedopt.__version__,
         "torch": torch.__version__,
@@ -78,10 +79,14 @@ def _smi(device: str) -> tuple[str | None, float | None]:
         return driver.strip() or None, None
 
 
+def device_slug(name: str) -> str:
+    """Return a device's name as a file or a folder may have it."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def slug(facts: dict[str, Any]) -> str:
     """Return the name under which results of a device and a commit are kept."""
-    device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    return f"{device}-{(facts['commit'] or 'unknown')[:9]}"
+    return f"{device_slug(facts['device'])}-{(facts['commit'] or 'unknown')[:9]}"
 
 
 def _version(package: str) -> str | None:

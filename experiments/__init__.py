@@ -1,4 +1,4 @@
-"""Experiments on whole trainings: ``python -m bench.experiments [NAME ...] [--reduced]``.
+"""Experiments on whole trainings: ``python -m experiments [NAME ...] [--reduced]``.
 
 An experiment is a module with ``TITLE``; ``FULL`` and ``REDUCED``, its settings; ``run(settings,
 progress)``, which returns all its figures as plain values; ``claims(result)``, what they must show,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Problem
+from .workload import Workload
 
 
 class Unsupported(Exception):
@@ -17,7 +17,7 @@ class Unsupported(Exception):
 
 
 @dataclass
-class Arm:
+class TimedStep:
     """One thing to time.
 
     Attributes:
@@ -38,13 +38,13 @@ def loss_scaler(device: torch.device, scale: float) -> torch.amp.GradScaler:
     return scaler
 
 
-def protocol(
+def timed_step(
     optimizer: torch.optim.Optimizer,
     params: Sequence[Tensor],
     step: Callable[[], Any],
     max_norm: float | None,
     scaler: torch.amp.GradScaler | None,
-) -> Arm:
+) -> TimedStep:
     """Clip by torch's function and unscale by torch's scaler, in front of the step.
 
     Args:
@@ -74,7 +74,7 @@ def protocol(
         scaler.step(optimizer)
         scaler.update()
 
-    return Arm(run if scaler is None else run_scaled, optimizer, scaler)
+    return TimedStep(run if scaler is None else run_scaled, optimizer, scaler)
 
 
 def _unscales(optimizer: torch.optim.Optimizer, max_norm: float | None) -> bool:
@@ -87,20 +87,20 @@ def _has_half(params: Sequence[Tensor]) -> bool:
 
 
 def seed_states(
-    optimizer: torch.optim.Optimizer, problem: Problem, step_device: torch.device | None
+    optimizer: torch.optim.Optimizer, workload: Workload, step_device: torch.device | None
 ) -> None:
     """Give an optimizer of torch's layout the states that all contenders share.
 
     Args:
         optimizer: without states yet.
-        problem: whose states, in the codec's type.
+        workload: whose states, in the codec's type.
         step_device: where its step counts live; None where it keeps none.
     """
-    for i, p in enumerate(problem.params):
+    for i, p in enumerate(workload.params):
         state: dict[str, Tensor] = {}
         if step_device is not None:
             state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
-        for name, arena in problem.states.items():
+        for name, arena in workload.states.items():
             state[name] = arena.views[i]
         if state:
             optimizer.state[p] = state

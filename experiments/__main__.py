@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.environment import environment
+from bench.harness.environment import environment
 
 from . import NAMES, output
 
-BENCH = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m bench.experiments", description=__doc__)
+    parser = argparse.ArgumentParser("python -m experiments", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} (all)")
     parser.add_argument("--reduced", action="store_true", help="a small size, seconds each")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
@@ -39,14 +39,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for JSON and PNG (bench/results/DEVICE; with --reduced, bench/out)",
+        help="for JSON and PNG (experiments/results/DEVICE; with --reduced, experiments/out)",
     )
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in NAMES:
             parser.error(f"no experiment {name!r}: there are {', '.join(NAMES)}")
     if options.out is None:
-        options.out = BENCH / ("out" if options.reduced else f"results/{options.device}")
+        options.out = HERE / ("out" if options.reduced else f"results/{options.device}")
     return options
 
 

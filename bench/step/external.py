@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
-from .arms import Arm, Unsupported, loss_scaler, protocol
-from .gate import max_norm
-from .problem import Problem
+from bench.harness.contenders import load
+
+from .correctness import max_norm
+from .protocol import TimedStep, Unsupported, loss_scaler, timed_step
 from .rules import Row
+from .workload import Workload
 
 Build = Callable[[ModuleType, list[torch.nn.Parameter], Row], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
-class Peer:
+class ExternalLibrary:
     """Another library.
 
     Attributes:
@@ -34,31 +36,17 @@ class Peer:
 
     def reason_missing(self) -> str | None:
         """Return why the library cannot be used; None where it can."""
-        try:
-            importlib.import_module(self.module)
-        except ModuleNotFoundError as error:
-            top = self.module.partition(".")[0]
-            missing = (error.name or "").partition(".")[0]
-            return "not installed" if missing == top else f"needs {error.name}"
-        except Exception as error:  # whatever keeps it from working with this torch
-            return first_line(error)
-        return None
+        return load(self.module)[1]
 
-    def make(self, problem: Problem, clip: bool, scale: float | None) -> Arm:
+    def make(self, workload: Workload, clip: bool, scale: float | None) -> TimedStep:
         """Return its step behind torch's clipping and unscaling."""
-        if problem.codec.state != problem.codec.param:
+        if workload.codec.state != workload.codec.param:
             raise Unsupported("its states take the parameter's type")
         module = importlib.import_module(self.module)
-        optimizer = self.build(module, problem.params, problem.row)
-        bound = max_norm(problem) if clip else None
-        scaler = None if scale is None else loss_scaler(problem.device, scale)
-        return protocol(optimizer, problem.params, optimizer.step, bound, scaler)
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error is, without its trace."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+        optimizer = self.build(module, workload.params, workload.row)
+        bound = max_norm(workload) if clip else None
+        scaler = None if scale is None else loss_scaler(workload.device, scale)
+        return timed_step(optimizer, workload.params, optimizer.step, bound, scaler)
 
 
 def _options(row: Row, *names: str) -> dict[str, Any]:
@@ -109,9 +97,9 @@ def _bitsandbytes(module: ModuleType, params: list[Any], row: Row) -> torch.opti
     return getattr(module.optim, name)(params, **options, optim_bits=32)
 
 
-PEERS = {
-    "optimi": Peer("optimi", _optimi, eager_on_cpu=True),
-    "torchao": Peer("torchao.optim", _torchao),
-    "heavyball": Peer("heavyball", _heavyball),
-    "bitsandbytes": Peer("bitsandbytes", _bitsandbytes),
+LIBRARIES = {
+    "optimi": ExternalLibrary("optimi", _optimi, eager_on_cpu=True),
+    "torchao": ExternalLibrary("torchao.optim", _torchao),
+    "heavyball": ExternalLibrary("heavyball", _heavyball),
+    "bitsandbytes": ExternalLibrary("bitsandbytes", _bitsandbytes),
 }
