@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .kernels.rules import PAIRED, SGD
 from .memory.storage import addresses, local_tensors
-from .source import MissingInput, RuleInputs, Source
 from .optimizer import FusedOptimizer
 from .scaling import rescale_
+from .source import MissingInput, RuleInputs, Source
 
 # Beyond it, weights of nearly 10^6 cost float32 most of the digits that their sum of 1 leaves.
 _LARGEST = 10**6

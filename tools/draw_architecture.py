@@ -10,6 +10,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "pictures"
@@ -239,13 +240,21 @@ def draw(picture: Picture, path: Path) -> None:
         middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
         # Beside the line: above a level one, else to its right.
         level = start[1] == end[1]
-        style = {"fontsize": 7, "color": "#555555", "va": "bottom" if level else "center"}
+        style: dict[str, Any] = {
+            "fontsize": 7,
+            "color": "#555555",
+            "va": "bottom" if level else "center",
+        }
         x, y = (middle[0], middle[1] - 0.02) if level else (middle[0] + 0.03, middle[1])
         axes.text(x, y, arrow.text, ha="center" if level else "left", **style)
     for box in picture.boxes:
         corner = box.x - WIDTH / 2, box.y - HEIGHT / 2
-        style = {"boxstyle": "round,pad=0.01", "facecolor": box.color, "edgecolor": "#777777"}
-        axes.add_patch(FancyBboxPatch(corner, WIDTH, HEIGHT, **style))
+        frame: dict[str, Any] = {
+            "boxstyle": "round,pad=0.01",
+            "facecolor": box.color,
+            "edgecolor": "#777777",
+        }
+        axes.add_patch(FancyBboxPatch(corner, WIDTH, HEIGHT, **frame))
         axes.text(
             box.x, box.y - 0.19, box.title, fontsize=9, weight="bold", ha="center", va="center"
         )
