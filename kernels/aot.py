@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .geometry import SIZES
 from .lang import COMPILE_OPTIONS, tl, triton
+from .launch_config import SIZES
 from .per_sample.shapes import matrix_instruction
 
 # Bytes of an element, by Triton's name of its type.

@@ -7,8 +7,8 @@ from typing import Any
 
 from . import multi_tensor, norms
 from .aot import DTYPES, Budget, Variant, element_type
-from .geometry import update_geometry
 from .lang import tl
+from .launch_config import update_launch_config
 from .option_sets import option_sets
 from .rule import Rule
 from .rules import REGISTRY
@@ -30,7 +30,7 @@ def variants(architecture: str = "") -> Iterator[Variant]:
     """Every variant that the registry's rules and the norm kernels can need.
 
     Args:
-        architecture: for which, as in ``geometry.update_geometry``.
+        architecture: for which, as in ``launch_config.update_launch_config``.
     """
     for rule in REGISTRY.values():
         for group in option_sets(rule):
@@ -69,7 +69,7 @@ def update_tensors(
     sizes = [DTYPES[d] for d in dtypes]
     inputs = sum(sizes[1 : 1 + len(rule.degrees)])
     is_adamw = rule.name == "Adam" and not any(options) and set(dtypes) == {"fp32"}
-    launch = update_geometry(architecture, rule.name, dtypes, aligned)
+    launch = update_launch_config(architecture, rule.name, dtypes, aligned)
     return Variant(
         name=f"{rule.label(options)} {names}{_suffix(aligned)}",
         kernel=multi_tensor.update_tensors,

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..codecs import compute_dtype, real_dtype
 from ..coefficients import Table, upload
 from ..compilations import settle
-from ..kernels import geometry, multi_tensor, norms
+from ..kernels import launch_config, multi_tensor, norms
 from ..kernels.lang import COMPILE_OPTIONS, INTERPRETED, tl, triton
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
@@ -210,7 +210,7 @@ class Cohort:
         host_table = _host([self._numels, self._row_of, *addresses])
         self.table = torch.empty(host_table.shape, dtype=torch.int64, device=device)
         upload(self.table, host_table)
-        shape = _geometry(rule, device, key)
+        shape = _launch_config(rule, device, key)
         self._threads = shape.threads
         self.chunk_tensor, self.chunk_index = chunk_map(self._numels, shape.block, device)
         self._norm_chunks: tuple[Tensor, Tensor] | None = None
@@ -294,11 +294,11 @@ class Cohort:
             tensor.copy_(buffer)
 
 
-def _geometry(rule: Rule, device: torch.device, key: CohortKey) -> geometry.Geometry:
+def _launch_config(rule: Rule, device: torch.device, key: CohortKey) -> launch_config.LaunchConfig:
     if key.counts is not None:
-        return geometry.default(key.aligned)
+        return launch_config.default(key.aligned)
     names = [str(TRITON_DTYPES[t]) for t in key.dtypes]
-    return geometry.update_geometry(_architecture(device), rule.name, names, key.aligned)
+    return launch_config.update_launch_config(_architecture(device), rule.name, names, key.aligned)
 
 
 def _architecture(device: torch.device) -> str:
