@@ -61,7 +61,7 @@ class Driver:
     def get_current_device(self): return str(self.target)
     def get_current_stream(self, device): return 0
 
-def stand_in(name):
+def fake_driver(name):
     kind, _, architecture = name.partition(":")
     if kind == "cuda":
         target = GPUTarget("cuda", int(architecture), 32)
@@ -70,7 +70,7 @@ def stand_in(name):
     triton.runtime.driver.set_active(Driver(target))
     launching._warp_size = lambda device: target.warp_size
 
-backends._triton_runs_on = lambda device: (True, "a stand-in")
+backends._triton_runs_on = lambda device: (True, "a fake driver")
 real = None
 if sys.argv[1] == "with modules":
     from triton.backends.nvidia import driver as real
@@ -102,7 +102,7 @@ def train(optimizer="AdamW", dtype="float32", clip=None, samples=False, scaled=F
 COUNT = """
 counts = {}
 for target, cases in json.loads(sys.argv[2]).items():
-    stand_in(target)
+    fake_driver(target)
     for name, options in cases.items():
         with compilations() as seen:
             train(**options)
@@ -125,7 +125,7 @@ def found_for(target):
 
 def compare(target, run):
     found, launched = found_for(target), {}
-    stand_in(target)
+    fake_driver(target)
     with work._compiling_only(lambda key, kernel: bool(launched.setdefault(key, kernel)) and False):
         run()
     return len(launched), [kernel for key, kernel in launched.items() if key not in found]

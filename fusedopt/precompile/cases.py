@@ -52,7 +52,7 @@ NUMEL = 4 * ALIGNMENT
 
 @dataclass(frozen=True)
 class Case:
-    """Something to run under a stand-in for a GPU.
+    """Something to run under a fake driver of a GPU.
 
     Attributes:
         name: unique; by it cases travel between processes.
