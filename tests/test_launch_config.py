@@ -57,7 +57,7 @@ def test_what_is_compiled_ahead_of_time_is_what_is_launched(tuned):
 
 def test_launches_take_it(tuned, monkeypatch):
     """Values, number of programs and threads are those of the entry, over whole and cut chunks."""
-    monkeypatch.setattr(backend, "_architecture", lambda device: "cuda:90")
+    monkeypatch.setattr(backend, "device_architecture", lambda device: "cuda:90")
     launches = []
     real = backend.launch
 

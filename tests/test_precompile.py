@@ -35,8 +35,8 @@ TRAINING = """
 import json, sys
 import torch, triton, fusedopt
 from fusedopt import backends
-from fusedopt.backends import triton as launching
 from fusedopt.compilations import compilations
+from fusedopt.kernels import launch as launching
 from triton.backends.compiler import GPUTarget
 
 class Utilities:
@@ -68,7 +68,7 @@ def fake_driver(name):
     else:
         target = GPUTarget("hip", architecture, 64)
     triton.runtime.driver.set_active(Driver(target))
-    launching._warp_size = lambda device: target.warp_size
+    launching.warp_size = lambda device: target.warp_size
 
 backends._triton_runs_on = lambda device: (True, "a fake driver")
 real = None
@@ -550,7 +550,7 @@ def test_compilations_are_counted(tmp_path: Path) -> None:
 
 KEYS = """
 import json, os, sys
-from fusedopt.compilations import settle
+from fusedopt.kernels.launch import settle
 from fusedopt.kernels import multi_tensor
 from fusedopt.kernels.per_sample import linear, materialised
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,9 +17,8 @@ from torch import Tensor
 
 from ..codecs import compute_dtype, real_dtype
 from ..coefficients import Table, upload
-from ..compilations import settle
 from ..kernels import launch_config, multi_tensor, norms
-from ..kernels.lang import COMPILE_OPTIONS, INTERPRETED, tl, triton
+from ..kernels.launch import TRITON_DTYPES, device_architecture, launch, settle
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
 from ..layout import (
@@ -37,38 +34,6 @@ from ..layout import (
 )
 from ..storage import addresses as addresses_of
 from . import Inputs, Slot
-
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float64: tl.float64,
-}
-
-
-def launch(
-    kernel: Any, programs: int, threads: int, device: torch.device, *arguments: Any, **meta: Any
-) -> None:
-    """Launch a kernel: the one place where this library hands work to Triton."""
-    settle(kernel)
-    with _device_guard(device):
-        warps = threads // _warp_size(device)
-        kernel[(programs,)](*arguments, num_warps=warps, **COMPILE_OPTIONS, **meta)
-
-
-@cache
-def _warp_size(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 32
-    return int(torch.cuda.get_device_properties(device).warp_size)
-
-
-def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    # Triton launches on the current device, which need not be the tensors'.
-    if device.type == "cpu":
-        return nullcontext()
-    guard: AbstractContextManager[Any] = torch.get_device_module(device).device(device)
-    return guard
 
 
 @dataclass(frozen=True)
@@ -298,16 +263,9 @@ def _launch_config(rule: Rule, device: torch.device, key: CohortKey) -> launch_c
     if key.counts is not None:
         return launch_config.default(key.aligned)
     names = [str(TRITON_DTYPES[t]) for t in key.dtypes]
-    return launch_config.update_launch_config(_architecture(device), rule.name, names, key.aligned)
-
-
-def _architecture(device: torch.device) -> str:
-    """Name what Triton compiles for, as ``codegen`` takes it; nothing for the interpreter."""
-    if INTERPRETED:
-        return ""
-    with _device_guard(device):
-        target = triton.runtime.driver.active.get_current_target()
-    return f"{target.backend}:{target.arch}"
+    return launch_config.update_launch_config(
+        device_architecture(device), rule.name, names, key.aligned
+    )
 
 
 def chunk_map(numels: Sequence[int], block: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,11 @@ from torch import Tensor
 from ..codecs import compute_dtype, real_dtype
 from ..coefficients import upload
 from ..kernels import multi_tensor
+from ..kernels.launch import TRITON_DTYPES, launch
 from ..kernels.per_sample import materialised
 from ..layout import ALIGNMENT, is_dense, is_plain, stacked_buffer, stacked_order
 from ..storage import addresses as addresses_of
-from .triton import TRITON_DTYPES, chunk_map, device_vector, launch
+from .triton import chunk_map, device_vector
 
 Key = tuple[tuple[torch.dtype, ...], tuple[int, ...], bool]
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import backends
-from ..backends import triton as launching
 from ..kernels import aot
+from ..kernels import launch as launching
 from ..kernels.per_sample.linear import has_tf32
 from ..statistics.ops import tiles
 
@@ -91,7 +91,7 @@ def _answers(target: Any) -> Iterator[tuple[Callable[..., Any], Callable[..., An
     """Yield the functions that ask a device for facts, each with an answer for the target."""
     fastest = "tf32" if has_tf32(target.arch if target.backend == "hip" else None) else "ieee"
     yield backends._triton_runs_on, lambda device: (True, "a fake driver")
-    yield launching._warp_size, lambda device: target.warp_size
+    yield launching.warp_size, lambda device: target.warp_size
     yield tiles.capability, lambda device: aot.capability(target)
     yield tiles.processors, lambda device: PROCESSORS
     yield tiles.fastest_precision, lambda device: fastest

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...backends.triton import launch
+from ...kernels.launch import launch
 from ...kernels.per_sample import tiles
 from ...kernels.per_sample.linear import has_tf32
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.triton import launch
 from ...kernels.lang import tl
+from ...kernels.launch import launch
 from ...kernels.per_sample import convolution as kernels
 from ...kernels.per_sample.shapes import Tile, choose_splits, convolution_tile
 from .tiles import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.triton import launch
+from ...kernels.launch import launch
 from ...kernels.per_sample import embedding as kernels
 from .samples import Samples
 

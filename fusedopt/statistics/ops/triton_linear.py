@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.triton import launch
+from ...kernels.launch import launch
 from ...kernels.per_sample import linear as kernels
 from ...kernels.per_sample.shapes import Tile, choose_splits, rows_tile, samples_tile
 from ...layout import has_wide_rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...backends.triton import launch
+from ...kernels.launch import launch
 from ...kernels.per_sample import vectors
 from .samples import Samples
 
