@@ -9,7 +9,8 @@ import torch
 
 import fusedopt
 from fusedopt.backends import triton as backend
-from fusedopt.kernels import aot, aot_variants, launch_config, multi_tensor
+from fusedopt.kernels import aot, launch_config, multi_tensor
+from fusedopt.kernels.aot import update
 from fusedopt.kernels.launch_config import LaunchConfig, update_launch_config
 from fusedopt.kernels.rules import REGISTRY
 
@@ -47,10 +48,10 @@ def test_an_entry_is_for_its_architecture_rule_and_types_alone(tuned):
 
 
 def test_what_is_compiled_ahead_of_time_is_what_is_launched(tuned):
-    variants = {v.name: v for v in aot_variants.variants("cuda:90")}
+    variants = {v.name: v for v in update.variants("cuda:90")}
     adam = variants["Adam fp32"]
     assert (adam.constants["BLOCK"], adam.block, adam.threads) == (2048, 2048, 256)
-    others = {v.name: v for v in aot_variants.variants("cuda:80")}
+    others = {v.name: v for v in update.variants("cuda:80")}
     assert others["Adam fp32"].threads == DEFAULT.threads
     assert variants["SGD fp32"].constants["BLOCK"] == DEFAULT.block
 

@@ -379,8 +379,7 @@ def test_every_variant_of_codegen_is_among_the_cases(monkeypatch: pytest.MonkeyP
     """``codegen`` lists variants by hand: whatever it has, a step must have launched."""
     from fusedopt.backends import triton as launching
     from fusedopt.backends import triton_samples
-    from fusedopt.kernels import aot_variants
-    from fusedopt.kernels.per_sample import aot_materialised
+    from fusedopt.kernels.aot import materialised, norms, update
     from fusedopt.precompile import cases
 
     seen = set()
@@ -392,7 +391,7 @@ def test_every_variant_of_codegen_is_among_the_cases(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton_samples, "launch", note)
     for case in cases.all_cases():
         case.run()
-    for variant in (*aot_variants.variants(), *aot_materialised.variants()):
+    for variant in (*update.variants(), *norms.variants(), *materialised.variants()):
         if variant.constants.get("PARTS", 1) == 1:
             wanted = variant.kernel.__name__, variant.threads, _constants(variant.constants)
             assert wanted in seen, variant.name
@@ -524,16 +523,17 @@ LISTENING = """
 import json
 from triton import knobs
 from fusedopt.compilations import compilations
-from fusedopt.kernels import aot, aot_variants
+from fusedopt.kernels import aot
+from fusedopt.kernels.aot.norms import clip_factor
 
 heard = []
 knobs.compilation.listener = outer = lambda **event: heard.append(event["cache_hit"])
 target = aot.parse_target("hip:gfx942")
 with compilations() as all_of_it:
     with compilations() as first:
-        aot.compile_variant(aot_variants.clip_factor(False), target)
+        aot.compile_variant(clip_factor(False), target)
     with compilations() as second:
-        aot.compile_variant(aot_variants.clip_factor(False), target)
+        aot.compile_variant(clip_factor(False), target)
 rows = [[c.compiled, c.cached, c.seconds > 0, c.names] for c in (all_of_it, first, second)]
 print(json.dumps([rows, heard, knobs.compilation.listener is outer]))
 """

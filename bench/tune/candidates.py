@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-from fusedopt.kernels import aot, aot_variants, launch_config
+from fusedopt.kernels import aot, launch_config
+from fusedopt.kernels.aot.update import update_tensors
 from fusedopt.kernels.launch_config import LaunchConfig
 from fusedopt.kernels.rule import Rule
 from fusedopt.kernels.rules import REGISTRY
@@ -97,7 +98,7 @@ def unfit(entry: Work, candidate: LaunchConfig, target: str) -> list[str]:
     complaints = []
     parsed = aot.parse_target(target)
     for options, dtypes in entry.options:
-        variant = at(aot_variants.update_tensors(entry.rule, options, dtypes), candidate)
+        variant = at(update_tensors(entry.rule, options, dtypes), candidate)
         result = aot.report(aot.compile_variant(variant, parsed), parsed)
         broken = variant.budget.broken(variant, result, parsed)
         complaints += [f"{variant.name}: {text}" for text in broken]

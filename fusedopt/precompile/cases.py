@@ -13,8 +13,8 @@ from torch import Tensor
 from ..cli.verify import statistics_for
 from ..clipping import GlobalNorm
 from ..kernels.aot import DTYPES
-from ..kernels.aot_variants import LAYOUTS
-from ..kernels.option_sets import option_sets
+from ..kernels.aot.option_sets import option_sets
+from ..kernels.aot.update import LAYOUTS
 from ..kernels.rule import Group, Rule
 from ..kernels.rules import REGISTRY
 from ..layout import ALIGNMENT

@@ -1,15 +1,15 @@
-"""The variants of the materialised kernels, for ahead-of-time compilation."""
+"""The variants of the kernels that take per-sample gradients from memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from .. import multi_tensor
-from ..aot import DTYPES, Budget, Variant, element_type
-from ..aot_variants import TABLE
 from ..lang import tl
+from ..per_sample import materialised
 from ..rules import REGISTRY
-from . import materialised
+from .update import TABLE
+from .variant import DTYPES, Budget, Variant, element_type
 
 # Loads that the loop over samples has in its text: four at a time, and the rest one by one.
 LOADS = 5

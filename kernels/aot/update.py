@@ -1,17 +1,17 @@
-"""The variants of the update kernel and of the norm kernels, for ahead-of-time compilation."""
+"""The variants of the update kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from . import multi_tensor, norms
-from .aot import DTYPES, Budget, Variant, element_type
-from .lang import tl
-from .launch_config import update_launch_config
+from .. import multi_tensor
+from ..lang import tl
+from ..launch_config import update_launch_config
+from ..rule import Rule
+from ..rules import REGISTRY
 from .option_sets import option_sets
-from .rule import Rule
-from .rules import REGISTRY
+from .variant import DTYPES, Budget, Variant, alignment_suffix, element_type
 
 # What every kernel takes that finds its tensors by the table of addresses.
 TABLE = {"table": "*i64", "width": "i32", "chunk_tensor": "*i32", "chunk_index": "*i32"}
@@ -27,7 +27,7 @@ LAYOUTS = (
 
 
 def variants(architecture: str = "") -> Iterator[Variant]:
-    """Every variant that the registry's rules and the norm kernels can need.
+    """Every variant that the registry's rules can need.
 
     Args:
         architecture: for which, as in ``launch_config.update_launch_config``.
@@ -41,11 +41,6 @@ def variants(architecture: str = "") -> Iterator[Variant]:
                 inputs = [gradient if degree == 1 else squares for degree in rule.degrees]
                 types = (param, *inputs, *[state] * key[1])
                 yield update_tensors(rule, key[0], types, aligned, architecture)
-    for infinity_norm in (False, True):
-        for dtype in DTYPES:
-            yield partial_norms(dtype, infinity_norm)
-        yield partial_norms("fp32", infinity_norm, aligned=False)
-        yield clip_factor(infinity_norm)
 
 
 def update_tensors(
@@ -71,7 +66,7 @@ def update_tensors(
     is_adamw = rule.name == "Adam" and not any(options) and set(dtypes) == {"fp32"}
     launch = update_launch_config(architecture, rule.name, dtypes, aligned)
     return Variant(
-        name=f"{rule.label(options)} {names}{_suffix(aligned)}",
+        name=f"{rule.label(options)} {names}{alignment_suffix(aligned)}",
         kernel=multi_tensor.update_tensors,
         arguments={
             **TABLE,
@@ -95,53 +90,6 @@ def update_tensors(
             registers=64 if is_adamw else None,
         ),
     )
-
-
-def partial_norms(dtype: str, infinity_norm: bool, aligned: bool = True) -> Variant:
-    """Stage 1 of the norm, which reads each gradient once."""
-    kind = element_type(dtype)
-    return Variant(
-        name=f"partial_norms ({'inf' if infinity_norm else '2'}) {dtype}{_suffix(aligned)}",
-        kernel=norms.partial_norms,
-        arguments={
-            **TABLE,
-            "inverse_scale": "*fp64",
-            "partials": "*fp64",
-        },
-        constants={
-            "DTYPE": kind,
-            "COMPUTE": _compute((kind,)),
-            "ALIGNED": aligned,
-            "INFINITY_NORM": infinity_norm,
-            "BLOCK": norms.NORM_BLOCK,
-        },
-        threads=norms.NORM_THREADS,
-        block=norms.NORM_BLOCK,
-        budget=Budget(bytes_per_element=DTYPES[dtype] if aligned else None),
-    )
-
-
-def clip_factor(infinity_norm: bool) -> Variant:
-    """Stage 2 of the norm, one program."""
-    return Variant(
-        name=f"clip_factor ({'inf' if infinity_norm else '2'})",
-        kernel=norms.clip_factor,
-        arguments={
-            "partials": "*fp64",
-            "count": "i32",
-            "inverse_scale": "*fp64",
-            "max_norm": "*fp64",
-            "control": "*fp64",
-            "norm": "*fp32",
-        },
-        constants={"INFINITY_NORM": infinity_norm, "BLOCK": norms.REDUCE_BLOCK},
-        threads=norms.REDUCE_THREADS,
-        block=norms.REDUCE_BLOCK,
-    )
-
-
-def _suffix(aligned: bool) -> str:
-    return "" if aligned else " unaligned"
 
 
 def _compute(types: tuple[Any, ...]) -> Any:

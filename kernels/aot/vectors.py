@@ -1,11 +1,11 @@
-"""The variants of the vector and embedding kernels, for ahead-of-time compilation."""
+"""The variants of the vector and embedding kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..aot import DTYPES, Budget, Variant
-from . import embedding, vectors
+from ..per_sample import embedding, vectors
+from .variant import DTYPES, Budget, Variant
 
 # What is reduced, and whether samples are given by offsets.
 FORMS = (
@@ -17,7 +17,13 @@ FORMS = (
 )
 
 
-def variants(dtype: str) -> Iterator[Variant]:
+def variants() -> Iterator[Variant]:
+    """Every variant."""
+    for dtype in ("fp32", "bf16", "fp16"):
+        yield from _variants(dtype)
+
+
+def _variants(dtype: str) -> Iterator[Variant]:
     """Every variant for one type of the errors."""
     for form, segmented in FORMS:
         yield partial_sums(dtype, form, segmented)
