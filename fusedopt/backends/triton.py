@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs import compute_dtype, real_dtype
+from ..codecs import real_dtype
 from ..coefficients import Table, upload
 from ..kernels import launch_config, multi_tensor, norms
 from ..kernels.launch import TRITON_DTYPES, device_architecture, launch, settle
@@ -134,7 +134,7 @@ class TritonPart:
         launch(
             norms.clip_factor, 1, norms.REDUCE_THREADS, self.device,
             partials, partials.numel(), inverse_scale, max_norm, control, norm,
-            INFINITY_NORM=infinity_norm, BLOCK=norms.REDUCE_BLOCK,
+            **norms.clip_factor_constants(infinity_norm),
         )  # fmt: skip
 
     def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
@@ -179,22 +179,19 @@ class Cohort:
         self._threads = shape.threads
         self.chunk_tensor, self.chunk_index = chunk_map(self._numels, shape.block, device)
         self._norm_chunks: tuple[Tensor, Tensor] | None = None
-        self._meta: dict[str, Any] = {
-            "RULE": rule.update,
-            "OPTIONS": key.options,
-            "DTYPES": tuple(TRITON_DTYPES[t] for t in key.dtypes),
-            "DEGREES": rule.degrees,
-            "N_COEFFICIENTS": rule.n_coefficients,
-            "COMPUTE": TRITON_DTYPES[compute_dtype(key.dtypes)],
-            "ALIGNED": key.aligned,
-            "BLOCK": shape.block,
-        }
+        types = tuple(TRITON_DTYPES[t] for t in key.dtypes)
         self._kernel: Any = multi_tensor.update_tensors
         self._extra: tuple[Tensor, ...] = ()
-        if key.counts is not None:
+        if key.counts is None:
+            self._meta: dict[str, Any] = multi_tensor.update_constants(
+                rule, key.options, types, key.aligned, shape.block
+            )
+        else:
             # The reduction over samples comes first, in the same kernel.
             self._kernel = materialised.update_from_samples
-            self._meta["PARTS"] = len(key.counts)
+            self._meta = materialised.update_from_samples_constants(
+                rule, key.options, types, len(key.counts), key.aligned, shape.block
+            )
             self._extra = (device_vector(key.counts, device),)
 
     @property
@@ -236,9 +233,9 @@ class Cohort:
         launch(
             norms.partial_norms, self.norm_programs, norms.NORM_THREADS, self.device,
             self.table, self.width, *self._norm_chunks, inverse_scale, partials,
-            DTYPE=self._meta["DTYPES"][1], COMPUTE=self._meta["COMPUTE"],
-            ALIGNED=self.key.aligned, INFINITY_NORM=infinity_norm,
-            BLOCK=norms.NORM_BLOCK,
+            **norms.partial_norms_constants(
+                self._meta["DTYPES"][1], self._meta["COMPUTE"], self.key.aligned, infinity_norm
+            ),
         )  # fmt: skip
 
     def update(self, inputs: Inputs, table: Table, control: Tensor, captured: list[Tensor]) -> None:

@@ -56,12 +56,11 @@ def _launch(device: torch.device, key: Key, members: Sequence[Sequence[Tensor]])
     rows = torch.tensor([numels, numels, *addresses], dtype=torch.int64, device="cpu")
     table = torch.empty(rows.shape, dtype=torch.int64, device=device)
     upload(table, rows)
-    block = multi_tensor.block_size(aligned)
-    chunk_tensor, chunk_index = chunk_map(numels, block, device)
-    compute = compute_dtype(dtypes)
+    types = tuple(TRITON_DTYPES[t] for t in dtypes)
+    constants = materialised.reduce_samples_constants(types, aligned)
+    chunk_tensor, chunk_index = chunk_map(numels, multi_tensor.block_size(aligned), device)
     launch(
         materialised.reduce_samples, len(chunk_tensor), multi_tensor.THREADS, device,
         table, len(members), chunk_tensor, chunk_index, device_vector(counts, device),
-        DTYPES=tuple(TRITON_DTYPES[t] for t in dtypes), PARTS=len(counts),
-        COMPUTE=TRITON_DTYPES[compute], ALIGNED=aligned, BLOCK=block,
+        **constants,
     )  # fmt: skip

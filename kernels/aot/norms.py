@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .. import norms
-from .update import TABLE, _compute
+from ..codecs import compute_type
+from .update import TABLE
 from .variant import DTYPES, Budget, Variant, alignment_suffix, element_type
 
 
@@ -30,13 +31,9 @@ def partial_norms(dtype: str, infinity_norm: bool, aligned: bool = True) -> Vari
             "inverse_scale": "*fp64",
             "partials": "*fp64",
         },
-        constants={
-            "DTYPE": kind,
-            "COMPUTE": _compute((kind,)),
-            "ALIGNED": aligned,
-            "INFINITY_NORM": infinity_norm,
-            "BLOCK": norms.NORM_BLOCK,
-        },
+        constants=norms.partial_norms_constants(
+            kind, compute_type((kind,)), aligned, infinity_norm
+        ),
         threads=norms.NORM_THREADS,
         block=norms.NORM_BLOCK,
         budget=Budget(bytes_per_element=DTYPES[dtype] if aligned else None),
@@ -56,7 +53,7 @@ def clip_factor(infinity_norm: bool) -> Variant:
             "control": "*fp64",
             "norm": "*fp32",
         },
-        constants={"INFINITY_NORM": infinity_norm, "BLOCK": norms.REDUCE_BLOCK},
+        constants=norms.clip_factor_constants(infinity_norm),
         threads=norms.REDUCE_THREADS,
         block=norms.REDUCE_BLOCK,
     )

@@ -113,7 +113,7 @@ def _linear(
             "a_column": 1,
             "e_column": 1,
             **constants,
-            **_tile_constants(tile, precision),
+            **tile.constants(precision, accumulate=False),
         },
         threads=tile.threads,
         stages=tile.stages,
@@ -142,7 +142,7 @@ def convolution_samples(dtype: str, precision: str, tile: Tile) -> Variant:
             "x_column": 1,
             "e_position": 1,
             "INDEX": tl.int32,
-            **_tile_constants(tile, precision),
+            **tile.constants(precision, accumulate=False),
         },
         threads=tile.threads,
         stages=tile.stages,
@@ -161,7 +161,7 @@ def reduce_partials(dtype: str) -> Variant:
             "splits": "i32",
             "numel": "i32",
         },
-        constants={"ACCUMULATE": False, "BLOCK": tiles.REDUCE_BLOCK},
+        constants=tiles.reduce_partials_constants(accumulate=False),
         threads=tiles.REDUCE_THREADS,
         divisible=("numel",),
     )
@@ -176,8 +176,3 @@ def _name(kernel: Any, label: str, dtype: str, precision: str, tile: Tile) -> st
         f"{tile.outputs}x{tile.inputs}x{tile.rows}",
     )
     return " ".join(part for part in parts if part)
-
-
-def _tile_constants(tile: Tile, precision: str) -> dict[str, Any]:
-    meta = {name: value for name, value in tile.meta.items() if name.isupper()}
-    return {**meta, "GROUP": 8, "PRECISION": precision, "ACCUMULATE": False}

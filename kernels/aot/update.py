@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from .. import multi_tensor
-from ..lang import tl
 from ..launch_config import update_launch_config
 from ..rule import Rule
 from ..rules import REGISTRY
@@ -73,16 +71,7 @@ def update_tensors(
             "coefficients": "*fp64",
             "control": "*fp64",
         },
-        constants={
-            "RULE": rule.update,
-            "OPTIONS": options,
-            "DTYPES": types,
-            "DEGREES": rule.degrees,
-            "N_COEFFICIENTS": rule.n_coefficients,
-            "COMPUTE": _compute(types),
-            "ALIGNED": aligned,
-            "BLOCK": launch.block,
-        },
+        constants=multi_tensor.update_constants(rule, options, types, aligned, launch.block),
         threads=launch.threads,
         block=launch.block,
         budget=Budget(
@@ -90,7 +79,3 @@ def update_tensors(
             registers=64 if is_adamw else None,
         ),
     )
-
-
-def _compute(types: tuple[Any, ...]) -> Any:
-    return tl.float64 if tl.float64 in types else tl.float32

@@ -11,7 +11,6 @@ from ...kernels.per_sample.shapes import Tile, choose_splits, rows_tile, samples
 from ...layout import has_wide_rows
 from .samples import Samples
 from .tiles import (
-    GROUP,
     capability,
     common_type,
     fastest_precision,
@@ -77,12 +76,7 @@ def linear_in_tiles(
     chosen, programs = tile, tile.count(outputs, inputs) * splits
 
     def run(gradient: Tensor | None, squares: Tensor, accumulate: bool) -> None:
-        meta = {
-            "PRECISION": products,
-            "ACCUMULATE": accumulate,
-            "GROUP": GROUP,
-            **chosen.meta,
-        }
+        meta = {**chosen.constants(products, accumulate), "num_stages": chosen.stages}
         if of_rows:
             launch(
                 kernels.linear_rows, programs, chosen.threads, e.device,
