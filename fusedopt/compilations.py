@@ -1,4 +1,4 @@
-"""What Triton compiles: how much, and by which key it finds that again on disk."""
+"""How much Triton compiles in a process."""
 
 from __future__ import annotations
 
@@ -57,33 +57,3 @@ def compilations() -> Iterator[Compilations]:
         yield seen
     finally:
         knobs.compilation.listener = previous
-
-
-# Device functions whose key is settled, by id; held, so that an id is not given away again.
-_settled: dict[int, Any] = {}
-
-
-def settle(function: Any) -> None:
-    """Make a kernel's key on disk independent of what the process has launched before.
-
-    Triton takes the global constants that a function's callees use into its key, as far as the
-    callees have keys already. So one kernel has several keys, and which of them holds depends on
-    the order of the first launches: on a warm cache it would be compiled again. Callees get theirs
-    first here.
-
-    Args:
-        function: a ``@jit`` function, before its first launch. Anything else is left alone, as the
-            interpreter's functions are.
-    """
-    if id(function) in _settled:
-        return
-    # Before its callees: a function may call itself.
-    _settled[id(function)] = function
-    if lang.triton is None or not isinstance(function, lang.triton.JITFunction):
-        return
-    names = function.fn.__code__.co_names
-    for callee in map(function.fn.__globals__.get, names):
-        if isinstance(callee, lang.triton.JITFunction):
-            settle(callee)
-    # Computed at its first use.
-    _ = function.cache_key

@@ -41,3 +41,8 @@ def _round_to_bfloat16(value):
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
     rounded = tl.where(is_nan, bits | 0x00400000, rounded)
     return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+def compute_type(types):
+    """Return the type that arithmetic on operands of these element types is done in."""
+    return tl.float64 if tl.float64 in types else tl.float32

@@ -14,7 +14,7 @@ one table serves every cohort of a device.
 
 from __future__ import annotations
 
-from .codecs import decode, encode
+from .codecs import compute_type, decode, encode
 from .lang import jit, tl
 
 # Elements and threads of a program. A thread holds 8 elements of each operand: one 16-byte access
@@ -130,3 +130,30 @@ def address(column, width, OPERAND: tl.constexpr, DTYPES: tl.constexpr, ALIGNED:
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+# Below the kernels, whose lines are a part of their keys in Triton's cache.
+
+
+def update_constants(
+    rule, options: tuple[bool, ...], types: tuple, aligned: bool, block: int
+) -> dict[str, object]:
+    """State what ``update_tensors`` is compiled for: whoever launches or compiles it asks here.
+
+    Args:
+        rule: the ``Rule``.
+        options: its compile-time options.
+        types: Triton's types of parameter, inputs and states.
+        aligned: whether every address is a multiple of 16 bytes.
+        block: elements that a program owns.
+    """
+    return {
+        "RULE": rule.update,
+        "OPTIONS": options,
+        "DTYPES": types,
+        "DEGREES": rule.degrees,
+        "N_COEFFICIENTS": rule.n_coefficients,
+        "COMPUTE": compute_type(types),
+        "ALIGNED": aligned,
+        "BLOCK": block,
+    }

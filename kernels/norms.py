@@ -96,3 +96,24 @@ def clip_factor(
     factor = tl.where(factor > 1.0, 1.0, factor)
     tl.store(control, factor * tl.load(inverse_scale))
     tl.store(norm, value.to(tl.float32))
+
+
+# Below the kernels, whose lines are a part of their keys in Triton's cache.
+
+
+def partial_norms_constants(
+    dtype, compute, aligned: bool, infinity_norm: bool
+) -> dict[str, object]:
+    """State what ``partial_norms`` is compiled for: whoever launches or compiles it asks here."""
+    return {
+        "DTYPE": dtype,
+        "COMPUTE": compute,
+        "ALIGNED": aligned,
+        "INFINITY_NORM": infinity_norm,
+        "BLOCK": NORM_BLOCK,
+    }
+
+
+def clip_factor_constants(infinity_norm: bool) -> dict[str, object]:
+    """Do the same for ``clip_factor``."""
+    return {"INFINITY_NORM": infinity_norm, "BLOCK": REDUCE_BLOCK}

@@ -27,7 +27,7 @@ class Rule:
             ``states`` and ``coefficients`` are tuples, ``OPTIONS`` a compile-time tuple of bools.
         twin: the same update stated in PyTorch, ``twin(p, inputs, states, coefficients, options)``,
             returning ``(p, states)``. It may overwrite ``p`` and ``states``, never ``inputs``.
-            Coefficients are numbers or 0-d tensors; see ``fusedopt.kernels.twin``.
+            Coefficients are numbers or 0-d tensors; see ``fusedopt.kernels.torch_ops``.
         coefficients: ``coefficients(group, step) -> tuple`` of scalars, formed once for each
             (group, step) in double precision. Only arithmetic operators: on the path that a CUDA
             graph captures, ``step`` and the group's values are float64 device tensors.

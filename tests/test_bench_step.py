@@ -114,7 +114,7 @@ def test_bytes_a_parameter(
 
 
 def test_our_bytes_are_the_budgets_of_the_compiled_kernels() -> None:
-    from fusedopt.kernels.aot_variants import update_tensors
+    from fusedopt.kernels.aot.update import update_tensors
 
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
     names |= {torch.float16: "fp16", torch.float64: "fp64"}

@@ -10,8 +10,9 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from fusedopt.kernels import aot, aot_variants
+from fusedopt.kernels import aot
 from fusedopt.kernels.aot import Budget, Report
+from fusedopt.kernels.aot.update import update_tensors
 from fusedopt.kernels.rules import REGISTRY
 
 # Compiled in one subprocess without the interpreter, which this process has turned on.
@@ -53,10 +54,10 @@ BYTES = {
 PER_SAMPLE_SCRIPT = """
 import json, sys
 from fusedopt.kernels import aot
-from fusedopt.kernels.per_sample import aot_variants
+from fusedopt.kernels.aot import samples
 rows = {}
 target = aot.parse_target(sys.argv[1])
-for variant in aot_variants.variants(target):
+for variant in samples.variants(target):
     if not variant.name.startswith(tuple(json.loads(sys.argv[2]))):
         continue
     compiled = aot.compile_variant(variant, target)
@@ -99,7 +100,7 @@ def test_budgets_hold(compiled):
     assert compiled["Adam fp32"][1] <= 64
 
 
-ADAM = aot_variants.update_tensors(REGISTRY["Adam"], (False,), ("fp32",) * 4)
+ADAM = update_tensors(REGISTRY["Adam"], (False,), ("fp32",) * 4)
 GOOD = Report(registers=60, stack=0, shared=0, loads={128: 8}, stores={128: 6}, matrix=())
 
 

@@ -143,7 +143,8 @@ def sdist(checkout, tmp_path_factory):
 
 LOOK = """
 import importlib.metadata, importlib.resources, importlib.util, json, sys
-import fusedopt, fusedopt.kernels.geometry
+import fusedopt
+from fusedopt.kernels import launch_config
 if importlib.util.find_spec("triton"):
     import fusedopt.kernels.multi_tensor
 entries = importlib.metadata.entry_points(group="console_scripts", name="fusedopt")
@@ -153,7 +154,7 @@ print(json.dumps({
     "version": fusedopt.__version__,
     "installed version": importlib.metadata.version("fusedopt"),
     "typed": importlib.resources.files("fusedopt").joinpath("py.typed").is_file(),
-    "geometries": fusedopt.kernels.geometry.load(fusedopt.kernels.geometry.TUNED),
+    "launch configs": launch_config.load(launch_config.TUNED),
     "commands": [callable(entry.load()) for entry in entries],
     "exposed": [name for name in sys.argv[1:] if importlib.util.find_spec(name)],
 }))
@@ -191,10 +192,10 @@ def test_types_are_announced(installed):
     assert seen["typed"]
 
 
-def test_the_table_of_geometries_is_installed(installed, checkout):
+def test_the_table_of_launch_configs_is_installed(installed, checkout):
     seen, _ = installed
     table = checkout / "kernels" / "tuned.json"
-    assert seen["geometries"] == json.loads(table.read_text())["entries"]
+    assert seen["launch configs"] == json.loads(table.read_text())["entries"]
 
 
 def test_command_is_installed(installed):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusedopt.kernels import aot
-from fusedopt.kernels.per_sample import aot_variants
+from fusedopt.kernels.aot import samples as aot_samples
 from fusedopt.kernels.per_sample.shapes import (
     MAX_WAVES,
     Tile,
@@ -341,7 +341,7 @@ def test_squares_of_rows_are_multiplied_as_the_device_can(
 
 def test_variants_for_amd_ask_for_what_triton_has():
     for target, tf32 in (("hip:gfx90a", False), ("hip:gfx950", False), ("hip:gfx942", True)):
-        variants = list(aot_variants.variants(aot.parse_target(target)))
+        variants = list(aot_samples.variants(aot.parse_target(target)))
         names = [variant.name for variant in variants]
         assert len(names) == len(set(names)), target
         assert any("tf32" in variant.constants.values() for variant in variants) == tf32, target
@@ -352,10 +352,10 @@ def test_variants_for_amd_ask_for_what_triton_has():
 def test_rows_compile_for_amd_without_tf32():
     script = """
 from fusedopt.kernels import aot
-from fusedopt.kernels.per_sample import aot_variants
+from fusedopt.kernels.aot import samples
 target = aot.parse_target("hip:gfx90a")
 compiled = 0
-for variant in aot_variants.variants(target):
+for variant in samples.variants(target):
     if variant.name.startswith("linear_rows bf16 64x64"):
         result = aot.report(aot.compile_variant(variant, target), target)
         assert not variant.budget.broken(variant, result, target)

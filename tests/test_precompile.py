@@ -35,8 +35,8 @@ TRAINING = """
 import json, sys
 import torch, triton, fusedopt
 from fusedopt import backends
-from fusedopt.backends import triton as launching
 from fusedopt.compilations import compilations
+from fusedopt.kernels import launch as launching
 from triton.backends.compiler import GPUTarget
 
 class Utilities:
@@ -61,16 +61,16 @@ class Driver:
     def get_current_device(self): return str(self.target)
     def get_current_stream(self, device): return 0
 
-def stand_in(name):
+def fake_driver(name):
     kind, _, architecture = name.partition(":")
     if kind == "cuda":
         target = GPUTarget("cuda", int(architecture), 32)
     else:
         target = GPUTarget("hip", architecture, 64)
     triton.runtime.driver.set_active(Driver(target))
-    launching._warp_size = lambda device: target.warp_size
+    launching.warp_size = lambda device: target.warp_size
 
-backends._triton_runs_on = lambda device: (True, "a stand-in")
+backends._triton_runs_on = lambda device: (True, "a fake driver")
 real = None
 if sys.argv[1] == "with modules":
     from triton.backends.nvidia import driver as real
@@ -102,7 +102,7 @@ def train(optimizer="AdamW", dtype="float32", clip=None, samples=False, scaled=F
 COUNT = """
 counts = {}
 for target, cases in json.loads(sys.argv[2]).items():
-    stand_in(target)
+    fake_driver(target)
     for name, options in cases.items():
         with compilations() as seen:
             train(**options)
@@ -125,7 +125,7 @@ def found_for(target):
 
 def compare(target, run):
     found, launched = found_for(target), {}
-    stand_in(target)
+    fake_driver(target)
     with work._compiling_only(lambda key, kernel: bool(launched.setdefault(key, kernel)) and False):
         run()
     return len(launched), [kernel for key, kernel in launched.items() if key not in found]
@@ -379,8 +379,7 @@ def test_every_variant_of_codegen_is_among_the_cases(monkeypatch: pytest.MonkeyP
     """``codegen`` lists variants by hand: whatever it has, a step must have launched."""
     from fusedopt.backends import triton as launching
     from fusedopt.backends import triton_samples
-    from fusedopt.kernels import aot_variants
-    from fusedopt.kernels.per_sample import aot_materialised
+    from fusedopt.kernels.aot import materialised, norms, update
     from fusedopt.precompile import cases
 
     seen = set()
@@ -392,7 +391,7 @@ def test_every_variant_of_codegen_is_among_the_cases(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton_samples, "launch", note)
     for case in cases.all_cases():
         case.run()
-    for variant in (*aot_variants.variants(), *aot_materialised.variants()):
+    for variant in (*update.variants(), *norms.variants(), *materialised.variants()):
         if variant.constants.get("PARTS", 1) == 1:
             wanted = variant.kernel.__name__, variant.threads, _constants(variant.constants)
             assert wanted in seen, variant.name
@@ -524,16 +523,17 @@ LISTENING = """
 import json
 from triton import knobs
 from fusedopt.compilations import compilations
-from fusedopt.kernels import aot, aot_variants
+from fusedopt.kernels import aot
+from fusedopt.kernels.aot.norms import clip_factor
 
 heard = []
 knobs.compilation.listener = outer = lambda **event: heard.append(event["cache_hit"])
 target = aot.parse_target("hip:gfx942")
 with compilations() as all_of_it:
     with compilations() as first:
-        aot.compile_variant(aot_variants.clip_factor(False), target)
+        aot.compile_variant(clip_factor(False), target)
     with compilations() as second:
-        aot.compile_variant(aot_variants.clip_factor(False), target)
+        aot.compile_variant(clip_factor(False), target)
 rows = [[c.compiled, c.cached, c.seconds > 0, c.names] for c in (all_of_it, first, second)]
 print(json.dumps([rows, heard, knobs.compilation.listener is outer]))
 """
@@ -550,7 +550,7 @@ def test_compilations_are_counted(tmp_path: Path) -> None:
 
 KEYS = """
 import json, os, sys
-from fusedopt.compilations import settle
+from fusedopt.kernels.launch import settle
 from fusedopt.kernels import multi_tensor
 from fusedopt.kernels.per_sample import linear, materialised
 

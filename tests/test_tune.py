@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from fusedopt.backends import triton as backend
-from fusedopt.kernels import geometry
-from fusedopt.kernels.geometry import Geometry
+from fusedopt.kernels import launch_config
+from fusedopt.kernels.launch_config import LaunchConfig
 from fusedopt.kernels.rules import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT = geometry.default(aligned=True)
+DEFAULT = launch_config.default(aligned=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +45,7 @@ def test_every_candidate_is_valid_and_none_is_the_default(key):
     assert len(found) > 8 and len(set(found)) == len(found) and DEFAULT not in found
     for candidate in found:
         candidate.check(key)
-    narrowest = min(geometry.SIZES[name] for name in key.split("/"))
+    narrowest = min(launch_config.SIZES[name] for name in key.split("/"))
     least = min(candidate.block * narrowest / candidate.threads for candidate in found)
     # As many threads as there can be are tried, and no more.
     assert least == 16
@@ -110,7 +110,7 @@ def test_the_fastest_of_the_winners_is_chosen():
     assert choose.finalists(times, "d") == ["b", "a", "e"]
 
 
-def test_updates_run_in_the_geometry_that_is_tried(monkeypatch):
+def test_updates_run_in_the_launch_config_that_is_tried(monkeypatch):
     trial = module("trial")
     seen = []
     monkeypatch.setattr(
@@ -121,20 +121,20 @@ def test_updates_run_in_the_geometry_that_is_tried(monkeypatch):
         ),
     )
     tensors = trial.Trial(entry(), [4096, 5], torch.device("cpu"))
-    tensors.update(Geometry(2048, 256))()
+    tensors.update(LaunchConfig(2048, 256))()
     tensors.update(DEFAULT)()
     assert seen == [(3, 256, 2048, True), (5, DEFAULT.threads, DEFAULT.block, True)]
     # What was forced is over.
-    assert geometry.update_geometry("", "Adam", ("fp32",) * 4, True) == DEFAULT
+    assert launch_config.update_launch_config("", "Adam", ("fp32",) * 4, True) == DEFAULT
 
 
 @pytest.mark.parametrize("rule", ["SGD", "BatchDecoupledAdam"])
-def test_results_do_not_depend_on_the_geometry(rule, device):
-    assert module("trial").differs(entry(rule), Geometry(512, 64), device) is None
+def test_results_do_not_depend_on_the_launch_config(rule, device):
+    assert module("trial").differs(entry(rule), LaunchConfig(512, 64), device) is None
 
 
 @pytest.mark.parametrize("wrong", ["tail", "nothing"])
-def test_a_geometry_with_other_results_is_seen(wrong, device, monkeypatch):
+def test_a_launch_config_with_other_results_is_seen(wrong, device, monkeypatch):
     launch = backend.launch
 
     def broken(kernel, programs, threads, *arguments, **meta):
@@ -146,20 +146,20 @@ def test_a_geometry_with_other_results_is_seen(wrong, device, monkeypatch):
         launch(kernel, programs, threads, *arguments, **meta)
 
     monkeypatch.setattr(backend, "launch", broken)
-    difference = module("trial").differs(entry("SGD"), Geometry(512, 64), device)
+    difference = module("trial").differs(entry("SGD"), LaunchConfig(512, 64), device)
     assert difference is not None and "are not the default's" in difference
 
 
 def test_a_default_that_does_nothing_is_no_standard(device, monkeypatch):
     monkeypatch.setattr(backend, "launch", lambda *_, **__: None)
-    difference = module("trial").differs(entry("SGD"), Geometry(512, 64), device)
+    difference = module("trial").differs(entry("SGD"), LaunchConfig(512, 64), device)
     assert difference == "the default changes nothing"
 
 
 def _tuned(monkeypatch, device, seconds, ruled_out=()):
-    """Tune with a clock that says what a geometry takes; return the result and what was timed."""
+    """Tune with a clock that says what each takes; return the result and what was timed."""
     tuning = module("tuning")
-    some = [Geometry(512, 64), Geometry(2048, 128), Geometry(2048, 256), Geometry(4096, 128)]
+    some = [LaunchConfig(*one) for one in ((512, 64), (2048, 128), (2048, 256), (4096, 128))]
     monkeypatch.setattr(tuning, "candidates", lambda key: some)
     timed = []
 
@@ -203,44 +203,44 @@ ORIGIN = {"device": "a GPU", "torch": "2", "commit": "abc", "date": "2030-01-01"
 
 def test_what_is_written_is_what_launches_read(tmp_path, monkeypatch):
     path = tmp_path / "tuned.json"
-    monkeypatch.setattr(geometry, "TUNED", path)
+    monkeypatch.setattr(launch_config, "TUNED", path)
     old = {"architecture": "cuda:90", "rule": "SGD", "types": "fp32", "block": 4096, "threads": 64}
-    geometry.save(path, [old, {**old, "rule": "Adam"}, {**old, "architecture": "cuda:80"}])
+    launch_config.save(path, [old, {**old, "rule": "Adam"}, {**old, "architecture": "cuda:80"}])
     result = {
         "rule": "SGD", "types": "fp32", "elements": 4,
         "chosen": {"block": 2048, "threads": 256, "ratio": 0.87654321},
     }  # fmt: skip
     write = module("tuning").write
-    look = geometry.update_geometry
+    look = launch_config.update_launch_config
     try:
         assert write(path, [result], "cuda:90", ORIGIN) == 1
         fp32 = ("fp32",) * 3
-        assert look("cuda:90", "SGD", fp32, True) == Geometry(2048, 256)
+        assert look("cuda:90", "SGD", fp32, True) == LaunchConfig(2048, 256)
         # What was not tuned now stays.
-        assert look("cuda:80", "SGD", fp32, True) == Geometry(4096, 64)
-        assert look("cuda:90", "Adam", fp32, True) == Geometry(4096, 64)
-        (written,) = [e for e in geometry.load(path) if e.get("commit")]
+        assert look("cuda:80", "SGD", fp32, True) == LaunchConfig(4096, 64)
+        assert look("cuda:90", "Adam", fp32, True) == LaunchConfig(4096, 64)
+        (written,) = [e for e in launch_config.load(path) if e.get("commit")]
         assert written["ratio"] == 0.8765 and written["device"] == "a GPU"
         # Where the default is best now, an older entry goes.
         assert write(path, [{**result, "chosen": None}], "cuda:90", ORIGIN) == 0
         assert look("cuda:90", "SGD", fp32, True) == DEFAULT
-        assert look("cuda:80", "SGD", fp32, True) == Geometry(4096, 64)
+        assert look("cuda:80", "SGD", fp32, True) == LaunchConfig(4096, 64)
     finally:
-        geometry._tuned.cache_clear()
+        launch_config._tuned.cache_clear()
 
 
 SCRIPT = """
 import json
 from bench.tune import candidates
-from fusedopt.kernels.geometry import Geometry
+from fusedopt.kernels.launch_config import LaunchConfig
 from fusedopt.kernels.rules import REGISTRY
 (entry,) = candidates.work(REGISTRY["Adam"], "fp32")
 tried = (1024, 128), (2048, 256), (8192, 64)
 if __name__ == "__main__":
-    found = [candidates.unfit(entry, Geometry(*one), "cuda:90") for one in tried]
+    found = [candidates.unfit(entry, LaunchConfig(*one), "cuda:90") for one in tried]
     candidates.BLOCKS, candidates.THREADS = (2048, 8192), (64, 256)
     pooled = candidates.complaints("Adam", "fp32", "cuda:90")
-    found += [pooled["fp32", Geometry(*one)] for one in tried[1:]]
+    found += [pooled["fp32", LaunchConfig(*one)] for one in tried[1:]]
     print(json.dumps(found))
 """
 
@@ -283,10 +283,10 @@ def test_the_command_on_a_gpu(monkeypatch, capsys):
     candidates = module("candidates")
     monkeypatch.setattr(candidates, "BLOCKS", (1024, 2048))
     monkeypatch.setattr(candidates, "THREADS", (128, 256))
-    before = geometry.TUNED.read_text()
+    before = launch_config.TUNED.read_text()
     arguments = ["--rule", "SGD", "--types", "fp32", "--elements", "100000", "--json"]
     assert module("__main__").main(arguments) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert len(result["tried"]) == 4 and result["tried"][result["default"]]["ratio"] == 1.0
     assert not any("elements are not" in x.get("ruled_out", "") for x in result["tried"].values())
-    assert geometry.TUNED.read_text() == before
+    assert launch_config.TUNED.read_text() == before

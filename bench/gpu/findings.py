@@ -186,7 +186,7 @@ def training(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def tune(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return the geometry that was chosen in each type."""
+    """Return the launch configuration that was chosen in each type."""
     results = _one(setting.work / "tune")["results"]
     chosen = ((x["types"], x["chosen"] and x["chosen"]["name"]) for x in results)
     return {f"AdamW {types}": name or "default" for types, name in chosen}

@@ -48,7 +48,7 @@ def ideal(workload: Workload) -> float:
 def ours(workload: Workload, clip: bool, scaler: bool) -> float:
     """Count one pass, and one more read of the gradients where their norm is wanted.
 
-    ``kernels/aot_variants.py`` has the same numbers as budgets of the compiled kernels. The loss
+    ``kernels/aot/update.py`` has the same numbers as budgets of the compiled kernels. The loss
     scaler's own search for an overflow reads and writes the gradients before the step.
     """
     gradient = itemsize(workload.codec.gradient)

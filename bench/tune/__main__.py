@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.harness.output import write_json
-from fusedopt.kernels import geometry, lang
+from fusedopt.kernels import lang, launch_config
 from fusedopt.kernels.rules import REGISTRY
 
 from . import candidates
@@ -91,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         _show(results, f"{facts['device']}, {target}")
     if options.write:
-        count = write(geometry.TUNED, results, target, origin)
-        print(f"{geometry.TUNED}: {count} entries of {len(results)} tuned", file=sys.stderr)
+        count = write(launch_config.TUNED, results, target, origin)
+        print(f"{launch_config.TUNED}: {count} entries of {len(results)} tuned", file=sys.stderr)
     return 0
 
 

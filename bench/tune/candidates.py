@@ -1,4 +1,4 @@
-"""What is tried: geometries, the variants that each would be for, and what rules one out."""
+"""What is tried: configurations, the variants that each would be for, and what rules one out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-from fusedopt.kernels import aot, aot_variants, geometry
-from fusedopt.kernels.geometry import Geometry
+from fusedopt.kernels import aot, launch_config
+from fusedopt.kernels.aot.update import update_tensors
+from fusedopt.kernels.launch_config import LaunchConfig
 from fusedopt.kernels.rule import Rule
 from fusedopt.kernels.rules import REGISTRY
 
@@ -19,7 +20,7 @@ THREADS = (64, 128, 256, 512)
 
 # Types of parameter, gradient and states.
 TYPES = {
-    **{name: (name, name, name) for name in geometry.SIZES},
+    **{name: (name, name, name) for name in launch_config.SIZES},
     "fp32+bf16-gradients": ("fp32", "bf16", "fp32"),
     "bf16+fp32-states": ("bf16", "bf16", "fp32"),
 }
@@ -31,7 +32,7 @@ class Work:
 
     Attributes:
         rule: the update.
-        key: the types, as ``geometry.types_key`` writes them.
+        key: the types, as ``launch_config.types_key`` writes them.
         dtypes: those of parameter, inputs and states, of the group.
         group: hyper-parameters with the most states of all that the entry is for: it is timed.
         options: compile-time options of everything that the entry is for, with their types.
@@ -52,7 +53,7 @@ def work(rule: Rule, types: str) -> list[Work]:
     found: dict[str, dict[tuple[Any, ...], Mapping[str, Any]]] = {}
     for group in rule.example_groups:
         dtypes = _dtypes(rule, group, types)
-        variants = found.setdefault(geometry.types_key(dtypes), {})
+        variants = found.setdefault(launch_config.types_key(dtypes), {})
         variants.setdefault((rule.options(group), dtypes), group)
     entries = []
     for key, variants in found.items():
@@ -69,22 +70,22 @@ def _dtypes(rule: Rule, group: Mapping[str, Any], types: str) -> tuple[str, ...]
     return (param, *inputs, *[state] * len(rule.states(group)))
 
 
-def candidates(key: str) -> list[Geometry]:
-    """Return every geometry that accesses of 16 bytes a thread allow, but for the default."""
+def candidates(key: str) -> list[LaunchConfig]:
+    """Return every configuration that accesses of 16 bytes a thread allow, but for the default."""
     found = []
     for block in BLOCKS:
         for threads in THREADS:
-            candidate = Geometry(block, threads)
+            candidate = LaunchConfig(block, threads)
             try:
                 candidate.check(key)
             except ValueError:
                 continue
-            if candidate != geometry.default(aligned=True):
+            if candidate != launch_config.default(aligned=True):
                 found.append(candidate)
     return found
 
 
-def unfit(entry: Work, candidate: Geometry, target: str) -> list[str]:
+def unfit(entry: Work, candidate: LaunchConfig, target: str) -> list[str]:
     """Compile everything that the entry would be for, and say which budgets are broken.
 
     No variant may use stack, and whole chunks move in 128-bit accesses: as in codegen.
@@ -97,14 +98,14 @@ def unfit(entry: Work, candidate: Geometry, target: str) -> list[str]:
     complaints = []
     parsed = aot.parse_target(target)
     for options, dtypes in entry.options:
-        variant = at(aot_variants.update_tensors(entry.rule, options, dtypes), candidate)
+        variant = at(update_tensors(entry.rule, options, dtypes), candidate)
         result = aot.report(aot.compile_variant(variant, parsed), parsed)
         broken = variant.budget.broken(variant, result, parsed)
         complaints += [f"{variant.name}: {text}" for text in broken]
     return complaints
 
 
-def complaints(rule: str, types: str, target: str) -> dict[tuple[str, Geometry], list[str]]:
+def complaints(rule: str, types: str, target: str) -> dict[tuple[str, LaunchConfig], list[str]]:
     """Return what is wrong with each candidate, by the entry's key, in a process for each core."""
     tasks = [
         (rule, types, place, candidate, target)
@@ -119,25 +120,25 @@ def complaints(rule: str, types: str, target: str) -> dict[tuple[str, Geometry],
         return dict(zip(keys, pool.map(_unfit, tasks), strict=True))
 
 
-def _unfit(task: tuple[str, str, int, Geometry, str]) -> list[str]:
+def _unfit(task: tuple[str, str, int, LaunchConfig, str]) -> list[str]:
     # A rule holds kernels, which do not travel between processes: its name does.
     rule, types, place, candidate, target = task
     return unfit(work(REGISTRY[rule], types)[place], candidate, target)
 
 
-def at(variant: aot.Variant, candidate: Geometry) -> aot.Variant:
-    """Return a variant of the update kernel in another geometry."""
+def at(variant: aot.Variant, candidate: LaunchConfig) -> aot.Variant:
+    """Return a variant of the update kernel in another configuration."""
     constants = {**variant.constants, "BLOCK": candidate.block}
     return dataclasses.replace(
         variant, constants=constants, block=candidate.block, threads=candidate.threads
     )
 
 
-def name(candidate: Geometry) -> str:
-    """Name a geometry for tables."""
+def name(candidate: LaunchConfig) -> str:
+    """Name a configuration for tables."""
     return f"{candidate.block}/{candidate.threads}"
 
 
-def names(found: Sequence[Geometry]) -> dict[str, Geometry]:
-    """Return geometries by their names."""
+def names(found: Sequence[LaunchConfig]) -> dict[str, LaunchConfig]:
+    """Return configurations by their names."""
     return {name(candidate): candidate for candidate in found}

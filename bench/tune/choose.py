@@ -1,4 +1,4 @@
-"""Which geometry is faster than the default by more than the noise."""
+"""Which configuration is faster than the default by more than the noise."""
 
 from __future__ import annotations
 

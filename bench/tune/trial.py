@@ -1,4 +1,4 @@
-"""The update kernel in a given geometry, on tensors of its own, as an optimizer launches it."""
+"""The update kernel in a given configuration, on tensors of its own, as an optimizer does it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fusedopt.backends import ParamEntry, prepare
 from fusedopt.coefficients import HostTable
-from fusedopt.kernels import geometry
-from fusedopt.kernels.geometry import Geometry
+from fusedopt.kernels import launch_config
+from fusedopt.kernels.launch_config import LaunchConfig
 
 from .candidates import Work
 
@@ -25,14 +25,14 @@ DTYPES = {
 
 
 @contextmanager
-def forced(candidate: Geometry) -> Iterator[None]:
-    """Make launches that are prepared in here take a geometry, whatever the table says."""
-    with mock.patch.object(geometry, "update_geometry", lambda *_: candidate):
+def forced(candidate: LaunchConfig) -> Iterator[None]:
+    """Make launches that are prepared in here take a configuration, whatever the table says."""
+    with mock.patch.object(launch_config, "update_launch_config", lambda *_: candidate):
         yield
 
 
 class Trial:
-    """Tensors of an entry's types, and updates of them in any geometry.
+    """Tensors of an entry's types, and updates of them in any configuration.
 
     Args:
         entry: rule, types and hyper-parameters.
@@ -55,7 +55,7 @@ class Trial:
             options = entry.rule.options(entry.group)
             self.slots.append(ParamEntry(position, param, inputs, states, options))
 
-    def update(self, candidate: Geometry) -> Callable[[], None]:
+    def update(self, candidate: LaunchConfig) -> Callable[[], None]:
         """Return what updates all tensors once, at the third step of a training."""
         rule = self.entry.rule
         with forced(candidate):
@@ -89,8 +89,10 @@ def _values(
     return values.normal_(generator=generator)
 
 
-def differs(entry: Work, candidate: Geometry, device: torch.device, steps: int = 2) -> str | None:
-    """Say how a geometry's results differ from the default's, if not a bit does: None.
+def differs(
+    entry: Work, candidate: LaunchConfig, device: torch.device, steps: int = 2
+) -> str | None:
+    """Say how a configuration's results differ from the default's, if not a bit does: None.
 
     Args:
         entry: rule and types.
@@ -100,7 +102,7 @@ def differs(entry: Work, candidate: Geometry, device: torch.device, steps: int =
     """
     sizes = (2 * candidate.block + 77, candidate.block, 3)
     results = []
-    for one in (geometry.default(aligned=True), candidate):
+    for one in (launch_config.default(aligned=True), candidate):
         trial = Trial(entry, sizes, device)
         before = [tensor.clone() for tensor in trial.written()]
         update = trial.update(one)

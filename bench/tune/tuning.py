@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from bench.harness.clock import Clock, in_turn, release
-from fusedopt.kernels import geometry
-from fusedopt.kernels.geometry import Geometry
+from fusedopt.kernels import launch_config
+from fusedopt.kernels.launch_config import LaunchConfig
 
 from .candidates import Work, candidates, name, names
 from .choose import against, finalists, winner
@@ -23,7 +23,7 @@ ROUNDS, FINAL_ROUNDS = 7, 30
 SECONDS = 2.0
 
 # From an entry and a candidate: why it will not do.
-Unfit = Callable[[Work, Geometry], list[str]]
+Unfit = Callable[[Work, LaunchConfig], list[str]]
 # From updates by name and a number of rounds: times on the device.
 Measure = Callable[[Mapping[str, Callable[[], None]], int], Mapping[str, Sequence[float]]]
 
@@ -47,7 +47,7 @@ def tune(
     advance: Callable[[str], object] = lambda what: None,
     keep: Callable[[dict[str, Any]], object] = lambda so_far: None,
 ) -> dict[str, Any]:
-    """Find the geometry of one entry.
+    """Find the configuration of one entry.
 
     Args:
         entry: rule and types.
@@ -60,9 +60,9 @@ def tune(
 
     Returns:
         ``rule``, ``types``, ``default``, ``tried`` (each candidate with why it was ruled out, or
-        its ratio to the default's time), and ``chosen``: the geometry, or None for the default.
+        its ratio to the default's time), and ``chosen``: a configuration, or None for the default.
     """
-    default = geometry.default(aligned=True)
+    default = launch_config.default(aligned=True)
     tried: dict[str, Any] = {}
     fit = [default]
     for candidate in candidates(entry.key):
@@ -101,7 +101,7 @@ def _entry(
         "rule": entry.rule.name,
         "types": entry.key,
         "elements": elements,
-        "default": name(geometry.default(aligned=True)),
+        "default": name(launch_config.default(aligned=True)),
         "tried": dict(tried),
         "chosen": None if found is None else {**found, "ratio": tried[found["name"]]["ratio"]},
     }
@@ -129,7 +129,7 @@ def write(
     tuned = {(architecture, result["rule"], result["types"]) for result in results}
     entries = [
         entry
-        for entry in geometry.load(path)
+        for entry in launch_config.load(path)
         if (entry["architecture"], entry["rule"], entry["types"]) not in tuned
     ]
     found = [
@@ -146,5 +146,5 @@ def write(
         for result in results
         if result["chosen"] is not None
     ]
-    geometry.save(path, [*entries, *found])
+    launch_config.save(path, [*entries, *found])
     return len(found)

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..coefficients import Table
-from ..compilations import settle
-from ..kernels import geometry, multi_tensor, norms
-from ..kernels.lang import COMPILE_OPTIONS, INTERPRETED, tl, triton
+from ..kernels import launch_config, multi_tensor, norms
+from ..kernels.launch import TRITON_DTYPES, device_architecture, launch, settle
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
 from ..memory.device import upload
-from ..memory.dtypes import compute_dtype, real_dtype
+from ..memory.dtypes import real_dtype
 from ..memory.layout import (
     ALIGNMENT,
     byte_range,
@@ -38,38 +35,6 @@ from ..memory.layout import (
 )
 from ..memory.storage import addresses as addresses_of
 from .entry import Inputs, ParamEntry
-
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float64: tl.float64,
-}
-
-
-def launch(
-    kernel: Any, programs: int, threads: int, device: torch.device, *arguments: Any, **meta: Any
-) -> None:
-    """Launch a kernel: the one place where this library hands work to Triton."""
-    settle(kernel)
-    with _device_guard(device):
-        warps = threads // _warp_size(device)
-        kernel[(programs,)](*arguments, num_warps=warps, **COMPILE_OPTIONS, **meta)
-
-
-@cache
-def _warp_size(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 32
-    return int(torch.cuda.get_device_properties(device).warp_size)
-
-
-def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    # Triton launches on the current device, which need not be the tensors'.
-    if device.type == "cpu":
-        return nullcontext()
-    guard: AbstractContextManager[Any] = torch.get_device_module(device).device(device)
-    return guard
 
 
 @dataclass(frozen=True)
@@ -170,7 +135,7 @@ class TritonExecutor:
         launch(
             norms.clip_factor, 1, norms.REDUCE_THREADS, self.device,
             partials, partials.numel(), inverse_scale, max_norm, control, norm,
-            INFINITY_NORM=infinity_norm, BLOCK=norms.REDUCE_BLOCK,
+            **norms.clip_factor_constants(infinity_norm),
         )  # fmt: skip
 
     def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
@@ -211,26 +176,23 @@ class Cohort:
         host_table = _host([self._numels, self._row_of, *addresses])
         self.table = torch.empty(host_table.shape, dtype=torch.int64, device=device)
         upload(self.table, host_table)
-        shape = _geometry(rule, device, key)
+        shape = _launch_config(rule, device, key)
         self._threads = shape.threads
         self.chunk_tensor, self.chunk_index = chunk_map(self._numels, shape.block, device)
         self._norm_chunks: tuple[Tensor, Tensor] | None = None
-        self._meta: dict[str, Any] = {
-            "RULE": rule.update,
-            "OPTIONS": key.options,
-            "DTYPES": tuple(TRITON_DTYPES[t] for t in key.dtypes),
-            "DEGREES": rule.degrees,
-            "N_COEFFICIENTS": rule.n_coefficients,
-            "COMPUTE": TRITON_DTYPES[compute_dtype(key.dtypes)],
-            "ALIGNED": key.aligned,
-            "BLOCK": shape.block,
-        }
+        types = tuple(TRITON_DTYPES[t] for t in key.dtypes)
         self._kernel: Any = multi_tensor.update_tensors
         self._extra: tuple[Tensor, ...] = ()
-        if key.counts is not None:
+        if key.counts is None:
+            self._meta: dict[str, Any] = multi_tensor.update_constants(
+                rule, key.options, types, key.aligned, shape.block
+            )
+        else:
             # The reduction over samples comes first, in the same kernel.
             self._kernel = materialised.update_from_samples
-            self._meta["PARTS"] = len(key.counts)
+            self._meta = materialised.update_from_samples_constants(
+                rule, key.options, types, len(key.counts), key.aligned, shape.block
+            )
             self._extra = (device_vector(key.counts, device),)
 
     @property
@@ -272,9 +234,9 @@ class Cohort:
         launch(
             norms.partial_norms, self.norm_programs, norms.NORM_THREADS, self.device,
             self.table, self.width, *self._norm_chunks, inverse_scale, partials,
-            DTYPE=self._meta["DTYPES"][1], COMPUTE=self._meta["COMPUTE"],
-            ALIGNED=self.key.aligned, INFINITY_NORM=infinity_norm,
-            BLOCK=norms.NORM_BLOCK,
+            **norms.partial_norms_constants(
+                self._meta["DTYPES"][1], self._meta["COMPUTE"], self.key.aligned, infinity_norm
+            ),
         )  # fmt: skip
 
     def update(self, inputs: Inputs, table: Table, control: Tensor, captured: list[Tensor]) -> None:
@@ -295,20 +257,13 @@ class Cohort:
             tensor.copy_(buffer)
 
 
-def _geometry(rule: Rule, device: torch.device, key: CohortKey) -> geometry.Geometry:
+def _launch_config(rule: Rule, device: torch.device, key: CohortKey) -> launch_config.LaunchConfig:
     if key.counts is not None:
-        return geometry.default(key.aligned)
+        return launch_config.default(key.aligned)
     names = [str(TRITON_DTYPES[t]) for t in key.dtypes]
-    return geometry.update_geometry(_architecture(device), rule.name, names, key.aligned)
-
-
-def _architecture(device: torch.device) -> str:
-    """Name what Triton compiles for, as ``codegen`` takes it; nothing for the interpreter."""
-    if INTERPRETED:
-        return ""
-    with _device_guard(device):
-        target = triton.runtime.driver.active.get_current_target()
-    return f"{target.backend}:{target.arch}"
+    return launch_config.update_launch_config(
+        device_architecture(device), rule.name, names, key.aligned
+    )
 
 
 def chunk_map(numels: Sequence[int], block: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..kernels import multi_tensor
+from ..kernels.launch import TRITON_DTYPES, launch
 from ..kernels.per_sample import materialised
 from ..memory.device import upload
 from ..memory.dtypes import compute_dtype, real_dtype
 from ..memory.layout import ALIGNMENT, is_dense, is_plain, stacked_buffer, stacked_order
 from ..memory.storage import addresses as addresses_of
-from .triton import TRITON_DTYPES, chunk_map, device_vector, launch
+from .triton import chunk_map, device_vector
 
 Key = tuple[tuple[torch.dtype, ...], tuple[int, ...], bool]
 
@@ -55,12 +56,11 @@ def _launch(device: torch.device, key: Key, members: Sequence[Sequence[Tensor]])
     rows = torch.tensor([numels, numels, *addresses], dtype=torch.int64, device="cpu")
     table = torch.empty(rows.shape, dtype=torch.int64, device=device)
     upload(table, rows)
-    block = multi_tensor.block_size(aligned)
-    chunk_tensor, chunk_index = chunk_map(numels, block, device)
-    compute = compute_dtype(dtypes)
+    types = tuple(TRITON_DTYPES[t] for t in dtypes)
+    constants = materialised.reduce_samples_constants(types, aligned)
+    chunk_tensor, chunk_index = chunk_map(numels, multi_tensor.block_size(aligned), device)
     launch(
         materialised.reduce_samples, len(chunk_tensor), multi_tensor.THREADS, device,
         table, len(members), chunk_tensor, chunk_index, device_vector(counts, device),
-        DTYPES=tuple(TRITON_DTYPES[t] for t in dtypes), PARTS=len(counts),
-        COMPUTE=TRITON_DTYPES[compute], ALIGNED=aligned, BLOCK=block,
+        **constants,
     )  # fmt: skip

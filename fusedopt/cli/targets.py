@@ -14,8 +14,9 @@ KNOWN = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 # In a process of its own: for an architecture that it does not know, LLVM ends the process.
 PROBE = """
 import sys
-from fusedopt.kernels import aot, aot_variants
-aot.compile_variant(aot_variants.clip_factor(False), aot.parse_target(sys.argv[1]))
+from fusedopt.kernels import aot
+from fusedopt.kernels.aot.norms import clip_factor
+aot.compile_variant(clip_factor(False), aot.parse_target(sys.argv[1]))
 """
 
 

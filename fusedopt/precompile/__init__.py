@@ -2,6 +2,6 @@
 
 The key of a cache entry is what Triton's launcher makes of the arguments of a launch, so that no
 list of variants is kept here. Optimizers take real steps on small tensors of the CPU
-(``cases``, ``per_sample``) under a driver that stands in for the GPU (``stand_in``): the launcher
+(``cases``, ``per_sample``) under a fake driver of the GPU (``fake_driver``): the launcher
 compiles, and nothing is launched.
 """

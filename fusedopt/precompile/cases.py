@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..clipping import GlobalNorm
 from ..kernels.aot import DTYPES
-from ..kernels.aot_variants import LAYOUTS
-from ..kernels.option_sets import option_sets
+from ..kernels.aot.option_sets import option_sets
+from ..kernels.aot.update import LAYOUTS
 from ..kernels.rule import Group, Rule
 from ..kernels.rules import REGISTRY
 from ..memory.layout import ALIGNMENT
@@ -52,7 +52,7 @@ NUMEL = 4 * ALIGNMENT
 
 @dataclass(frozen=True)
 class Case:
-    """Something to run under a stand-in for a GPU.
+    """Something to run under a fake driver of a GPU.
 
     Attributes:
         name: unique; by it cases travel between processes.

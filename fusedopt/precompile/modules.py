@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from .stand_in import NoLauncher
+from .fake_driver import NoLauncher
 
 LIBRARY = "libcuda.so.1"
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..kernels.aot.samples import WIDTHS
 from ..kernels.per_sample import vectors
-from ..kernels.per_sample.aot_variants import WIDTHS
 from ..statistics.ops import triton_embedding, triton_linear, triton_vectors
 from ..statistics.ops.samples import Samples
 from .cases import TORCH_DTYPES, Case

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import modules
-from .stand_in import NoLauncher, standing_in
+from .fake_driver import NoLauncher, fake_driver
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def find(
         found.setdefault(key, Task(target_name, running, key, kernel))
         return False
 
-    with standing_in(aot.parse_target(target_name)), _compiling_only(note):
+    with fake_driver(aot.parse_target(target_name)), _compiling_only(note):
         for case in _cases().values():
             if case.is_chosen(rules, types):
                 running = case.name
@@ -181,7 +181,7 @@ def compile_task(task: Task) -> dict[str, Any]:
     previous = knobs.compilation.listener
     knobs.compilation.listener = lambda **event: events.append(event)
     try:
-        with standing_in(target, launcher), _compiling_only(lambda key, _: key == task.key):
+        with fake_driver(target, launcher), _compiling_only(lambda key, _: key == task.key):
             _cases()[task.case].run()
     except Exception as error:  # noqa: BLE001 - whatever the compiler raises is a finding
         return _row(*place, error)

@@ -14,7 +14,7 @@ from functools import cache
 from multiprocessing import get_context
 from typing import Any
 
-from .. import aot
+from .. import aot, lang
 from .table import Row, rows
 
 # Bytes of an argument and its PTX type, by Triton's spelling; pointers are the others.
@@ -97,7 +97,7 @@ def check_targets(names: Sequence[str]) -> None:
             reason = f" ({found[1].strip()})" if found else f" ({type(error).__name__})"
             major, minor = divmod(int(target.arch), 10)
             raise TargetError(
-                f"{name}: Triton {aot.triton.__version__} cannot compile for compute capability"
+                f"{name}: Triton {lang.triton.__version__} cannot compile for compute capability"
                 f" {major}.{minor}{reason}"
             ) from None
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from .. import aot_variants
 from ..aot import Variant
+from ..aot.norms import clip_factor, partial_norms
+from ..aot.update import update_tensors
 from ..rule import Group, Rule
 from ..rules import ADAM, RMSPROP, SGD
 from . import control
@@ -215,16 +216,16 @@ def rows(architecture: str) -> Iterator[Row]:
                 continue
             done.add(key)
             names = [n for n, on in zip(entry.rule.option_names, options, strict=True) if on]
-            variant = aot_variants.update_tensors(
+            variant = update_tensors(
                 entry.rule, options, (*types[:2], *[types[2]] * len(states)), aligned, architecture
             )
             yield Row(variant, entry.rule.name, options, ", ".join(names), own, aligned)
     gradients = dict.fromkeys(gradient for _, gradient, _ in TYPES)
     for gradient, aligned, infinity in product(gradients, (True, False), (False, True)):
-        variant = aot_variants.partial_norms(gradient, infinity, aligned)
+        variant = partial_norms(gradient, infinity, aligned)
         yield Row(variant, "", (infinity,), _order(infinity), ("", gradient, ""), aligned)
     for infinity in (False, True):
-        variant = aot_variants.clip_factor(infinity)
+        variant = clip_factor(infinity)
         yield Row(variant, "", (infinity,), _order(infinity), ("", "", ""), True)
     yield Row(control.variant(), "", (), "", ("", "", ""), True)
 

@@ -180,3 +180,28 @@ def _write(gradient, squares, offsets, total, total_squares, wanted, ADD: tl.con
     if ADD:
         total_squares += tl.load(squares + offsets, wanted, 0.0)
     tl.store(squares + offsets, total_squares, wanted)
+
+
+# Below the kernels, whose lines are a part of their keys in Triton's cache.
+
+
+def sum_chunks_constants(add: bool, segmented: bool, block: int = BLOCK) -> dict[str, object]:
+    """State what ``sum_chunks`` is compiled for: whoever launches or compiles it asks here.
+
+    Args:
+        add: whether squares are added to what is there.
+        segmented: whether samples are given by offsets.
+        block: columns of a program; fewer for a narrow table.
+    """
+    return {
+        "ADD": add,
+        "SEGMENTED": segmented,
+        "CHUNK": CHUNK,
+        "AT_ONCE": AT_ONCE,
+        "BLOCK": block,
+    }
+
+
+def join_constants(add: bool, block: int = JOIN_BLOCK) -> dict[str, object]:
+    """Do the same for ``join``."""
+    return {"ADD": add, "CHUNK": CHUNK, "ROWS": JOIN_ROWS, "BLOCK": block}

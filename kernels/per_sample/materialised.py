@@ -11,9 +11,9 @@ the rows of inputs.
 
 from __future__ import annotations
 
-from ..codecs import decode, encode
+from ..codecs import compute_type, decode, encode
 from ..lang import INTERPRETED, jit, tl
-from ..multi_tensor import address, apply_rule
+from ..multi_tensor import address, apply_rule, block_size, update_constants
 
 _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
 
@@ -177,3 +177,29 @@ def _update_chunk(
         column, width, offsets, mask, inputs, scalars,
         RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED,
     )  # fmt: skip
+
+
+# Below the kernels, whose lines are a part of their keys in Triton's cache.
+
+
+def reduce_samples_constants(types: tuple, aligned: bool) -> dict[str, object]:
+    """State what ``reduce_samples`` is compiled for: whoever launches or compiles it asks here.
+
+    Args:
+        types: Triton's types of sum, squares and parts.
+        aligned: whether every sample starts at a multiple of 16 bytes.
+    """
+    return {
+        "DTYPES": types,
+        "PARTS": len(types) - 2,
+        "COMPUTE": compute_type(types),
+        "ALIGNED": aligned,
+        "BLOCK": block_size(aligned),
+    }
+
+
+def update_from_samples_constants(
+    rule, options: tuple[bool, ...], types: tuple, parts: int, aligned: bool, block: int
+) -> dict[str, object]:
+    """Do the same for ``update_from_samples``; as ``multi_tensor.update_constants``, with parts."""
+    return {**update_constants(rule, options, types, aligned, block), "PARTS": parts}

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+# Tiles that neighbouring programs stack along the outputs; see ``tiles.tile_of_program``.
+GROUP = 8
+
 # Programs that take part in a sum over splits, in units of the processors of the GPU.
 MAX_WAVES = 2
 
@@ -32,14 +35,20 @@ class Tile:
     threads: int
     stages: int
 
-    @property
-    def meta(self) -> dict[str, int]:
-        """What a launch says of the tile, threads excepted."""
+    def constants(self, precision: str, accumulate: bool) -> dict[str, object]:
+        """State what a kernel of tiles is compiled for: whoever launches or compiles it asks here.
+
+        Args:
+            precision: how products of float32 are formed.
+            accumulate: whether squares are added to what is there.
+        """
         return {
             "BLOCK_O": self.outputs,
             "BLOCK_I": self.inputs,
             "BLOCK_ROWS": self.rows,
-            "num_stages": self.stages,
+            "GROUP": GROUP,
+            "PRECISION": precision,
+            "ACCUMULATE": accumulate,
         }
 
     def count(self, outputs: int, inputs: int) -> int:

@@ -92,3 +92,11 @@ def reduce_partials(
         source += numel
         split += 1
     store_tile(gradient, squares, total, sums, offsets, mask, ACCUMULATE)
+
+
+# Below the kernels, whose lines are a part of their keys in Triton's cache.
+
+
+def reduce_partials_constants(accumulate: bool) -> dict[str, object]:
+    """State what ``reduce_partials`` is compiled for: whoever launches or compiles it asks here."""
+    return {"ACCUMULATE": accumulate, "BLOCK": REDUCE_BLOCK}

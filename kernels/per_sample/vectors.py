@@ -224,3 +224,27 @@ def _finish(
     if ADD:
         result += tl.load(squares + columns, wanted, 0.0)
     tl.store(squares + columns, result, wanted)
+
+
+# Below the kernels, whose lines are a part of their keys in Triton's cache.
+
+
+def finish_constants(
+    add_gain: bool, add_bias: bool, chunked: bool, chunks: int
+) -> dict[str, object]:
+    """State what ``finish`` is compiled for: whoever launches or compiles it asks here.
+
+    Args:
+        add_gain: whether squares of the gain are added to what is there.
+        add_bias: the same for the bias.
+        chunked: whether programs share a sample.
+        chunks: how many; a power of two, and 1 unless ``chunked``.
+    """
+    return {
+        "ADD_GAIN": add_gain,
+        "ADD_BIAS": add_bias,
+        "CHUNKED": chunked,
+        "SAMPLES": FINISH_ROWS // chunks,
+        "CHUNKS": chunks,
+        "BLOCK": FINISH_BLOCK,
+    }

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import twin as T
+from .. import torch_ops as T
 from ..lang import divide, jit, lerp, maximum, sqrt, tl, where
 from ..rule import Group, Rule, Scalar
 from .averages import weights

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import twin as T
+from .. import torch_ops as T
 from ..lang import jit, lerp, tl, where
 from ..rule import Group, Rule, Scalar
 from . import adam, rmsprop

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import twin as T
+from .. import torch_ops as T
 from ..lang import jit, tl, where
 from ..rule import Group, Rule, Scalar
 from .adam import ADAM

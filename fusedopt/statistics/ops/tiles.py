@@ -8,12 +8,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...backends.triton import launch
+from ...kernels.launch import launch
 from ...kernels.per_sample import tiles
 from ...kernels.per_sample.linear import has_tf32
-
-# Tiles that neighbouring programs stack along the outputs; see ``tile_of_program``.
-GROUP = 8
 
 # Within a tile, the way from column to column is formed in int32: 128 of them, this far apart.
 MAX_STRIDE = 2**31 // 128
@@ -120,7 +117,7 @@ def reduce_tiles(
         launch(
             tiles.reduce_partials, -(-target.numel() // tiles.REDUCE_BLOCK), tiles.REDUCE_THREADS,
             device, partials, gradient, target, splits, target.numel(),
-            ACCUMULATE=accumulate, BLOCK=tiles.REDUCE_BLOCK,
+            **tiles.reduce_partials_constants(accumulate),
         )  # fmt: skip
     if squares is None:
         return gradient, target

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ...backends.triton import launch
 from ...kernels.lang import tl
+from ...kernels.launch import launch
 from ...kernels.per_sample import convolution as kernels
 from ...kernels.per_sample.shapes import Tile, choose_splits, convolution_tile
 from .tiles import (
-    GROUP,
     capability,
     common_type,
     convolution_precision,
@@ -89,12 +86,11 @@ def convolution_in_tiles(
     index = tl.int32 if max(_reach(x), _reach(e)) < 2**31 else tl.int64
 
     def run(gradient: Tensor | None, squares: Tensor, accumulate: bool) -> None:
-        meta: dict[str, Any] = {"PRECISION": precision, "ACCUMULATE": accumulate, "INDEX": index}
         launch(
             kernels.convolution_samples, tiles * splits, chosen.threads, e.device,
             x, e, gradient, squares, batch, share, groups, outputs, shape[1], columns,
             x.shape[2], x.shape[3], e.shape[2], out_width, *geometry, *x.stride(), *e.stride(),
-            **meta, **chosen.meta, GROUP=GROUP,
+            INDEX=index, **chosen.constants(precision, accumulate), num_stages=chosen.stages,
         )  # fmt: skip
 
     return reduce_tiles(run, shape, splits, e.device, dtype, squares)

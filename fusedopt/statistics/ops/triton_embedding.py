@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.triton import launch
+from ...kernels.launch import launch
 from ...kernels.per_sample import embedding as kernels
 from .samples import Samples
 
@@ -39,14 +39,13 @@ def embedding(
             kernels.sum_chunks, chunks * _ceil(width, block), kernels.THREADS, device,
             keys, order, e, *strides, gradient, result, partials,
             tokens, 0 if segmented else ids.shape[1], vocabulary, width,
-            ADD=in_place, SEGMENTED=segmented,
-            CHUNK=kernels.CHUNK, AT_ONCE=kernels.AT_ONCE, BLOCK=block,
+            **kernels.sum_chunks_constants(in_place, segmented, block),
         )  # fmt: skip
         block = min(kernels.JOIN_BLOCK, _power_of_two(width))
         launch(
             kernels.join, chunks * _ceil(width, block), kernels.THREADS, device,
             keys, partials, gradient, result, tokens, chunks, vocabulary, width,
-            ADD=in_place, CHUNK=kernels.CHUNK, ROWS=kernels.JOIN_ROWS, BLOCK=block,
+            **kernels.join_constants(in_place, block),
         )  # fmt: skip
     if squares is not None and not in_place:
         return gradient, squares.add_(result)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.triton import launch
+from ...kernels.launch import launch
 from ...kernels.per_sample import linear as kernels
 from ...kernels.per_sample.shapes import Tile, choose_splits, rows_tile, samples_tile
 from ...memory.layout import has_wide_rows
 from .samples import Samples
 from .tiles import (
-    GROUP,
     capability,
     common_type,
     fastest_precision,
@@ -77,12 +76,7 @@ def linear_in_tiles(
     chosen, programs = tile, tile.count(outputs, inputs) * splits
 
     def run(gradient: Tensor | None, squares: Tensor, accumulate: bool) -> None:
-        meta = {
-            "PRECISION": products,
-            "ACCUMULATE": accumulate,
-            "GROUP": GROUP,
-            **chosen.meta,
-        }
+        meta = {**chosen.constants(products, accumulate), "num_stages": chosen.stages}
         if of_rows:
             launch(
                 kernels.linear_rows, programs, chosen.threads, e.device,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...backends.triton import launch
+from ...kernels.launch import launch
 from ...kernels.per_sample import vectors
 from .samples import Samples
 
@@ -141,13 +141,11 @@ def _reduce(
         (s if direct else _new(e, torch.float32)) if w else None
         for w, s, direct in zip(wanted, squares, in_place, strict=True)
     ]
-    chunk_lanes = _power_of_two(p.chunks)
     launch(
         vectors.finish, _ceil(width, vectors.FINISH_BLOCK), vectors.FINISH_THREADS, device,
         partials, gradients[0], results[0], gradients[1], results[1],
         width, samples.count if chunked else p.parts, p.chunks,
-        ADD_GAIN=in_place[0], ADD_BIAS=in_place[1], CHUNKED=chunked,
-        SAMPLES=vectors.FINISH_ROWS // chunk_lanes, CHUNKS=chunk_lanes, BLOCK=vectors.FINISH_BLOCK,
+        **vectors.finish_constants(in_place[0], in_place[1], chunked, _power_of_two(p.chunks)),
     )  # fmt: skip
     for i, (s, result) in enumerate(zip(squares, results, strict=True)):
         if s is not None and result is not None and s is not result:

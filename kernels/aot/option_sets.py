@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .rule import Group, Rule
+from ..rule import Group, Rule
 
 # Combinations of hyper-parameters that are tried for one rule, at most.
 MAX_COMBINATIONS = 1 << 14

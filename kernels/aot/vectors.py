@@ -1,11 +1,11 @@
-"""The variants of the vector and embedding kernels, for ahead-of-time compilation."""
+"""The variants of the vector and embedding kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..aot import DTYPES, Budget, Variant
-from . import embedding, vectors
+from ..per_sample import embedding, vectors
+from .variant import DTYPES, Budget, Variant
 
 # What is reduced, and whether samples are given by offsets.
 FORMS = (
@@ -17,7 +17,13 @@ FORMS = (
 )
 
 
-def variants(dtype: str) -> Iterator[Variant]:
+def variants() -> Iterator[Variant]:
+    """Every variant."""
+    for dtype in ("fp32", "bf16", "fp16"):
+        yield from _variants(dtype)
+
+
+def _variants(dtype: str) -> Iterator[Variant]:
     """Every variant for one type of the errors."""
     for form, segmented in FORMS:
         yield partial_sums(dtype, form, segmented)
@@ -108,14 +114,7 @@ def finish(dtype: str, chunked: bool) -> Variant:
             "count": "i32",
             "chunks": "i32",
         },
-        constants={
-            "ADD_GAIN": True,
-            "ADD_BIAS": False,
-            "CHUNKED": chunked,
-            "SAMPLES": vectors.FINISH_ROWS // chunks,
-            "CHUNKS": chunks,
-            "BLOCK": vectors.FINISH_BLOCK,
-        },
+        constants=vectors.finish_constants(True, False, chunked, chunks),
         threads=vectors.FINISH_THREADS,
         divisible=("width",),
     )
@@ -123,14 +122,7 @@ def finish(dtype: str, chunked: bool) -> Variant:
 
 def sum_chunks(dtype: str, segmented: bool, aligned: bool = True) -> Variant:
     """Stage 1 of an embedding."""
-    constants = {
-        "e_column": 1,
-        "ADD": True,
-        "SEGMENTED": segmented,
-        "CHUNK": embedding.CHUNK,
-        "AT_ONCE": embedding.AT_ONCE,
-        "BLOCK": embedding.BLOCK,
-    }
+    constants = {"e_column": 1, **embedding.sum_chunks_constants(True, segmented)}
     label = f"{' segmented' if segmented else ''}{'' if aligned else ' unaligned'}"
     return Variant(
         name=f"embedding sum_chunks{label} {dtype}",
@@ -170,12 +162,7 @@ def join(dtype: str) -> Variant:
             "vocabulary": "i32",
             "width": "i32",
         },
-        constants={
-            "ADD": True,
-            "CHUNK": embedding.CHUNK,
-            "ROWS": embedding.JOIN_ROWS,
-            "BLOCK": embedding.JOIN_BLOCK,
-        },
+        constants=embedding.join_constants(add=True),
         threads=embedding.THREADS,
         divisible=("width",),
     )

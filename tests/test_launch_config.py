@@ -9,54 +9,56 @@ import torch
 
 import fusedopt
 from fusedopt.backends import triton as backend
-from fusedopt.kernels import aot, aot_variants, geometry, multi_tensor
+from fusedopt.kernels import aot, launch_config, multi_tensor
+from fusedopt.kernels.aot import update
+from fusedopt.kernels.launch_config import LaunchConfig, update_launch_config
 from fusedopt.kernels.rules import REGISTRY
 
 ENTRY = {"architecture": "cuda:90", "rule": "Adam", "types": "fp32", "block": 2048, "threads": 256}
 FP32 = ("fp32",) * 4
-DEFAULT = geometry.Geometry(multi_tensor.BLOCK, multi_tensor.THREADS)
+DEFAULT = LaunchConfig(multi_tensor.BLOCK, multi_tensor.THREADS)
 
 
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
     """A table with one entry, in the place of the committed one."""
     path = tmp_path / "tuned.json"
-    monkeypatch.setattr(geometry, "TUNED", path)
-    geometry.save(path, [ENTRY])
+    monkeypatch.setattr(launch_config, "TUNED", path)
+    launch_config.save(path, [ENTRY])
     yield path
-    geometry._tuned.cache_clear()
+    launch_config._tuned.cache_clear()
 
 
 def test_the_committed_table_is_of_rules_that_there_are():
-    for entry in geometry.load(geometry.TUNED):
+    for entry in launch_config.load(launch_config.TUNED):
         assert entry["rule"] in REGISTRY
         assert aot.architecture(aot.parse_target(entry["architecture"])) == entry["architecture"]
 
 
 def test_an_entry_is_for_its_architecture_rule_and_types_alone(tuned):
     # Catches a key that leaves one of the three out, or a tuned shape for scalar accesses.
-    assert geometry.update_geometry("cuda:90", "Adam", FP32, True) == geometry.Geometry(2048, 256)
-    assert geometry.update_geometry("cuda:80", "Adam", FP32, True) == DEFAULT
-    assert geometry.update_geometry("", "Adam", FP32, True) == DEFAULT
-    assert geometry.update_geometry("cuda:90", "SGD", FP32, True) == DEFAULT
+    assert update_launch_config("cuda:90", "Adam", FP32, True) == LaunchConfig(2048, 256)
+    assert update_launch_config("cuda:80", "Adam", FP32, True) == DEFAULT
+    assert update_launch_config("", "Adam", FP32, True) == DEFAULT
+    assert update_launch_config("cuda:90", "SGD", FP32, True) == DEFAULT
     mixed = ("fp32", "bf16", "fp32", "fp32")
-    assert geometry.update_geometry("cuda:90", "Adam", mixed, True) == DEFAULT
-    unaligned = geometry.update_geometry("cuda:90", "Adam", FP32, False)
-    assert unaligned == geometry.Geometry(multi_tensor.UNALIGNED_BLOCK, multi_tensor.THREADS)
+    assert update_launch_config("cuda:90", "Adam", mixed, True) == DEFAULT
+    unaligned = update_launch_config("cuda:90", "Adam", FP32, False)
+    assert unaligned == LaunchConfig(multi_tensor.UNALIGNED_BLOCK, multi_tensor.THREADS)
 
 
 def test_what_is_compiled_ahead_of_time_is_what_is_launched(tuned):
-    variants = {v.name: v for v in aot_variants.variants("cuda:90")}
+    variants = {v.name: v for v in update.variants("cuda:90")}
     adam = variants["Adam fp32"]
     assert (adam.constants["BLOCK"], adam.block, adam.threads) == (2048, 2048, 256)
-    others = {v.name: v for v in aot_variants.variants("cuda:80")}
+    others = {v.name: v for v in update.variants("cuda:80")}
     assert others["Adam fp32"].threads == DEFAULT.threads
     assert variants["SGD fp32"].constants["BLOCK"] == DEFAULT.block
 
 
 def test_launches_take_it(tuned, monkeypatch):
     """Values, number of programs and threads are those of the entry, over whole and cut chunks."""
-    monkeypatch.setattr(backend, "_architecture", lambda device: "cuda:90")
+    monkeypatch.setattr(backend, "device_architecture", lambda device: "cuda:90")
     launches = []
     real = backend.launch
 
@@ -96,16 +98,16 @@ def test_launches_take_it(tuned, monkeypatch):
 def test_what_no_kernel_could_run_with_is_refused(tuned, change, message):
     before = tuned.read_text()
     with pytest.raises(ValueError, match=message):
-        geometry.save(tuned, [ENTRY, {**ENTRY, "rule": "SGD", **change}])
+        launch_config.save(tuned, [ENTRY, {**ENTRY, "rule": "SGD", **change}])
     assert tuned.read_text() == before
     tuned.write_text(json.dumps({"entries": [{**ENTRY, **change}]}))
     with pytest.raises(ValueError, match=r"tuned\.json is no table"):
-        geometry.load(tuned)
+        launch_config.load(tuned)
 
 
 def test_two_entries_for_one_thing_are_refused(tuned):
     with pytest.raises(ValueError, match="two entries"):
-        geometry.save(tuned, [ENTRY, {**ENTRY, "block": 4096}])
+        launch_config.save(tuned, [ENTRY, {**ENTRY, "block": 4096}])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"entries": [{"rule": "Adam"}]}'])
@@ -113,12 +115,12 @@ def test_a_file_that_is_no_table_is_named(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"other\.json"):
-        geometry.load(path)
+        launch_config.load(path)
 
 
 def test_what_is_saved_is_read_back_in_order_and_with_where_it_comes_from(tuned):
     first = {**ENTRY, "architecture": "cuda:100", "device": "a GPU", "ratio": 0.9}
-    geometry.save(tuned, [ENTRY, first])
-    assert geometry.load(tuned) == [first, ENTRY]
+    launch_config.save(tuned, [ENTRY, first])
+    assert launch_config.load(tuned) == [first, ENTRY]
     # Catches a cache that outlives the file.
-    assert geometry.update_geometry("cuda:100", "Adam", FP32, True).threads == 256
+    assert update_launch_config("cuda:100", "Adam", FP32, True).threads == 256

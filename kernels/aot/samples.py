@@ -1,4 +1,4 @@
-"""The variants of the per-sample kernels, for ahead-of-time compilation.
+"""The variants of the kernels that reduce the samples of a weight.
 
 To add a kernel: write a function that returns its ``Variant`` for a type, and yield it below. What
 the launcher decides from a tensor is stated by hand: strides that are 1, multiples of 16, None.
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..aot import DTYPES, Budget, Variant, capability
 from ..lang import tl
-from . import aot_materialised, aot_vectors, convolution, linear, tiles
-from .linear import has_tf32
-from .shapes import Tile, convolution_tile, rows_tile, samples_tile
+from ..per_sample import convolution, linear, tiles
+from ..per_sample.linear import has_tf32
+from ..per_sample.shapes import Tile, convolution_tile, rows_tile, samples_tile
+from .targets import capability
+from .variant import DTYPES, Budget, Variant
 
 # Type of the operands, and how products of float32 are formed where a target has tf32.
 OPERANDS = (("bf16", "tf32"), ("fp16", "tf32"), ("fp32", "tf32"), ("fp32", "ieee"))
@@ -26,7 +27,7 @@ CONVOLUTIONS = ((512, 4608), (1, 9))
 
 
 def variants(target: Any) -> Iterator[Variant]:
-    """Every variant of the per-sample kernels on a target."""
+    """Every variant on a target."""
     for dtype, precision in _operands(target):
         choice = capability(target), DTYPES[dtype], precision
         # A set: the same tile may serve both widths.
@@ -46,9 +47,6 @@ def variants(target: Any) -> Iterator[Variant]:
             yield convolution_samples(dtype, precision, tile)
     for dtype in ("fp32", "bf16"):
         yield reduce_partials(dtype)
-    for dtype in ("fp32", "bf16", "fp16"):
-        yield from aot_vectors.variants(dtype)
-    yield from aot_materialised.variants()
 
 
 def _operands(target: Any) -> list[tuple[str, str]]:
@@ -115,7 +113,7 @@ def _linear(
             "a_column": 1,
             "e_column": 1,
             **constants,
-            **_tile_constants(tile, precision),
+            **tile.constants(precision, accumulate=False),
         },
         threads=tile.threads,
         stages=tile.stages,
@@ -144,7 +142,7 @@ def convolution_samples(dtype: str, precision: str, tile: Tile) -> Variant:
             "x_column": 1,
             "e_position": 1,
             "INDEX": tl.int32,
-            **_tile_constants(tile, precision),
+            **tile.constants(precision, accumulate=False),
         },
         threads=tile.threads,
         stages=tile.stages,
@@ -163,7 +161,7 @@ def reduce_partials(dtype: str) -> Variant:
             "splits": "i32",
             "numel": "i32",
         },
-        constants={"ACCUMULATE": False, "BLOCK": tiles.REDUCE_BLOCK},
+        constants=tiles.reduce_partials_constants(accumulate=False),
         threads=tiles.REDUCE_THREADS,
         divisible=("numel",),
     )
@@ -178,8 +176,3 @@ def _name(kernel: Any, label: str, dtype: str, precision: str, tile: Tile) -> st
         f"{tile.outputs}x{tile.inputs}x{tile.rows}",
     )
     return " ".join(part for part in parts if part)
-
-
-def _tile_constants(tile: Tile, precision: str) -> dict[str, Any]:
-    meta = {name: value for name, value in tile.meta.items() if name.isupper()}
-    return {**meta, "GROUP": 8, "PRECISION": precision, "ACCUMULATE": False}

@@ -1,4 +1,4 @@
-"""A driver that stands in for a GPU: Triton compiles for it, and launches nothing."""
+"""A fake driver of a GPU: Triton compiles for it, and launches nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import backends
-from ..backends import triton as launching
 from ..kernels import aot
+from ..kernels import launch as launching
 from ..kernels.per_sample.linear import has_tf32
 from ..statistics.ops import tiles
 
@@ -39,7 +39,7 @@ class _Utilities:
         return None, None, 0, 0, 2**16
 
 
-class StandIn:
+class FakeDriver:
     """What a launch asks of a driver, answered for a target.
 
     Args:
@@ -58,7 +58,7 @@ class StandIn:
 
     def get_current_device(self) -> str:
         """Name the device; by it launchers remember, in this process, what is compiled."""
-        return f"stand-in for {aot.architecture(self.target)}"
+        return f"fake driver for {aot.architecture(self.target)}"
 
     def get_current_stream(self, device: Any) -> int:
         """Return the default stream."""
@@ -66,18 +66,18 @@ class StandIn:
 
 
 @contextmanager
-def standing_in(target: Any, launcher: type = NoLauncher) -> Iterator[None]:
+def fake_driver(target: Any, launcher: type = NoLauncher) -> Iterator[None]:
     """Let tensors of the CPU pass for tensors on a target, and launch nothing.
 
     Args:
         target: Triton's, as ``aot.parse_target`` returns it.
-        launcher: as for ``StandIn``.
+        launcher: as for ``FakeDriver``.
     """
     from triton.runtime import driver
 
     # Not reset_active(): without a GPU there is no driver to go back to.
     previous = getattr(driver, "_active", None)
-    driver.set_active(StandIn(target, launcher))
+    driver.set_active(FakeDriver(target, launcher))
     undo = [_replace(original, answer) for original, answer in _answers(target)]
     try:
         yield
@@ -90,8 +90,8 @@ def standing_in(target: Any, launcher: type = NoLauncher) -> Iterator[None]:
 def _answers(target: Any) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
     """Yield the functions that ask a device for facts, each with an answer for the target."""
     fastest = "tf32" if has_tf32(target.arch if target.backend == "hip" else None) else "ieee"
-    yield backends._triton_runs_on, lambda device: (True, "a stand-in for a GPU")
-    yield launching._warp_size, lambda device: target.warp_size
+    yield backends._triton_runs_on, lambda device: (True, "a fake driver")
+    yield launching.warp_size, lambda device: target.warp_size
     yield tiles.capability, lambda device: aot.capability(target)
     yield tiles.processors, lambda device: PROCESSORS
     yield tiles.fastest_precision, lambda device: fastest

@@ -27,7 +27,7 @@ ACCESS_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Geometry:
+class LaunchConfig:
     """Elements and threads of a program; both powers of two."""
 
     block: int
@@ -59,13 +59,15 @@ def types_key(dtypes: Sequence[str]) -> str:
     return dtypes[0] if len(set(dtypes)) == 1 else "/".join(dtypes)
 
 
-def default(aligned: bool) -> Geometry:
+def default(aligned: bool) -> LaunchConfig:
     """What stands where nothing was measured."""
-    return Geometry(multi_tensor.block_size(aligned), multi_tensor.THREADS)
+    return LaunchConfig(multi_tensor.block_size(aligned), multi_tensor.THREADS)
 
 
-def update_geometry(architecture: str, rule: str, dtypes: Sequence[str], aligned: bool) -> Geometry:
-    """Return the geometry of ``multi_tensor.update_tensors``.
+def update_launch_config(
+    architecture: str, rule: str, dtypes: Sequence[str], aligned: bool
+) -> LaunchConfig:
+    """Return the launch configuration of ``multi_tensor.update_tensors``.
 
     Args:
         architecture: ``cuda:90``, ``hip:gfx942``, or anything else for the default.
@@ -79,7 +81,7 @@ def update_geometry(architecture: str, rule: str, dtypes: Sequence[str], aligned
 
 
 @cache
-def _tuned() -> dict[tuple[str, str, str], Geometry]:
+def _tuned() -> dict[tuple[str, str, str], LaunchConfig]:
     return index(load(TUNED))
 
 
@@ -93,7 +95,7 @@ def load(path: Path) -> list[dict[str, Any]]:
         entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
         index(entries)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no table of geometries: {error!r}") from error
+        raise ValueError(f"{path} is no table of launch configurations: {error!r}") from error
     return list(entries)
 
 
@@ -116,18 +118,18 @@ def save(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     _tuned.cache_clear()
 
 
-def index(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], Geometry]:
+def index(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], LaunchConfig]:
     """Check entries and return them by architecture, rule and types."""
-    found: dict[tuple[str, str, str], Geometry] = {}
+    found: dict[tuple[str, str, str], LaunchConfig] = {}
     for entry in entries:
-        geometry = Geometry(entry["block"], entry["threads"])
+        config = LaunchConfig(entry["block"], entry["threads"])
         unknown = set(entry["types"].split("/")) - set(SIZES)
         if unknown:
             raise ValueError(f"{_key(entry)}: no types {sorted(unknown)}")
-        geometry.check(entry["types"])
+        config.check(entry["types"])
         if _key(entry) in found:
             raise ValueError(f"two entries for {_key(entry)}")
-        found[_key(entry)] = geometry
+        found[_key(entry)] = config
     return found
 
 

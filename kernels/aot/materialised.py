@@ -1,15 +1,14 @@
-"""The variants of the materialised kernels, for ahead-of-time compilation."""
+"""The variants of the kernels that take per-sample gradients from memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .. import multi_tensor
-from ..aot import DTYPES, Budget, Variant, element_type
-from ..aot_variants import TABLE
-from ..lang import tl
+from .. import launch_config, multi_tensor
+from ..per_sample import materialised
 from ..rules import REGISTRY
-from . import materialised
+from .update import TABLE
+from .variant import DTYPES, Budget, Variant, element_type
 
 # Loads that the loop over samples has in its text: four at a time, and the rest one by one.
 LOADS = 5
@@ -33,13 +32,9 @@ def reduce_samples(samples: str) -> Variant:
         name=f"reduce_samples {samples}",
         kernel=materialised.reduce_samples,
         arguments={**TABLE, "counts": "*i32"},
-        constants={
-            "DTYPES": tuple(element_type(d) for d in dtypes),
-            "PARTS": 1,
-            "COMPUTE": tl.float32,
-            "ALIGNED": True,
-            "BLOCK": block,
-        },
+        constants=materialised.reduce_samples_constants(
+            tuple(element_type(d) for d in dtypes), aligned=True
+        ),
         threads=multi_tensor.THREADS,
         block=block,
         budget=Budget(bytes_per_element=LOADS * DTYPES[samples] + 8),
@@ -51,26 +46,19 @@ def update_from_samples(rule: str, samples: str, parts: int, aligned: bool = Tru
     known = REGISTRY[rule]
     group = known.example_groups[0]
     states = len(known.states(group))
-    block = multi_tensor.block_size(aligned)
+    launch = launch_config.default(aligned)
     dtypes = ("fp32", *([samples] * parts), *(["fp32"] * states))
+    types = tuple(element_type(d) for d in dtypes)
     moved = parts * LOADS * DTYPES[samples] + 8 * (1 + states)
     suffix = f"{f', {parts} parts' if parts > 1 else ''}{'' if aligned else ' unaligned'}"
     return Variant(
         name=f"update_from_samples {rule} {samples} samples{suffix}",
         kernel=materialised.update_from_samples,
         arguments={**TABLE, "coefficients": "*fp64", "control": "*fp64", "counts": "*i32"},
-        constants={
-            "RULE": known.update,
-            "OPTIONS": known.options(group),
-            "DTYPES": tuple(element_type(d) for d in dtypes),
-            "DEGREES": known.degrees,
-            "N_COEFFICIENTS": known.n_coefficients,
-            "COMPUTE": tl.float32,
-            "ALIGNED": aligned,
-            "BLOCK": block,
-            "PARTS": parts,
-        },
-        threads=multi_tensor.THREADS,
-        block=block,
+        constants=materialised.update_from_samples_constants(
+            known, known.options(group), types, parts, aligned, launch.block
+        ),
+        threads=launch.threads,
+        block=launch.block,
         budget=Budget(bytes_per_element=moved if aligned else None),
     )

@@ -1,0 +1,71 @@
+"""Reads off the machine code of a compiled kernel what it uses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..lang import triton
+from .variant import Report
+
+
+def report(compiled: Any, target: Any) -> Report:
+    """Read the resources of a compiled kernel off its machine code."""
+    shared = int(compiled.metadata.shared)
+    if target.backend == "hip":
+        return _report_amd(compiled.asm["amdgcn"], shared)
+    assembly = compiled.asm["ptx"]
+    registers, stack = _cubin_resources(compiled.asm["cubin"])
+    access = re.findall(r"\b(ld|st)\.global\S*?((?:\.v\d)?)\.[bufs](\d+)\b", assembly)
+    counts: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
+    for kind, vector, bits in access:
+        counts[kind][int(bits) * int(vector[2:] or 1)] += 1
+    matrix = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", assembly)
+    return Report(
+        registers, stack, shared, dict(counts["ld"]), dict(counts["st"]), tuple(sorted(set(matrix)))
+    )
+
+
+def _cubin_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a cubin: PTX does not show what the assembler spills."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        output = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", output)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {output!r}")
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def _report_amd(assembly: str, shared: int) -> Report:
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        if found is None:
+            raise RuntimeError(f"the AMD assembly does not say {name}")
+        return int(found[1])
+
+    widths = {"ubyte": 8, "ushort": 16, "short": 16, "short_d16": 16, "short_d16_hi": 16}
+    widths |= {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+    counts: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    for kind, width in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", assembly):
+        counts[kind][widths.get(width, 0)] += 1
+    matrix = tuple(sorted(set(re.findall(r"\bv_mfma\w+", assembly))))
+    return Report(
+        registers=field("vgpr_count"),
+        stack=field("private_segment_fixed_size"),
+        shared=shared,
+        loads=dict(counts["load"]),
+        stores=dict(counts["store"]),
+        matrix=matrix,
+    )

@@ -1,0 +1,59 @@
+"""The variants of the norm kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .. import norms
+from ..codecs import compute_type
+from .update import TABLE
+from .variant import DTYPES, Budget, Variant, alignment_suffix, element_type
+
+
+def variants() -> Iterator[Variant]:
+    """Both stages, with either norm."""
+    for infinity_norm in (False, True):
+        for dtype in DTYPES:
+            yield partial_norms(dtype, infinity_norm)
+        yield partial_norms("fp32", infinity_norm, aligned=False)
+        yield clip_factor(infinity_norm)
+
+
+def partial_norms(dtype: str, infinity_norm: bool, aligned: bool = True) -> Variant:
+    """Stage 1 of the norm, which reads each gradient once."""
+    kind = element_type(dtype)
+    form = "inf" if infinity_norm else "2"
+    return Variant(
+        name=f"partial_norms ({form}) {dtype}{alignment_suffix(aligned)}",
+        kernel=norms.partial_norms,
+        arguments={
+            **TABLE,
+            "inverse_scale": "*fp64",
+            "partials": "*fp64",
+        },
+        constants=norms.partial_norms_constants(
+            kind, compute_type((kind,)), aligned, infinity_norm
+        ),
+        threads=norms.NORM_THREADS,
+        block=norms.NORM_BLOCK,
+        budget=Budget(bytes_per_element=DTYPES[dtype] if aligned else None),
+    )
+
+
+def clip_factor(infinity_norm: bool) -> Variant:
+    """Stage 2 of the norm, one program."""
+    return Variant(
+        name=f"clip_factor ({'inf' if infinity_norm else '2'})",
+        kernel=norms.clip_factor,
+        arguments={
+            "partials": "*fp64",
+            "count": "i32",
+            "inverse_scale": "*fp64",
+            "max_norm": "*fp64",
+            "control": "*fp64",
+            "norm": "*fp32",
+        },
+        constants=norms.clip_factor_constants(infinity_norm),
+        threads=norms.REDUCE_THREADS,
+        block=norms.REDUCE_BLOCK,
+    )

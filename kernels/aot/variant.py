@@ -1,0 +1,114 @@
+"""What a kernel variant is, what its machine code uses, and what it may use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..lang import tl
+from ..launch_config import SIZES
+from ..per_sample.shapes import matrix_instruction
+from .targets import capability
+
+# Bytes of an element, by Triton's name of its type.
+DTYPES = SIZES
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of a variant; no variant may use stack.
+
+    Attributes:
+        bytes_per_element: bytes an element that whole chunks move by 128-bit accesses, no more
+            and no fewer; None where that is not counted.
+        registers: registers a thread at most, or None.
+        matrix: whether products must be the target's matrix instructions.
+    """
+
+    bytes_per_element: float | None = None
+    registers: int | None = None
+    matrix: bool = False
+
+    def broken(self, variant: Variant, result: Report, target: Any) -> list[str]:
+        """Say which limits a variant breaks."""
+        broken = []
+        if result.stack > 0:
+            broken.append(f"{result.stack} bytes of stack")
+        moved = result.bytes_moved(variant)
+        if self.bytes_per_element is not None and moved != self.bytes_per_element:
+            broken.append(
+                f"128-bit accesses move {moved:g} bytes an element, not {self.bytes_per_element:g}"
+            )
+        if self.registers is not None and result.registers > self.registers:
+            broken.append(f"{result.registers} registers, more than {self.registers}")
+        if self.matrix:
+            wanted = matrix_instruction(capability(target))
+            if not any(name.startswith(wanted) for name in result.matrix):
+                broken.append(f"no {wanted} instruction")
+        return broken
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One kernel as the compiler sees it.
+
+    Attributes:
+        name: a short name for tables, unique among the variants of a target.
+        kernel: the ``@jit`` function.
+        arguments: type of each run-time argument, in Triton's spelling (``*fp32``, ``i32``). The
+            argument is named in ``constants`` instead where the launcher makes it one (None, 1).
+        constants: value of each compile-time argument.
+        threads: threads of a program.
+        stages: depth of the software pipeline, or None for the compiler's default.
+        block: elements that a program owns, where bytes an element are counted; otherwise 0.
+        divisible: integer arguments that are multiples of 16. Addresses always are: torch
+            allocates on 16 bytes and more, and the launcher says so to the compiler.
+        budget: what the variant may use.
+    """
+
+    name: str
+    kernel: Any
+    arguments: Mapping[str, str]
+    constants: Mapping[str, Any]
+    threads: int
+    stages: int | None = None
+    block: int = 0
+    divisible: tuple[str, ...] = ()
+    budget: Budget = field(default_factory=Budget)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the machine code of a variant uses.
+
+    Attributes:
+        registers: registers a thread (vector registers on AMD).
+        stack: bytes of stack or scratch a thread.
+        shared: bytes of shared memory a program.
+        loads: number of load instructions from global memory, by width in bits.
+        stores: the same for stores.
+        matrix: names of matrix instructions.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    matrix: tuple[str, ...]
+
+    def bytes_moved(self, variant: Variant) -> float:
+        """Bytes an element moved by 128-bit accesses, those of whole chunks."""
+        accesses = self.loads.get(128, 0) + self.stores.get(128, 0)
+        return 16 * accesses * variant.threads / variant.block if variant.block else 0.0
+
+
+def element_type(name: str) -> Any:
+    """Triton's type of a name in DTYPES."""
+    return {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}[name]
+
+
+def alignment_suffix(aligned: bool) -> str:
+    """End the name of a variant whose addresses need not be multiples of 16 bytes."""
+    return "" if aligned else " unaligned"

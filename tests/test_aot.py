@@ -1,0 +1,75 @@
+"""What is compiled ahead of time is what a step launches: each constant, type and alignment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fusedopt.kernels import lang
+
+# Every rule takes steps in every type under a fake driver, which notes by what Triton would compile
+# each launch. Printed are the variants (of codegen, the C library, tuning) that are none of these.
+SCRIPT = """
+import json
+from triton.runtime.jit import JITFunction
+from fusedopt.examples.lion import LION
+from fusedopt.kernels import aot
+from fusedopt.kernels.aot import materialised, norms, update
+from fusedopt.kernels.aot.compile import specialization
+from fusedopt.kernels.rules import REGISTRY, register
+from fusedopt.precompile import cases
+from fusedopt.precompile.fake_driver import fake_driver
+
+register(LION)
+target = aot.parse_target("cuda:90")
+
+def text(value):
+    return getattr(value, "__name__", None) or str(value)
+
+def key(kernel, warps, signature, constexprs, attrs):
+    names = kernel.arg_names
+    constants = sorted((names[place], text(value)) for (place,), value in constexprs.items())
+    divisible = sorted(names[place] for (place,), facts in attrs.items() if facts)
+    return json.dumps([kernel.__name__, warps, sorted(signature.items()), constants, divisible])
+
+launched = set()
+
+def note(kernel, _, signature, device, constexprs, options, attrs, warmup):
+    launched.add(key(kernel, options.num_warps, signature, constexprs, attrs))
+
+JITFunction._do_compile = note
+with fake_driver(target):
+    for case in cases.all_cases():
+        case.run()
+
+listed = [*update.variants("cuda:90"), *norms.variants(), *materialised.variants()]
+# No case has samples in two tensors.
+listed = [variant for variant in listed if variant.constants.get("PARTS", 1) == 1]
+missing = [
+    variant.name
+    for variant in listed
+    if key(variant.kernel, variant.threads // target.warp_size, **specialization(variant))
+    not in launched
+]
+rules = {v.constants["RULE"].__name__ for v in listed if "RULE" in v.constants}
+of_all = {rule.update.__name__ for rule in REGISTRY.values()}
+print(json.dumps([len(listed), missing, sorted(of_all - rules)]))
+"""
+
+
+@pytest.mark.skipif(lang.triton is None or sys.platform != "linux", reason="needs the compiler")
+def test_variants_state_what_launches_state():
+    # Catches a constant, a type, an alignment or a number of threads that one side changes alone.
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    listed, missing, without = json.loads(result.stdout)
+    assert listed > 300 and without == []
+    assert missing == []
