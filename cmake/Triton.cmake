@@ -2,7 +2,7 @@
 #
 #   triton_stamp      a file that changes with Triton's version and the targets
 #   triton_include    where Triton keeps the driver's header, cuda.h
-#   target_arguments  the targets as arguments of kernels/aot_library
+#   target_arguments  the targets as arguments of native/generate
 
 set(target_arguments "")
 foreach(target IN LISTS FUSEDOPT_TARGETS)
@@ -32,7 +32,7 @@ if(NOT EXISTS "${triton_include}/cuda.h")
 endif()
 
 execute_process(
-    COMMAND ${without_interpreter} "${Python3_EXECUTABLE}" -m fusedopt.kernels.aot_library
+    COMMAND ${without_interpreter} "${Python3_EXECUTABLE}" -m native.generate
         --check ${target_arguments}
     WORKING_DIRECTORY "${PROJECT_SOURCE_DIR}"
     ERROR_VARIABLE problem

@@ -14,6 +14,7 @@ from ctypes import c_double, c_int64, c_uint32
 from itertools import product
 from pathlib import Path
 
+import checkout  # noqa: F401  # native.generate is imported from it
 import native_library as native
 import numpy
 import pytest
@@ -21,9 +22,9 @@ import torch
 
 import fusedopt
 from fusedopt.kernels import lang
-from fusedopt.kernels.aot_library import images
-from fusedopt.kernels.aot_library.table import LIBRARY, TYPES, rows
 from fusedopt.testing import TRAJECTORY, distance
+from native.generate import images
+from native.generate.table import LIBRARY, TYPES, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = {entry.name: entry for entry in LIBRARY}
@@ -137,7 +138,7 @@ def test_code_for_hopper_is_for_that_capability_alone(build, manifest):
 
 ONE = """
 import sys
-from fusedopt.kernels.aot_library.images import compile_one
+from native.generate.images import compile_one
 for row in map(int, sys.argv[2:]):
     print(compile_one((sys.argv[1], row)).sha256)
 """
@@ -154,7 +155,7 @@ def test_the_same_source_gives_the_same_bytes(manifest, tmp_path, monkeypatch):
 
 
 def _checked(*targets):
-    command = [sys.executable, "-m", "fusedopt.kernels.aot_library", "--check"]
+    command = [sys.executable, "-m", "native.generate", "--check"]
     for target in targets:
         command += ["--target", target]
     return subprocess.run(command, env=compiling(), cwd=ROOT, capture_output=True, text=True)
@@ -282,7 +283,7 @@ def _c_group(name, group):
 
 
 def test_a_broken_kernel_fails_the_build(tmp_path, monkeypatch, capsys):
-    from fusedopt.kernels.aot_library import __main__ as command
+    from native.generate import __main__ as command
 
     good = images.Image("cuda:90", 0, b"", "sm_90a", "8.7", 2, None, ())
     bad = images.Image("cuda:90", 1, b"", "sm_90a", "8.7", 2, None, ("8 bytes of stack",))

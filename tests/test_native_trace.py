@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import checkout  # noqa: F401  # native.generate is imported from it
 import pytest
 
-from fusedopt.kernels.aot_library import images, sources
-from fusedopt.kernels.aot_library.table import LIBRARY, rows
-from fusedopt.kernels.aot_library.trace import Symbol, leaf, literal, statements
+from native.generate import images, sources
+from native.generate.table import LIBRARY, rows
+from native.generate.trace import Symbol, leaf, literal, statements
 
 A, B = leaf("a"), leaf("b")
 

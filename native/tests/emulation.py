@@ -14,8 +14,8 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from fusedopt.kernels import lang
-from fusedopt.kernels.aot_library.table import LIBRARY
-from fusedopt.kernels.aot_library.trace import Symbol, leaf, statements
+from native.generate.table import LIBRARY
+from native.generate.trace import Symbol, leaf, statements
 
 
 def _where(condition: Any, a: Any, b: Any) -> Symbol:

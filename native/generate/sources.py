@@ -13,7 +13,7 @@ from .trace import Symbol, leaf, statements
 
 Tables = Mapping[str, Sequence[Row]]
 
-HEADER = "/* Written by fusedopt.kernels.aot_library: do not edit. */\n"
+HEADER = "/* Written by native.generate: do not edit. */\n"
 
 
 def write(

@@ -14,7 +14,8 @@ from functools import cache
 from multiprocessing import get_context
 from typing import Any
 
-from .. import aot, lang
+from fusedopt.kernels import aot, lang
+
 from .table import Row, rows
 
 # Bytes of an argument and its PTX type, by Triton's spelling; pointers are the others.

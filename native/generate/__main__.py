@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..aot import processors
+from fusedopt.kernels.aot import processors
 
 if TYPE_CHECKING:
     from .images import Image
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 2 for bad arguments, 1 for kernels that are not good."""
-    parser = argparse.ArgumentParser(prog="aot_library", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m native.generate", description=__doc__)
     parser.add_argument("--target", action="append", required=True, metavar="cuda:90")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write")
     parser.add_argument("--jobs", type=int, default=processors(), metavar="N")
@@ -37,7 +37,7 @@ def _unusable(options: argparse.Namespace) -> str | None:
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     if options.output is not None:
         os.environ.setdefault("TRITON_CACHE_DIR", str(options.output.resolve() / "cache"))
-    from .. import lang
+    from fusedopt.kernels import lang
 
     if lang.triton is None:
         return "Triton is not installed"
@@ -55,7 +55,8 @@ def _unusable(options: argparse.Namespace) -> str | None:
 def _build(targets: Sequence[str], options: argparse.Namespace) -> int:
     import triton
 
-    from ... import __version__
+    from fusedopt import __version__
+
     from . import sources
     from .images import compile_all
     from .table import rows

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..aot import Variant
-from ..lang import jit, tl
+from fusedopt.kernels.aot import Variant
+from fusedopt.kernels.lang import jit, tl
 
 
 @jit

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ..aot import Variant
-from ..aot.norms import clip_factor, partial_norms
-from ..aot.update import update_tensors
-from ..rule import Group, Rule
-from ..rules import ADAM, RMSPROP, SGD
+from fusedopt.kernels.aot import Variant
+from fusedopt.kernels.aot.norms import clip_factor, partial_norms
+from fusedopt.kernels.aot.update import update_tensors
+from fusedopt.kernels.rule import Group, Rule
+from fusedopt.kernels.rules import ADAM, RMSPROP, SGD
+
 from . import control
 from .trace import Symbol, leaf
 
