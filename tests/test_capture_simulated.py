@@ -78,7 +78,7 @@ def test_replays_and_eager_steps_do_not_rely_on_each_others_addresses(capture):
     capture.active = True
     step(captured)
     capture.active = False
-    table = ours._plan.device_groups[0].executor.cohorts[0].table
+    table = ours._plan.device_groups[0].executor.buckets[0].table
     in_graph = table.clone()
     step(eager)
     table.copy_(in_graph)  # what a replay leaves behind

@@ -29,16 +29,16 @@ BACKENDS = ("auto", "triton", "reference")
 
 
 def prepare(
-    backend: str, rule: Rule, device: torch.device, slots: Sequence[ParamEntry]
+    backend: str, rule: Rule, device: torch.device, entries: Sequence[ParamEntry]
 ) -> Executor:
-    """Prepare slots of one device for a backend that ``choose`` has named."""
+    """Prepare entries of one device for a backend that ``choose`` has named."""
     if backend == "triton":
         from .triton import TritonExecutor
 
-        return TritonExecutor(rule, device, slots)
+        return TritonExecutor(rule, device, entries)
     from .reference import ReferenceExecutor
 
-    return ReferenceExecutor(rule, device, slots)
+    return ReferenceExecutor(rule, device, entries)
 
 
 def reduce_samples(

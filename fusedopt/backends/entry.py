@@ -12,7 +12,7 @@ from torch import Tensor
 from ..coefficients import Table
 from ..memory.dtypes import compute_dtype, real_dtype
 
-# For each input of the rule (the gradient first), the tensors of all slots.
+# For each input of the rule (the gradient first), the tensors of all entries.
 Inputs = Sequence[Sequence[Tensor]]
 
 
@@ -27,7 +27,7 @@ class ParamEntry:
     options: tuple[bool, ...]
     # Whether the inputs are gradients of samples, ``[batch, *param.shape]`` each, that are still to
     # be reduced to what the rule takes.
-    materialised: bool = False
+    per_sample_inputs: bool = False
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
@@ -65,10 +65,10 @@ class Executor(Protocol):
         """Write the gradient's norm, and into ``control[0]`` the factor on the raw gradient."""
 
     def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
-        """Apply the rule to every slot, unless ``control[1]`` is set."""
+        """Apply the rule to every entry, unless ``control[1]`` is set."""
 
     def memory(self) -> Iterator[Tensor]:
-        """List the tensors that launches read besides the slots' own."""
+        """List the tensors that launches read besides the entries' own."""
 
     def release(self) -> None:
         """Let go of what is kept for captured CUDA graphs alone."""

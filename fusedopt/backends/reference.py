@@ -23,14 +23,14 @@ PIECE_OF_THREAD = 1 << 17
 
 
 class _Memory:
-    """What of a slot is read and written in place: the parameter and its states."""
+    """What of a entry is read and written in place: the parameter and its states."""
 
-    def __init__(self, slot: ParamEntry) -> None:
-        self.position = slot.position
-        self.options = slot.options
-        self.materialised = slot.materialised
-        self.compute = slot.compute
-        self.tensors = [real_view(t) for t in (slot.param, *slot.states)]
+    def __init__(self, entry: ParamEntry) -> None:
+        self.position = entry.position
+        self.options = entry.options
+        self.per_sample_inputs = entry.per_sample_inputs
+        self.compute = entry.compute
+        self.tensors = [real_view(t) for t in (entry.param, *entry.states)]
         param = self.tensors[0]
         self.cuttable = (
             param.numel() > PIECE_OF_THREAD
@@ -55,12 +55,12 @@ class _Memory:
 
 
 class ReferenceExecutor:
-    """The slots of one device; see ``fusedopt.backends.Executor``."""
+    """The entries of one device; see ``fusedopt.backends.Executor``."""
 
-    def __init__(self, rule: Rule, device: torch.device, slots: Sequence[ParamEntry]) -> None:
+    def __init__(self, rule: Rule, device: torch.device, entries: Sequence[ParamEntry]) -> None:
         self.rule = rule
         self.device = device
-        self.memories = [_Memory(slot) for slot in slots if slot.param.numel() > 0]
+        self.memories = [_Memory(entry) for entry in entries if entry.param.numel() > 0]
 
     def move_inputs(self, inputs: Inputs) -> None:
         pass
@@ -110,7 +110,7 @@ class ReferenceExecutor:
         for memory in self.memories:
             coefficients = table.rows[table.row_of[memory.position]]
             own = [real_view(kind[memory.position]) for kind in inputs]
-            if memory.materialised:
+            if memory.per_sample_inputs:
                 own = list(reduce_samples(memory.tensors[0], own))
             for tensors, values in memory.pieces(own):
                 self._update(memory, tensors, values, coefficients, scale, skip)

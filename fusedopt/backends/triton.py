@@ -38,32 +38,32 @@ from .entry import Inputs, ParamEntry
 
 
 @dataclass(frozen=True)
-class CohortKey:
+class BucketKey:
     """What tensors must share to be updated by the same launch."""
 
     dtypes: tuple[torch.dtype, ...]
     options: tuple[bool, ...]
     aligned: bool
-    wave: int  # parameters that share memory are updated one after the other
+    launch_order: int  # parameters that share memory are updated one after the other
     counts: tuple[int, ...] | None = None  # samples in each input, where inputs are samples
 
 
 class Operands:
-    """A slot's operands as the kernel sees them: in place, or through a staging buffer."""
+    """A entry's operands as the kernel sees them: in place, or through a staging buffer."""
 
-    def __init__(self, slot: ParamEntry) -> None:
-        self.position = slot.position
-        self.n_inputs = len(slot.inputs)
-        self.tensors = list(slot.operands)
+    def __init__(self, entry: ParamEntry) -> None:
+        self.position = entry.position
+        self.n_inputs = len(entry.inputs)
+        self.tensors = list(entry.operands)
         self.originals: dict[int, Tensor] = {}
-        dense = is_dense(slot.param)
-        for i, tensor in enumerate(slot.operands):
-            samples = slot.materialised and 1 <= i <= self.n_inputs
+        dense = is_dense(entry.param)
+        for i, tensor in enumerate(entry.operands):
+            samples = entry.per_sample_inputs and 1 <= i <= self.n_inputs
             fits = stacked_order if samples else same_order
-            if not (dense and fits(slot.param, tensor) and is_plain(tensor)):
+            if not (dense and fits(entry.param, tensor) and is_plain(tensor)):
                 self.originals[i] = tensor
                 buffer = stacked_buffer if samples else staging_buffer
-                self.tensors[i] = buffer(slot.param, tensor)
+                self.tensors[i] = buffer(entry.param, tensor)
 
     def staged_inputs(self) -> Iterator[tuple[int, Tensor]]:
         """Which inputs go through a buffer, and the buffer."""
@@ -77,49 +77,49 @@ class Operands:
             if not 1 <= i <= self.n_inputs:
                 yield tensor, self.tensors[i]
 
-    def key(self, slot: ParamEntry, wave: int) -> CohortKey:
-        """Return what the slot must share with others to be launched with them."""
-        return CohortKey(
+    def key(self, entry: ParamEntry, launch_order: int) -> BucketKey:
+        """Return what the entry must share with others to be launched with them."""
+        return BucketKey(
             dtypes=tuple(real_dtype(t.dtype) for t in self.tensors),
-            options=slot.options,
+            options=entry.options,
             aligned=all(t.data_ptr() % ALIGNMENT == 0 for t in self.tensors)
-            and not (slot.materialised and real_view(slot.param).numel() % ALIGNMENT),
-            wave=wave,
-            counts=tuple(len(x) for x in slot.inputs) if slot.materialised else None,
+            and not (entry.per_sample_inputs and real_view(entry.param).numel() % ALIGNMENT),
+            launch_order=launch_order,
+            counts=tuple(len(x) for x in entry.inputs) if entry.per_sample_inputs else None,
         )
 
 
 class TritonExecutor:
-    """The slots of one device; see ``fusedopt.backends.Executor``."""
+    """The entries of one device; see ``fusedopt.backends.Executor``."""
 
-    def __init__(self, rule: Rule, device: torch.device, slots: Sequence[ParamEntry]) -> None:
+    def __init__(self, rule: Rule, device: torch.device, entries: Sequence[ParamEntry]) -> None:
         self.device = device
-        cohorts: dict[CohortKey, list[Operands]] = defaultdict(list)
-        waves = _waves(slots)
-        for slot in slots:
-            if slot.param.numel() > 0:
-                operands = Operands(slot)
-                cohorts[operands.key(slot, waves[slot.position])].append(operands)
-        ordered = sorted(cohorts.items(), key=lambda item: item[0].wave)
-        self.cohorts = [Cohort(rule, device, key, members) for key, members in ordered]
+        buckets: dict[BucketKey, list[Operands]] = defaultdict(list)
+        orders = _launch_orders(entries)
+        for entry in entries:
+            if entry.param.numel() > 0:
+                operands = Operands(entry)
+                buckets[operands.key(entry, orders[entry.position])].append(operands)
+        ordered = sorted(buckets.items(), key=lambda item: item[0].launch_order)
+        self.buckets = [Bucket(rule, device, key, members) for key, members in ordered]
         self._partials: Tensor | None = None
         # Sources of copies that a CUDA graph repeats.
         self._captured: list[Tensor] = []
 
     def move_inputs(self, inputs: Inputs) -> None:
-        for cohort in self.cohorts:
-            cohort.move_inputs(inputs, self._captured)
+        for bucket in self.buckets:
+            bucket.move_inputs(inputs, self._captured)
 
     def partial_norms(self, inputs: Inputs, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
-        # An even number of float64 for each cohort keeps all of them aligned; a spare one is 0.
-        counts = [cohort.norm_programs + cohort.norm_programs % 2 for cohort in self.cohorts]
+        # An even number of float64 for each bucket keeps all of them aligned; a spare one is 0.
+        counts = [bucket.norm_programs + bucket.norm_programs % 2 for bucket in self.buckets]
         if self._partials is None:
             size = max(sum(counts), 1)
             self._partials = torch.zeros(size, dtype=torch.float64, device=self.device)
         start = 0
-        for cohort, count in zip(self.cohorts, counts, strict=True):
+        for bucket, count in zip(self.buckets, counts, strict=True):
             partials = self._partials[start : start + count]
-            cohort.partial_norms(inputs, inverse_scale, partials, infinity_norm)
+            bucket.partial_norms(inputs, inverse_scale, partials, infinity_norm)
             start += count
         return self._partials
 
@@ -139,24 +139,24 @@ class TritonExecutor:
         )  # fmt: skip
 
     def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
-        for cohort in self.cohorts:
-            cohort.update(inputs, table, control, self._captured)
+        for bucket in self.buckets:
+            bucket.update(inputs, table, control, self._captured)
 
     def memory(self) -> Iterator[Tensor]:
         if self._partials is not None:
             yield self._partials
-        for cohort in self.cohorts:
-            yield from cohort.memory()
+        for bucket in self.buckets:
+            yield from bucket.memory()
 
     def release(self) -> None:
         self._captured.clear()
 
 
-class Cohort:
+class Bucket:
     """Tensors of one launch: their address table and the map from programs to chunks."""
 
     def __init__(
-        self, rule: Rule, device: torch.device, key: CohortKey, members: Sequence[Operands]
+        self, rule: Rule, device: torch.device, key: BucketKey, members: Sequence[Operands]
     ) -> None:
         self.device = device
         self.key = key
@@ -240,7 +240,7 @@ class Cohort:
         )  # fmt: skip
 
     def update(self, inputs: Inputs, table: Table, control: Tensor, captured: list[Tensor]) -> None:
-        """Update every tensor of the cohort by one launch."""
+        """Update every tensor of the bucket by one launch."""
         row_of = [table.row_of[p] for p in self.positions]
         if row_of != self._row_of:
             self._row_of = row_of
@@ -257,7 +257,7 @@ class Cohort:
             tensor.copy_(buffer)
 
 
-def _launch_config(rule: Rule, device: torch.device, key: CohortKey) -> launch_config.LaunchConfig:
+def _launch_config(rule: Rule, device: torch.device, key: BucketKey) -> launch_config.LaunchConfig:
     if key.counts is not None:
         return launch_config.default(key.aligned)
     names = [str(TRITON_DTYPES[t]) for t in key.dtypes]
@@ -289,18 +289,18 @@ def _host(values: list[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
-def _waves(slots: Sequence[ParamEntry]) -> dict[int, int]:
+def _launch_orders(entries: Sequence[ParamEntry]) -> dict[int, int]:
     """Number the launches so that tensors sharing memory are never written by the same one.
 
     Two parameters over the same storage would race within a launch; torch updates them in turn.
     """
     ranges = []
-    for slot in slots:
-        for tensor in (slot.param, *slot.states):
+    for entry in entries:
+        for tensor in (entry.param, *entry.states):
             start, stop = byte_range(tensor)
             if stop > start:
-                ranges.append((start, stop, slot.position))
-    waves = {slot.position: 0 for slot in slots}
+                ranges.append((start, stop, entry.position))
+    orders = {entry.position: 0 for entry in entries}
     clashes: dict[int, set[int]] = defaultdict(set)
     open_ranges: list[tuple[int, int]] = []
     for start, stop, position in sorted(ranges):
@@ -310,5 +310,5 @@ def _waves(slots: Sequence[ParamEntry]) -> dict[int, int]:
                 clashes[max(position, other)].add(min(position, other))
         open_ranges.append((stop, position))
     for position in sorted(clashes):
-        waves[position] = 1 + max(waves[other] for other in clashes[position])
-    return waves
+        orders[position] = 1 + max(orders[other] for other in clashes[position])
+    return orders

@@ -26,7 +26,7 @@ def reduce_samples(
     """Do what ``fusedopt.backends.reduce_samples`` does, for tensors of one device."""
     sums: list[Tensor] = []
     squares: list[Tensor] = []
-    cohorts: dict[Key, list[list[Tensor]]] = defaultdict(list)
+    buckets: dict[Key, list[list[Tensor]]] = defaultdict(list)
     for p, parts in zip(parameters, columns, strict=True):
         compute = compute_dtype([real_dtype(t.dtype) for t in (p, *parts)])
         # In a dense order, the parameter's where it has one.
@@ -36,8 +36,8 @@ def reduce_samples(
         own = [total, squares[-1], *(_stacked(total, part) for part in parts)]
         aligned = all(t.data_ptr() % ALIGNMENT == 0 for t in own) and p.numel() % ALIGNMENT == 0
         key = tuple(t.dtype for t in own), tuple(map(len, parts)), aligned
-        cohorts[key].append(own)
-    for key, members in cohorts.items():
+        buckets[key].append(own)
+    for key, members in buckets.items():
         _launch(device, key, members)
     return sums, squares
 

@@ -16,18 +16,18 @@ from .scale import GradScale
 
 
 class DeviceGroup:
-    """Slots of one device whose step counts are kept in the same place.
+    """Entries of one device whose step counts are kept in the same place.
 
     Args:
         rule: the update.
         backend: name of a backend, as chosen by ``fusedopt.backends.choose``.
         device: where the tensors live.
         on_device: whether step counts and hyper-parameters are kept on the device.
-        slots: what to update; positions count within the group.
+        entries: what to update; positions count within the group.
         states: the parameters' state dictionaries.
-        group_of: for each slot, the index of its parameter group.
+        group_of: for each entry, the index of its parameter group.
         groups: all parameter groups.
-        fresh: for each slot, whether its state was created just now.
+        fresh: for each entry, whether its state was created just now.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class DeviceGroup:
         backend: str,
         device: torch.device,
         on_device: bool,
-        slots: Sequence[ParamEntry],
+        entries: Sequence[ParamEntry],
         states: Sequence[State],
         group_of: list[int],
         groups: Groups,
@@ -45,7 +45,7 @@ class DeviceGroup:
         self.rule = rule
         self.device = device
         self.on_device = on_device
-        self.executor = prepare(backend, rule, device, slots)
+        self.executor = prepare(backend, rule, device, entries)
         self.scale = GradScale(device)
         self._readers = readers(device)
         self.counter: StepCounter | None = None
@@ -62,7 +62,7 @@ class DeviceGroup:
             self.table = LiveTable(rule, device, group_of, groups)
             self.table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64, device="cpu"))
         else:
-            wide = [slot.compute == torch.float64 for slot in slots]
+            wide = [entry.compute == torch.float64 for entry in entries]
             self.table = HostTable(rule, device, group_of, wide)
 
     def owns_steps(self) -> bool:

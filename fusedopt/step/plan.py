@@ -69,20 +69,20 @@ class Plan:
         self._state_places = set(self._state_addresses) - {0}
         self._wrappings = request.wrappings
 
-        slots: dict[tuple[torch.device, bool], list[int]] = {}
+        places: dict[tuple[torch.device, bool], list[int]] = {}
         rest = {
             name: iter(local_tensors([state[name] for state in states]))
             for name, states in self._columns.items()
         }
         states_of = [tuple(next(rest[name]) for name in names) for names in self._names]
         for position, (p, index) in enumerate(zip(local_params, group_of, strict=True)):
-            slots.setdefault((p.device, request.on_device[index]), []).append(position)
+            places.setdefault((p.device, request.on_device[index]), []).append(position)
 
         self.captured = False
         coefficient_groups = request.coefficient_groups
         self.device_groups: list[DeviceGroup] = []
-        self._positions: list[list[int]] = list(slots.values())
-        for (device, on_device), positions in slots.items():
+        self._positions: list[list[int]] = list(places.values())
+        for (device, on_device), positions in places.items():
             self.device_groups.append(
                 DeviceGroup(
                     request.rule,
@@ -96,7 +96,7 @@ class Plan:
                             inputs=tuple(tensors[k] for tensors in local_inputs),
                             states=states_of[k],
                             options=options_of[group_of[k]],
-                            materialised=request.per_sample,
+                            per_sample_inputs=request.per_sample,
                         )
                         for i, k in enumerate(positions)
                     ],

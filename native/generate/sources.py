@@ -177,13 +177,13 @@ def entry_point(entry: EntryPoint) -> str:
     for options, states in entry.layouts().items():
         slots = ", ".join(map(str, states or (0,)))
         lines.append(f"    {{{_bits(options)}u, {len(states)}, {{{slots}}}}},")
-    states = ", ".join(_text(state) for state in entry.states)
+    names = ", ".join(_text(state) for state in entry.states)
     step = f"offsetof({struct}, step)" if entry.counts_steps else "NO_STEP"
     return "\n".join([
         *lines, "};", "", f"const struct entry_point library_{name} = {{",
         f'    "{name}", "{entry.rule.name}", sizeof({struct}), {step},',
         f"    {name}_fields, {len(entry.fields)}, {name}_layouts, {len(entry.layouts())},",
-        f"    {{{states}}}, {entry.rule.n_coefficients},",
+        f"    {{{names}}}, {entry.rule.n_coefficients},",
         f"    {name}_coefficients, {name}_options, {name}_requirements}};", "",
     ])  # fmt: skip
 
