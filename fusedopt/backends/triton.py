@@ -49,7 +49,7 @@ class BucketKey:
 
 
 class Operands:
-    """A entry's operands as the kernel sees them: in place, or through a staging buffer."""
+    """An entry's operands as the kernel sees them: in place, or through a staging buffer."""
 
     def __init__(self, entry: ParamEntry) -> None:
         self.position = entry.position
