@@ -74,7 +74,7 @@ native: $(STAMP) ## Build the C library for TARGETS in BUILD, without a GPU, and
 	cmake --build "$(BUILD)"
 	ctest --test-dir "$(BUILD)" --output-on-failure --label-exclude codegen
 
-table: $(STAMP) ## Write the README's tables, of algorithms and of benchmarks
+table: $(STAMP) ## Write the tables of docs/, of algorithms and of benchmarks
 	$(BIN)/python -m tools.algorithm_table --write
 	$(BIN)/python -m tools.benchmark_table --write
 

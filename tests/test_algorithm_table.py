@@ -1,4 +1,4 @@
-"""The README's table of algorithms against the code that it speaks of."""
+"""The table of algorithms against the code that it speaks of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # experiments and tools are not installed. Last, so that they hide nothing that is.
 sys.path.append(str(ROOT))
 
-readme = importlib.import_module("tools.readme")
 algorithm_table = importlib.import_module("tools.algorithm_table")
 ROWS = algorithm_table.ROWS
 OWN_RULES = [r for r in REGISTRY.values() if r.update.fn.__module__.startswith("fusedopt.kernels")]
@@ -37,9 +36,9 @@ def test_every_algorithm_has_a_row() -> None:
     assert [row.name for row in ROWS] == NAMES
 
 
-def test_readme_has_the_table_as_it_is() -> None:
-    # Catches a README that says what was true once: python -m tools.algorithm_table --write.
-    text = readme.README.read_text(encoding="utf-8")
+def test_the_page_has_the_table_as_it_is() -> None:
+    # Catches a page that says what was true once: python -m tools.algorithm_table --write.
+    text = algorithm_table.SECTION.page.read_text(encoding="utf-8")
     assert algorithm_table.SECTION.within(text) == text
 
 

@@ -1,4 +1,4 @@
-"""The README's table of GPU times against the results that are kept."""
+"""The table of GPU times against the results that are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # bench and tools are not installed. Last, so that they hide nothing that is.
 sys.path.append(str(ROOT))
 
-readme = importlib.import_module("tools.readme")
 table = importlib.import_module("tools.benchmark_table")
 reader = importlib.import_module("bench.gpu.result")
 
@@ -77,9 +76,9 @@ def keep(folder: Path, name: str, result: dict, **environment) -> None:
     (folder / name).write_text(json.dumps(result))
 
 
-def test_readme_has_the_table_as_the_results_have_it() -> None:
-    # Catches a README that says what an older result said: python -m tools.benchmark_table --write.
-    text = readme.README.read_text(encoding="utf-8")
+def test_the_page_has_the_table_as_the_results_have_it() -> None:
+    # Catches a page that says what an older result said: python -m tools.benchmark_table --write.
+    text = table.SECTION.page.read_text(encoding="utf-8")
     assert table.SECTION.within(text) == text
 
 

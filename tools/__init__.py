@@ -1,1 +1,1 @@
-"""What writes the README's tables, from the code and from results: ``make table``."""
+"""What writes the tables of the documentation, from the code and from results: ``make table``."""

@@ -1,4 +1,4 @@
-"""The README's table of algorithms: ``python -m tools.algorithm_table [--write]``.
+"""The table of algorithms, of docs/algorithms.md: ``python -m tools.algorithm_table [--write]``.
 
 Every algorithm that the project has, with the document it comes from, where it lives and what
 checks it. The files are found from the code: of a rule from the registry, where the group that
@@ -267,7 +267,7 @@ def _check(check: str) -> str:
     return f"[{function.removeprefix('test_')}](tests/{file}.py)"
 
 
-SECTION = Section("algorithms", "the table of algorithms", table)
+SECTION = Section("algorithms", "the table of algorithms", table, "docs/algorithms.md")
 
 if __name__ == "__main__":
     sys.exit(SECTION.main())

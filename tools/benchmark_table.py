@@ -1,4 +1,4 @@
-"""The README's table of GPU times: ``python -m tools.benchmark_table [--write]``.
+"""The table of GPU times, of docs/benchmarks.md: ``python -m tools.benchmark_table [--write]``.
 
 Every figure is read from the newest result of ``python -m fusedopt bench`` on a GPU that is kept in
 ``bench/results``; where there is none, that is said.
@@ -108,7 +108,12 @@ def _first_step(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"First step of a process, with empty caches: {', '.join(steps)}."
 
 
-SECTION = Section("benchmarks", "the table of GPU times", lambda: text(newest(RESULTS)))
+SECTION = Section(
+    "benchmarks",
+    "the table of GPU times",
+    lambda: text(newest(RESULTS)),
+    "docs/benchmarks.md",
+)
 
 if __name__ == "__main__":
     sys.exit(SECTION.main())
