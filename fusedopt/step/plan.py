@@ -50,6 +50,7 @@ class Plan:
         self.samples = request.samples
         self.created = [(p, names) for p, names in zip(params, created, strict=True) if names]
         self._settings = _settings(request)
+        self._values: list[tuple[Any, ...]] | None = _values(request)
         names_of = [request.rule.states(group) for group in groups]
         options_of = [request.rule.options(group) for group in groups]
         self._names = [names_of[index] for index in group_of]
@@ -147,10 +148,18 @@ class Plan:
         )
 
     def _is_set(self, request: Request) -> bool:
+        values = _values(request)
+        if values is not None and self._values is not None:
+            # As at the step before, entry by entry: nothing that follows from them can differ.
+            if len(values) == len(self._values) and all(map(_identical, values, self._values)):
+                return True
         try:
-            return _settings(request) == self._settings
+            same = _settings(request) == self._settings
         except KeyError:  # an option was taken away: the checks say which
             return False
+        if same:
+            self._values = values
+        return same
 
     def _take_inputs(self, request: Request) -> bool:
         if request.wrappings != self._wrappings:
@@ -240,6 +249,28 @@ def _identical(now: Collection[Any], then: Collection[Any]) -> bool:
     return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
+def _values(request: Request) -> list[tuple[Any, ...]] | None:
+    """List what settings follow from; None where a value may change and stay the same object."""
+    found: list[tuple[Any, ...]] = [
+        # With a scaler's flag on the device, counts move there, too.
+        (request.backend, request.clips, request.per_sample, request.found_inf is None)
+    ]
+    for group in request.groups:
+        values = tuple(group.values())
+        # Of lists the parameters alone, which are compared by themselves.
+        if [type(value) for value in values].count(list) != 1 or type(group["params"]) is not list:
+            return None
+        for value in values:
+            if type(value) not in _CONSTANT and not _is_constant_tuple(value):
+                return None
+        found += [tuple(group), values]
+    return found
+
+
+def _is_constant_tuple(value: Any) -> bool:
+    return type(value) is tuple and _NUMBERS.issuperset(map(type, value))
+
+
 def _settings(request: Request) -> list[Any]:
     """Collect what the plan takes from the groups besides numbers."""
     rule = request.rule
@@ -250,6 +281,11 @@ def _settings(request: Request) -> list[Any]:
         settings.append(rule.options(group))
         settings.append({k: v for k, v in group.items() if k not in skip and _is_setting(v)})
     return settings
+
+
+# The parameters, and types of which a changed value is another object.
+_CONSTANT = frozenset({list, bool, int, float, str, type(None)})
+_NUMBERS = _CONSTANT - {list}
 
 
 def _is_setting(value: Any) -> bool:

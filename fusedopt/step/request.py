@@ -59,7 +59,8 @@ class Request:
         samples: how many there are.
         factor: what gradients are to be multiplied by.
         grad_scale, found_inf: what ``torch.amp.GradScaler`` left, or None.
-        on_device: for each group, whether step counts and hyper-parameters are on the device.
+        statistics: what feeds the rule besides gradients.
+        is_live: whether step counts and hyper-parameters of a group are on the device.
     """
 
     rule: Rule
@@ -77,8 +78,13 @@ class Request:
     factor: float
     grad_scale: Tensor | None
     found_inf: Tensor | None
-    on_device: list[bool]
     statistics: Source | None
+    is_live: Callable[[dict[str, Any]], bool]
+
+    @cached_property
+    def on_device(self) -> list[bool]:
+        """For each group, whether step counts and hyper-parameters are on the device."""
+        return [self.is_live(group) for group in self.groups]
 
     @cached_property
     def coefficient_groups(self) -> Sequence[dict[str, Any]]:
@@ -146,8 +152,7 @@ def gather(optimizer: Steps, grad_scale: Tensor | None, found_inf: Tensor | None
     return Request(
         optimizer.rule, optimizer.backend, optimizer.param_groups, optimizer.state,
         optimizer.clip is not None, params, group_of, tensors, local, wrappings(chained(tensors)),
-        found.per_sample, samples, factor, grad_scale, found_inf,
-        [optimizer.is_live(group) for group in optimizer.param_groups], statistics,
+        found.per_sample, samples, factor, grad_scale, found_inf, statistics, optimizer.is_live,
     )  # fmt: skip
 
 
