@@ -131,6 +131,8 @@ def compile_row(work: tuple[str, str]) -> dict[str, Any]:
         "variant": name,
         "kernel": variant.kernel.__name__,
     }
+    if variant.coefficients:
+        row["coefficients"] = list(variant.coefficients)
     try:
         result = aot.report(aot.compile_variant(variant, target), target)
     except Exception as error:  # noqa: BLE001 - whatever the compiler raises is a finding

@@ -61,4 +61,5 @@ def update_from_samples(rule: str, samples: str, parts: int, aligned: bool = Tru
         threads=launch.threads,
         block=launch.block,
         budget=Budget(bytes_per_element=moved if aligned else None),
+        coefficients=known.coefficient_names,
     )

@@ -78,4 +78,5 @@ def update_tensors(
             bytes_per_element=2 * sum(sizes) - inputs if aligned else None,
             registers=64 if is_adamw else None,
         ),
+        coefficients=rule.coefficient_names,
     )

@@ -65,6 +65,7 @@ class Variant:
         divisible: integer arguments that are multiples of 16. Addresses always are: torch
             allocates on 16 bytes and more, and the launcher says so to the compiler.
         budget: what the variant may use.
+        coefficients: names of the scalars that it reads, of a rule.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Variant:
     block: int = 0
     divisible: tuple[str, ...] = ()
     budget: Budget = field(default_factory=Budget)
+    coefficients: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
