@@ -14,9 +14,9 @@ import torch
 
 import fusedopt
 from fusedopt.backends import triton as backend
-from fusedopt.cli.verify import compare
 from fusedopt.examples import lion
 from fusedopt.kernels.rules import REGISTRY, register
+from fusedopt.testing import compare
 
 ROOT = Path(__file__).parent.parent
 

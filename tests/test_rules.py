@@ -30,10 +30,10 @@ from trajectory import (
 
 from fusedopt import backends
 from fusedopt.backends import ParamEntry
-from fusedopt.cli.verify import another
 from fusedopt.kernels.lang import jit, tl
 from fusedopt.kernels.rule import Rule
 from fusedopt.kernels.rules import REGISTRY
+from fusedopt.testing import another
 
 RULES = [pytest.param(rule, id=name) for name, rule in REGISTRY.items()]
 CASES = [

@@ -15,8 +15,8 @@ from tolerances import Tolerance, assert_close_ulps, assert_equal
 from torch import Tensor
 
 from fusedopt import FusedOptimizer
-from fusedopt.cli.verify import statistics_for
 from fusedopt.kernels.rule import Rule
+from fusedopt.testing import statistics_for
 
 # The torch class that takes a rule's example groups as keyword arguments.
 TORCH_CLASS: Mapping[str, type[torch.optim.Optimizer]] = {
