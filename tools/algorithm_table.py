@@ -35,7 +35,7 @@ class Row:
         algorithm: what it is called.
         source: the document.
         use: how it is had, as code.
-        checks: tests, as ``file::function`` without ``tests/`` and ``.py``, and experiments.
+        checks: tests, as ``file::function`` without folder and ``.py``, and experiments.
         rule: a rule's name in the registry, if it is one.
         group: what of a parameter group makes the rule this algorithm.
         lives: otherwise, the dotted names of what it is in.
@@ -93,7 +93,7 @@ ROWS = (
     Row(
         "000-g", "step size decoupled from eps", RMSPROP_AND_ADAM,
         "scaling.epsilon_decoupled_lr(eta0, eps)",
-        ("test_scaling_conversions::test_epsilon_decoupled_lr",),
+        ("test_conversions::test_epsilon_decoupled_lr",),
         lives=("fusedopt.scaling.epsilon_decoupled_lr",),
     ),
     Row(
@@ -124,7 +124,7 @@ ROWS = (
     Row(
         "002-d", "lr of the average from that of the velocity", OPTIMIZATION,
         "scaling.average_lr(lr, momentum)",
-        ("test_scaling_conversions::test_average_and_sum_take_the_same_steps",),
+        ("test_conversions::test_average_and_sum_take_the_same_steps",),
         lives=("fusedopt.scaling.average_lr",),
     ),
     Row(
@@ -149,7 +149,7 @@ ROWS = (
     Row(
         "003-a", "momentum as a running average over N steps", MOMENTUM,
         "scaling.beta_from_horizon(N), horizon_from_beta(beta)",
-        ("test_scaling_conversions::test_momentum_is_a_running_average",),
+        ("test_conversions::test_momentum_is_a_running_average",),
         lives=("fusedopt.scaling.beta_from_horizon",),
     ),
     Row(
@@ -161,7 +161,7 @@ ROWS = (
     Row(
         "003-c", "total-effect rule", MOMENTUM,
         "scaling.temperature_lr(eta0, momentum, batch_size)",
-        ("test_scaling_conversions::test_total_effect_of_one_sample",),
+        ("test_conversions::test_total_effect_of_one_sample",),
         lives=("fusedopt.scaling.temperature_lr",),
     ),
     Row(
@@ -264,7 +264,13 @@ def _check(check: str) -> str:
         path = check.replace(".", "/") + ".py"
         return f"[experiment {check.rpartition('.')[2]}]({path})"
     file, _, function = check.partition("::")
-    return f"[{function.removeprefix('test_')}](tests/{file}.py)"
+    return f"[{function.removeprefix('test_')}]({file_of_tests(file)})"
+
+
+def file_of_tests(name: str) -> str:
+    """Return where tests are, by their file's name, which is one of a kind."""
+    (path,) = (ROOT / "tests").rglob(f"{name}.py")
+    return path.relative_to(ROOT).as_posix()
 
 
 SECTION = Section("algorithms", "the table of algorithms", table, "docs/algorithms.md")

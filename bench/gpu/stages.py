@@ -107,12 +107,14 @@ def _tests(setting: Setting) -> list[Command]:
 
 
 # Whole files: few of their tests are marked as in need of a GPU, and all run on one.
-TESTS = ("trajectories", "clip", "layouts", "per_sample_linear", "per_sample_vectors")
-TESTS += ("per_sample_embedding", "per_sample_convolution", "capture")
+TESTS = ("optimizers/test_trajectories", "step/test_clip", "memory/test_layouts")
+TESTS += ("kernels/test_per_sample_linear", "kernels/test_per_sample_vectors")
+TESTS += ("kernels/test_per_sample_embedding", "kernels/test_per_sample_convolution")
+TESTS += ("step/test_capture",)
 
 
 def _files(setting: Setting) -> list[str]:
-    return ["tests"] if setting.tests == "all" else [f"tests/test_{name}.py" for name in TESTS]
+    return ["tests"] if setting.tests == "all" else [f"tests/{name}.py" for name in TESTS]
 
 
 def _verify(setting: Setting) -> list[Command]:

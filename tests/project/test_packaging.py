@@ -23,7 +23,7 @@ import pytest
 
 pytestmark = pytest.mark.xdist_group("packaging")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Directories of the repository that must not become top-level packages of a user's environment.
 PRIVATE = ["bench", "cmake", "docs", "examples", "experiments", "kernels", "native", "tests"]
 PRIVATE += ["tools"]

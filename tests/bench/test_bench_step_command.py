@@ -18,7 +18,7 @@ from rich.console import Console
 from fusedopt import __main__ as cli
 from fusedopt.cli import bench
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # bench and tools are not installed. Last, so that they hide nothing that is.
 sys.path.append(str(ROOT))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import fusedopt
 
 ROOT = Path(fusedopt.__file__).parent
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 # From the bottom up: a package imports those above it in this list, and itself.
 LAYERS = (

@@ -18,7 +18,7 @@ import torch
 import fusedopt
 from fusedopt import scaling
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HYPER: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1},
     "RMSprop": {"lr": 0.2, "alpha": 0.96, "eps": 1.0},

@@ -11,7 +11,7 @@ import pytest
 
 from fusedopt.kernels.rules import REGISTRY
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # experiments and tools are not installed. Last, so that they hide nothing that is.
 sys.path.append(str(ROOT))
 
@@ -62,7 +62,7 @@ def test_row_has_checks_that_exist(row) -> None:
             assert name in importlib.import_module("experiments").NAMES
         else:
             file, _, function = check.partition("::")
-            tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))
+            tree = ast.parse((ROOT / algorithm_table.file_of_tests(file)).read_text("utf-8"))
             assert function in {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}
 
 

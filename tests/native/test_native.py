@@ -26,7 +26,7 @@ from fusedopt.testing import TRAJECTORY, distance
 from native.generate import images
 from native.generate.table import LIBRARY, TYPES, rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENTRIES = {entry.name: entry for entry in LIBRARY}
 MISSING = [tool for tool in ("cmake", "ctest", "cc") if shutil.which(tool) is None]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 # bench is not installed. Last, so that it hides nothing that is.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 GPU = torch.device("cuda")
 FLUSH = 0.1

@@ -215,7 +215,7 @@ def test_the_tests_of_the_tests_stage_are_collected(setting):
     arguments = stage.commands(setting)[0].arguments[1:]
     done = python(*arguments, "--collect-only")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_capture.py::" in done.stdout
+    assert "tests/step/test_capture.py::" in done.stdout
 
 
 def test_sanitizer_tools_are_looked_for(setting, monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Last, so that it hides nothing that is installed.
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))

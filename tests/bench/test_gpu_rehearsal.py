@@ -72,7 +72,7 @@ def test_a_bad_stage_loses_nothing_of_the_others(bad, how, monkeypatch, tmp_path
 def test_a_killed_run_keeps_what_came_before(tmp_path):
     """Each result is written when its stage ends, so that a machine may go away at any time."""
     script = (
-        "import sys; sys.path[:0] = ['tests', '.']\n"
+        "import sys; sys.path[:0] = ['tests/bench', 'tests/helpers', '.']\n"
         "import test_gpu_rehearsal as rehearsal\n"
         "main = rehearsal.module('__main__')\n"
         "main.STAGES = rehearsal.stand_ins('training', 'import time; time.sleep(60)')\n"

@@ -19,7 +19,7 @@ from fusedopt.kernels import launch_config
 from fusedopt.kernels.launch_config import LaunchConfig
 from fusedopt.kernels.rules import REGISTRY
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = launch_config.default(aligned=True)
 
 

@@ -16,7 +16,7 @@ from rich.progress import Progress
 import fusedopt
 from fusedopt import scaling
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,7 @@ from fusedopt.examples import lion
 from fusedopt.kernels.rules import REGISTRY, register
 from fusedopt.testing import compare
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def lion_by_hand(p, m, g, group):
