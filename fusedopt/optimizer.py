@@ -20,7 +20,6 @@ from .checkpoint import (
     unpacked,
 )
 from .clipping import GlobalNorm
-from .coefficients import lives_on_device
 from .kernels.rule import Rule
 from .memory.device import is_capturing
 from .source import Source
@@ -112,8 +111,8 @@ class FusedOptimizer(Optimizer):
         self._captured_plans: list[Plan] = []
         # Which entries each state had when it was last looked at: see check_present.
         self._present: dict[Tensor, frozenset[str]] = {}
-        # Whether the loss scaler keeps its overflow flag on the device: see _load_scaler.
-        self._device_scaler = False
+        # Whether the loss scaler keeps its overflow flag on the device, and so counts, too.
+        self.scaler_on_device = False
         super().__init__(params, defaults)
         watch(FusedOptimizer)
         if statistics is not None:
@@ -320,7 +319,7 @@ class FusedOptimizer(Optimizer):
             found_inf = torch.zeros((), device=None if grad_scale is None else grad_scale.device)
         if found_inf is not None and found_inf.device.type != "cpu":
             # The host must not read the flag, so that step counts move to the device for good.
-            self._device_scaler = True
+            self.scaler_on_device = True
         return grad_scale, found_inf
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -398,14 +397,6 @@ class FusedOptimizer(Optimizer):
             created.append(missing)
         return created
 
-    def is_live(self, group: dict[str, Any]) -> bool:
-        """Whether step counts and hyper-parameters of the group are kept on the device."""
-        return (
-            bool(group.get("capturable"))
-            or self._device_scaler
-            or lives_on_device(group, self.rule.hyper)
-        )
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizer of the same name does, with the clipping bound.
 
@@ -463,7 +454,7 @@ class FusedOptimizer(Optimizer):
             self._drop_plan()
         else:
             self._plan, self._captured_plans = None, []
-        self._device_scaler = False
+        self.scaler_on_device = False
         # States of a pickle have it under its public name.
         if "clip" in self.__dict__:
             self.clip = self.__dict__.pop("clip")

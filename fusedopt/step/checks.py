@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import backends
+from ..coefficients import lives_on_device
 from ..kernels.rule import Rule
 from ..memory.dtypes import STORABLE, real_dtype
 from ..memory.layout import byte_range, is_plain, overlaps_itself, share_memory
@@ -36,6 +37,17 @@ def _places(optimizer: Optimizer, param: Tensor) -> Iterator[str]:
                 # Who appends a parameter to a group need not append a name.
                 name = f"{names[position]!r} = " if names and position < len(names) else ""
                 yield f"{name}param_groups[{index}]['params'][{position}]"
+
+
+def is_on_device(rule: Rule, group: dict[str, Any], scaler: bool) -> bool:
+    """Whether step counts and hyper-parameters of a group are kept on the device.
+
+    Args:
+        rule: the update.
+        group: the parameter group.
+        scaler: whether a loss scaler keeps its overflow flag there.
+    """
+    return bool(group.get("capturable")) or scaler or lives_on_device(group, rule.hyper)
 
 
 def check_one_group(
@@ -262,7 +274,10 @@ def check_memory(
     names_of = [optimizer.rule.states(group) for group in optimizer.param_groups]
     if optimizer.rule.counts_steps:
         # On the host, counts are given memory of their own.
-        live = map(optimizer.is_live, optimizer.param_groups)
+        live = [
+            is_on_device(optimizer.rule, group, optimizer.scaler_on_device)
+            for group in optimizer.param_groups
+        ]
         names_of = [(*n, "step") if on else n for n, on in zip(names_of, live, strict=True)]
     found = []
     for p, index in zip(params, group_of, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..coefficients import on_host
 from ..kernels.rule import Group, Rule
-from .checks import check_virtual_batch_size, describe
+from .checks import check_virtual_batch_size, describe, is_on_device
 from .request import with_factors
 
 
@@ -154,7 +154,7 @@ def _of_coefficients(optimizer: Any, samples: int) -> Iterator[Exception]:
         with_factors(optimizer.param_groups, optimizer.statistics, samples)
     ):
         # The host does not read what lives on the device.
-        if optimizer.is_live(group):
+        if is_on_device(rule, group, optimizer.scaler_on_device):
             continue
         numbers = on_host(group, rule.hyper)
         for p in group["params"]:

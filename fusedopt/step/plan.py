@@ -252,8 +252,7 @@ def _identical(now: Collection[Any], then: Collection[Any]) -> bool:
 def _values(request: Request) -> list[tuple[Any, ...]] | None:
     """List what settings follow from; None where a value may change and stay the same object."""
     found: list[tuple[Any, ...]] = [
-        # With a scaler's flag on the device, counts move there, too.
-        (request.backend, request.clips, request.per_sample, request.found_inf is None)
+        (request.backend, request.clips, request.per_sample, request.scaler_on_device)
     ]
     for group in request.groups:
         values = tuple(group.values())

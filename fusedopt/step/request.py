@@ -14,7 +14,7 @@ from ..clipping import GlobalNorm
 from ..kernels.rule import Rule
 from ..memory.storage import local_tensors, wrappings
 from ..source import RuleInputs, Source
-from .checks import check_one_group, check_samples, follow_unscaling
+from .checks import check_one_group, check_samples, follow_unscaling, is_on_device
 from .counts import State
 from .wrappers import check_flat
 
@@ -25,6 +25,8 @@ class Steps(Protocol):
     backend: str
     param_groups: list[dict[str, Any]]
     state: Any
+    # Whether the loss scaler keeps its overflow flag on the device.
+    scaler_on_device: bool
 
     @property
     def rule(self) -> Rule:
@@ -37,9 +39,6 @@ class Steps(Protocol):
     @property
     def statistics(self) -> Source | None:
         """What feeds the rule besides gradients."""
-
-    def is_live(self, group: dict[str, Any]) -> bool:
-        """Whether step counts and hyper-parameters of a group are kept on the device."""
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Request:
         factor: what gradients are to be multiplied by.
         grad_scale, found_inf: what ``torch.amp.GradScaler`` left, or None.
         statistics: what feeds the rule besides gradients.
-        is_live: whether step counts and hyper-parameters of a group are on the device.
+        scaler_on_device: whether a loss scaler keeps its overflow flag there.
     """
 
     rule: Rule
@@ -79,12 +78,12 @@ class Request:
     grad_scale: Tensor | None
     found_inf: Tensor | None
     statistics: Source | None
-    is_live: Callable[[dict[str, Any]], bool]
+    scaler_on_device: bool
 
     @cached_property
     def on_device(self) -> list[bool]:
         """For each group, whether step counts and hyper-parameters are on the device."""
-        return [self.is_live(group) for group in self.groups]
+        return [is_on_device(self.rule, group, self.scaler_on_device) for group in self.groups]
 
     @cached_property
     def coefficient_groups(self) -> Sequence[dict[str, Any]]:
@@ -152,7 +151,8 @@ def gather(optimizer: Steps, grad_scale: Tensor | None, found_inf: Tensor | None
     return Request(
         optimizer.rule, optimizer.backend, optimizer.param_groups, optimizer.state,
         optimizer.clip is not None, params, group_of, tensors, local, wrappings(chained(tensors)),
-        found.per_sample, samples, factor, grad_scale, found_inf, statistics, optimizer.is_live,
+        found.per_sample, samples, factor, grad_scale, found_inf, statistics,
+        optimizer.scaler_on_device,
     )  # fmt: skip
 
 
