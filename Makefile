@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $(UNFINISHED)
 	@touch $@
 
-demo: $(STAMP) ## Run the main job of the README
+demo: $(STAMP) ## Train a small GPT with torch.optim.AdamW and with fusedopt.AdamW
 	$(BIN)/python -m fusedopt demo $(ARGS)
 
 # The script and not `python -m pytest`, which would put the checkout itself on the import path.

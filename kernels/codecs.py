@@ -1,7 +1,7 @@
 """How a block of compute precision is kept in memory: loading and storing, nothing else.
 
 The one codec so far is the cast: memory holds a floating type, the block is converted on load and
-rounded to nearest, ties to even, on store. Its twin in PyTorch is ``fusedopt/codecs.py``.
+rounded to nearest, ties to even, on store. Its twin in PyTorch is ``fusedopt/memory/dtypes.py``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ stands in two small device arrays; where the tensors live stands in a table of a
     rows 3 ...        addresses of the inputs (the gradient), then of the states
 
 with one column a tensor. Coefficients and control values are float64 and narrowed here, so that
-one table serves every cohort of a device.
+one table serves every bucket of a device.
 """
 
 from __future__ import annotations

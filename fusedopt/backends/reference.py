@@ -23,7 +23,7 @@ PIECE_OF_THREAD = 1 << 17
 
 
 class _Memory:
-    """What of a entry is read and written in place: the parameter and its states."""
+    """What of an entry is read and written in place: the parameter and its states."""
 
     def __init__(self, entry: ParamEntry) -> None:
         self.position = entry.position
