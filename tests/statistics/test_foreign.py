@@ -162,6 +162,44 @@ def test_a_gradient_of_zeros_was_not(owner):
         optimizer.step()
 
 
+class Routed(nn.Module):
+    """Experts, of which each batch uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.chosen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[self.chosen](x)
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+@pytest.mark.parametrize("owner", ["optimizer", "model"])
+def test_layers_that_a_step_does_not_use(owner, set_to_none):
+    """Behind zero_grad(set_to_none=False) they have a gradient, of zeros, as in torch."""
+    torch.manual_seed(0)
+    model = Routed()
+    statistics = PerSampleSquares(model, backend="reference")
+    optimizer = fusedopt.BatchDecoupledAdam(
+        model.parameters(), statistics=statistics, backend="reference"
+    )
+    for step in range(5):
+        (optimizer if owner == "optimizer" else model).zero_grad(set_to_none=set_to_none)
+        model.chosen = step % 2
+        model(torch.randn(6, 4)).square().mean().backward()
+        idle = model.experts[1 - model.chosen].weight
+        before = None if step == 0 else optimizer.state[idle].get("exp_avg_sq")
+        before = None if before is None else before.clone()
+        optimizer.step()
+        assert statistics.samples == 6
+        if before is not None:
+            average = optimizer.state[idle]["exp_avg_sq"]
+            torch.testing.assert_close(average, before if set_to_none else 0.999 * before)
+    steps = [int(optimizer.state[e.weight]["step"]) for e in model.experts]
+    assert steps == ([3, 2] if set_to_none else [5, 4])
+
+
 def test_a_gradient_that_comes_after():
     model, statistics, optimizer = plain()
     backward(model)

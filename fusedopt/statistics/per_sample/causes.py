@@ -45,6 +45,15 @@ def changed(name: str) -> str:
     )
 
 
+def not_finite(name: str) -> str:
+    """Say that no factor can be told from numbers that are none."""
+    return (
+        f"the gradient of {name!r} was changed between backward and step(), and is not finite, so"
+        " that no factor can be found which squares are to follow: skip the step, as a gradient"
+        " scaler does, or find what made it so"
+    )
+
+
 def unknown(
     model: nn.Module, observed: Iterable[tuple[str, nn.Module, bool]], parameter: Tensor
 ) -> str:

@@ -86,14 +86,14 @@ def _drawn(device: torch.device, dtype: torch.dtype, count: int) -> Tensor:
 
 
 def common_factor(
-    before: Sequence[Tensor], after: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    before: Sequence[Tensor], after: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> float | None:
     """Return the factor that all gradients were multiplied by, or None where it is not one.
 
     Args:
         before: ``norms`` of each gradient as it arrived.
         after: those now.
-        dtypes: of the gradients.
+        gradients: whose they are, for types and sizes.
 
     Returns:
         A positive number; exactly 1 where no norm has changed. Waits for the device.
@@ -106,14 +106,22 @@ def common_factor(
     if squares[0] == 0.0:
         return None
     factor = 1.0 if old == new else math.sqrt(squares[1] / squares[0])
-    for (norm, signed), (new_norm, new_signed), dtype in zip(old, new, dtypes, strict=True):
-        narrow = dtype in (torch.float16, torch.bfloat16)
-        allowed = (torch.finfo(dtype).eps if narrow else TOLERANCE) * factor * norm
+    for (norm, signed), (new_norm, new_signed), g in zip(old, new, gradients, strict=True):
+        allowed = _rounding(g.dtype) * factor * norm + _smallest(g.dtype) * math.sqrt(g.numel())
         if not abs(new_norm - factor * norm) <= allowed:
             return None
         if not abs(new_signed - factor * signed) <= SIGNED * allowed:
             return None
     return factor
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else TOLERANCE
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """Return the step between the smallest numbers, by which each element may be off."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
 def _on_host(pairs: Sequence[Tensor]) -> list[list[float]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...memory.dtypes import compute_dtype
 from ..grad_version import GradVersion, weakly
 from . import factors
 from .expected import Expected, Foreign, deviation
@@ -143,6 +144,19 @@ class Record:
             return True
         return not bool(gradient.any())
 
+    def take_zero(self, start: int) -> None:
+        """Gather zeros for a gradient that was cleared in place, and not reached since.
+
+        Args:
+            start: how many samples the statistics had seen before those of this step.
+        """
+        parameter = self.parameter
+        if self.squares is None and parameter.grad is not None and self._is_zero():
+            compute = compute_dtype([parameter.dtype])
+            self.squares = torch.zeros_like(parameter, dtype=compute)
+            self.start = start
+            self.accept()
+
     def cleared(self) -> None:
         """Note that the gradient is None or zero."""
         gradient = self.parameter.grad
@@ -213,7 +227,7 @@ class Record:
         self.squares = None
         self.start = start
         self.reduced_count = 0
-        self.foreign = self.deviates = self._zero = None
+        self.foreign = self.deviates = None
         self.altered = False
         self._version, self._stepped, self.norms = None, False, None
 
@@ -255,7 +269,7 @@ def follow(records: Sequence[Record]) -> bool:
     if len(before) < len(records) or len(gradients) < len(records):
         return False
     after = factors.norms(gradients)
-    factor = factors.common_factor(before, after, [g.dtype for g in gradients])
+    factor = factors.common_factor(before, after, gradients)
     if factor is None:
         return False
     for record, norms in zip(records, after, strict=True):

@@ -68,7 +68,13 @@ class Records:
 
     def follow_changes(self, parameters: Iterable[Tensor]) -> None:
         """Bring what is known of gradients up to date with what was done to them since."""
+        parameters = list(parameters)
         known = self._known(parameters)
+        if 0 < len(known) < len(parameters):
+            # Layers that this step does not use, behind zero_grad(set_to_none=False).
+            for p in parameters:
+                if id(p) in self._of:
+                    self._of[id(p)].take_zero(known[0].start)
         settle_deviations(known)
         # One factor on all gradients of the step; of some alone is more likely to be a mistake.
         if known and all(r.is_changed() for r in known):
@@ -117,7 +123,7 @@ class Records:
             record.remove()
 
     def _commit(self, record: Record, calls: list[SampleCount]) -> None:
-        """Count the samples of calls whose first gradients on_grad, and see what was cleared."""
+        """Count the samples of calls whose first gradients arrive, and see what was cleared."""
         # Backward runs on a thread for each device.
         with self._lock:
             for call in calls:
@@ -149,7 +155,7 @@ class Records:
             raise RuntimeError("backward after all_reduce(): call optimizer.step() and zero_grad()")
         if cleared or arriving.restarts:
             # What has nothing yet belongs to the batch that now begins.
-            for r in (*cleared, *(r for r in others if r.squares is None)):
+            for r in (*cleared, *(r for r in self if r.squares is None)):
                 r.reset(start)
 
     @torch.no_grad()

@@ -221,7 +221,11 @@ class PerSampleSquares(Statistics):
             return f"{record.name!r} has a gradient but no per-sample squares: {why}"
         if record.foreign is not None:
             return f"{record.name!r} {causes.FOREIGN[record.foreign]}"
-        return causes.changed(record.name) if record.altered or record.is_changed() else None
+        if not (record.altered or record.is_changed()):
+            return None
+        gradient = parameter.grad
+        finite = gradient is None or bool(gradient.isfinite().all())
+        return causes.changed(record.name) if finite else causes.not_finite(record.name)
 
     def used(self, parameters: Sequence[Tensor]) -> None:
         """Note that a step has used what was gathered for some parameters."""
