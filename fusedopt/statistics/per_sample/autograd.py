@@ -132,7 +132,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Enter(torch.autograd.Function):
-    """Hand out an alias of the parameter, and a order_token that orders the graph."""
+    """Hand out an alias of the parameter, and a token that orders the graph."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, tap: ParamTap) -> tuple[Tensor, Tensor]:
@@ -173,11 +173,11 @@ class _Observe(torch.autograd.Function):
     def forward(
         ctx: Any, on_grad: OnGrad, taps: Sequence[ParamTap], n_outputs: int, *rest: Tensor
     ) -> Any:
-        order_tokens = n_outputs + len(taps)
+        start = n_outputs + len(taps)
         ctx.on_grad, ctx.taps = on_grad, taps
-        ctx.zeros = [order_token.detach() for order_token in rest[n_outputs:order_tokens]]
-        ctx.n_saved = len(rest) - order_tokens
-        ctx.save_for_backward(*rest[order_tokens:])
+        ctx.zeros = [token.detach() for token in rest[n_outputs:start]]
+        ctx.n_saved = len(rest) - start
+        ctx.save_for_backward(*rest[start:])
         # Not the tensors themselves, of which autograd would make views that no later layer may
         # write to.
         return tuple(y.detach() for y in rest[:n_outputs])
