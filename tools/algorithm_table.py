@@ -186,7 +186,7 @@ ROWS = (
     ),
     Row(
         "004-e", "noise against signal", SDES, "statistics.noise_scale()",
-        ("test_batch_decoupled::test_noise_scale_is_unbiased", "experiments.noise_signal"),
+        ("test_noise_scale::test_noise_scale_is_unbiased", "experiments.noise_signal"),
         lives=("fusedopt.statistics.Statistics",),
     ),
     Row(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import BACKENDS as BACKENDS
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -20,7 +21,6 @@ from torch.optim import Optimizer
 import fusedopt
 
 DEVICE = torch.device(os.environ.get("FUSEDOPT_TEST_DEVICE", "cpu"))
-BACKENDS = ("reference", "triton")
 
 # Small, since the interpreter takes milliseconds a chunk: a matrix, a scalar, an empty one, an
 # odd size. Tensors of many chunks are the business of the kernels' own tests.
@@ -85,6 +85,13 @@ def on_backends(cases: Sequence[Case]) -> Any:
     rows += [(case, "triton") for case in cases if case.name in ON_TRITON]
     names = [f"{case.name}-{backend}" for case, backend in rows]
     return pytest.mark.parametrize(("case", "backend"), rows, ids=names)
+
+
+SGD, RMSPROP, ADAM, ADAMW = PLAIN
+each_case = pytest.mark.parametrize("case", CASES, ids=ids)
+each_class = pytest.mark.parametrize("case", PLAIN, ids=ids)
+each_case_on_backends = on_backends(CASES)
+each_class_on_backends = on_backends(PLAIN)
 
 
 def new_params(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree
+from marks import BACKENDS as BACKENDS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 torch.backends.cudnn.allow_tf32 = False
 
 DEVICE = torch.device(os.environ.get("FUSEDOPT_TEST_DEVICE", "cpu"))
-BACKENDS = ("reference", "triton")
 
 # Rounding of sums of some hundred products; mistakes give squares that are off by tens of per cent.
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}

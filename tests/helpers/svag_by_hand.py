@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from contract import (
-    BACKENDS,
     SHAPES,
     Pair,
     assert_same_state,
@@ -44,10 +43,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
 each_name = pytest.mark.parametrize("name", NAMES)
 each_ell = pytest.mark.parametrize("ell", ELLS)
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
-# In the interpreter, arithmetic whose result is then not used is numpy's, and warns.
-numpy_may_warn = pytest.mark.filterwarnings("ignore:(invalid value|overflow) enc:RuntimeWarning")
 
 # The interpreter is slow: where a test's subject is the host's part, two classes on Triton do.
 on_backends = pytest.mark.parametrize(

@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from contract import BACKENDS, DEVICE, PLAIN, Case, gradient_like, groups_of, ids, new_params
+from contract import (
+    ADAM,
+    ADAMW,
+    DEVICE,
+    SGD,
+    Case,
+    each_class,
+    gradient_like,
+    groups_of,
+    new_params,
+)
+from marks import both_backends
 from ranks import in_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -24,9 +35,6 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
 ]
 
-SGD, RMSPROP, ADAM, ADAMW = PLAIN
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
-each_class = pytest.mark.parametrize("case", PLAIN, ids=ids)
 SHAPES = ((6, 5), (7,), (0, 3), (1030,))
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import BACKENDS
+from marks import both_backends
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 
 import fusedopt
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 class Shown(torch.Tensor):

@@ -10,31 +10,30 @@ from typing import Any
 import pytest
 import torch
 from contract import (
-    BACKENDS,
+    ADAM,
+    ADAMW,
     DEVICE,
     OWN,
-    PLAIN,
+    RMSPROP,
+    SGD,
     Case,
     Pair,
     assert_same_bits,
     assert_same_state,
     assert_unchanged,
+    each_class,
+    each_class_on_backends,
     groups_of,
     ids,
     new_params,
-    on_backends,
     set_gradients,
     snapshot,
 )
+from marks import both_backends
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 import fusedopt
-
-SGD, RMSPROP, ADAM, ADAMW = PLAIN
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
-each_class_on_backends = on_backends(PLAIN)
-each_class = pytest.mark.parametrize("case", PLAIN, ids=ids)
 
 # Schedulers
 

@@ -8,31 +8,23 @@ from typing import Any
 import pytest
 import torch
 from contract import (
-    BACKENDS,
-    CASES,
     DEVICE,
-    PLAIN,
     Case,
     FlagOnDevice,
     Pair,
     assert_same_bits,
     assert_same_state,
     assert_unchanged,
+    each_case_on_backends,
+    each_class,
+    each_class_on_backends,
     groups_of,
-    ids,
-    on_backends,
     snapshot,
 )
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 import fusedopt
-
-SGD, RMSPROP, ADAM, ADAMW = PLAIN
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
-each_case_on_backends = on_backends(CASES)
-each_class_on_backends = on_backends(PLAIN)
-each_class = pytest.mark.parametrize("case", PLAIN, ids=ids)
 
 
 def _pair(case: Case, **options: Any) -> Pair:

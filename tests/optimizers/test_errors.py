@@ -9,22 +9,19 @@ from typing import Any
 import pytest
 import torch
 from contract import (
-    BACKENDS,
     DEVICE,
     PLAIN,
     Case,
     assert_unchanged,
+    each_class,
     groups_of,
-    ids,
     new_params,
     set_gradients,
     snapshot,
 )
+from marks import both_backends
 from torch.nn import Parameter
 from torch.optim import Optimizer
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
-each_class = pytest.mark.parametrize("case", PLAIN, ids=ids)
 
 
 def _sparse_gradient(p: Parameter) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from contract import BACKENDS, OWN, FlagOnDevice, assert_same_bits, assert_unchanged, snapshot
+from contract import OWN, FlagOnDevice, assert_same_bits, assert_unchanged, snapshot
+from marks import both_backends
 from torch.amp import GradScaler
 from variants_by_hand import DEVICE, VARIANTS, Beside, beside, run_all
 from watching import watched
@@ -16,8 +17,6 @@ import fusedopt
 from fusedopt import coefficients, optimizer
 from fusedopt.memory import device as memory_device
 from fusedopt.step import plan, scale
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 each_class = pytest.mark.parametrize("name", OWN)

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from contract import BACKENDS
+from marks import both_backends
 from variants_by_hand import DEVICE, STEPS, Beside, eighths
 
 import fusedopt
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 # Horizons of 2.5 and 4 steps: both are passed, at different steps, and one is no whole number.
 BASE: dict[str, Any] = {"lr": 0.1, "betas": (0.6, 0.75), "eps": 0.125}

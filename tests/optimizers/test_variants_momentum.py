@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from contract import BACKENDS, assert_same_bits
+from contract import assert_same_bits
+from marks import both_backends
 from variants_by_hand import DEVICE, STEPS, Beside, eighths
 
 import fusedopt
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 # With a state and every other option on and off at least once in each form.
 FORMS: list[dict[str, Any]] = [

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from contract import BACKENDS
+from marks import both_backends
 from torch import Tensor
 from variants_by_hand import DEVICE, STEPS, Beside, eighths
 
 import fusedopt
 
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 each_denominator = pytest.mark.parametrize("denominator", ["std", "variance"])
 
 # eps is large, so that one in the wrong place shows.

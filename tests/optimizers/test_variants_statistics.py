@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from contract import BACKENDS, assert_same_bits
+from contract import assert_same_bits
+from marks import both_backends
 from torch import Tensor
 from variants_by_hand import Beside, eighths
 
 import fusedopt
 from fusedopt import GradSampleSquares, MicroBatchSquares
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 ADAM: dict[str, Any] = {"lr": 0.1, "betas": (0.6, 0.75), "eps": 0.125, "weight_decay": 0.125}
 RMSPROP: dict[str, Any] = {"lr": 0.03, "alpha": 0.75, "eps": 0.25, "weight_decay": 0.125}

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from contract import BACKENDS, OWN, assert_same_bits
+from contract import OWN, assert_same_bits
+from marks import both_backends
 from variants_by_hand import DEVICE, VARIANTS, Beside, beside, run_all
 
 import fusedopt
 
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from contract import (
-    BACKENDS,
+    ADAMW,
     CASES,
     DEVICE,
     PLAIN,
@@ -35,8 +35,6 @@ from watching import Calls, watched
 
 import fusedopt
 
-SGD, RMSPROP, ADAM, ADAMW = PLAIN
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 # SGD of torch has no capturable.
 COUNTING = [c for c in CASES if "SGD" not in c.name]
 on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="the kernels are interpreted here")

@@ -8,36 +8,31 @@ from typing import Any
 import pytest
 import torch
 from contract import (
-    BACKENDS,
-    CASES,
+    ADAM,
+    ADAMW,
     DEVICE,
-    PLAIN,
+    RMSPROP,
+    SGD,
     Case,
     Pair,
     assert_same_bits,
     assert_same_state,
     assert_unchanged,
+    each_case_on_backends,
+    each_class,
+    each_class_on_backends,
     groups_of,
-    ids,
     new_params,
-    on_backends,
     set_gradients,
     snapshot,
 )
+from marks import both_backends, numpy_may_warn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from fusedopt import GlobalNorm
 
-SGD, RMSPROP, ADAM, ADAMW = PLAIN
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
-each_case_on_backends = on_backends(CASES)
-each_class_on_backends = on_backends(PLAIN)
-each_class = pytest.mark.parametrize("case", PLAIN, ids=ids)
 each_norm = pytest.mark.parametrize("norm_type", [2.0, math.inf], ids=["two", "inf"])
-
-# The interpreter computes with numpy, which reports what an overflow or a nan is part of here.
-numpy_may_warn = pytest.mark.filterwarnings("ignore:(invalid value|overflow) enc:RuntimeWarning")
 
 
 def _pair(case: Case, clip: GlobalNorm, **options: Any) -> Pair:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from contract import BACKENDS, DEVICE, PLAIN, Case, Pair, assert_same_state, groups_of, ids
+from contract import DEVICE, PLAIN, Case, Pair, assert_same_state, groups_of, ids
+from marks import both_backends
 
 import fusedopt
 
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 COUNTING = [case for case in PLAIN if case.name != "SGD"]
 each_counting = pytest.mark.parametrize("case", COUNTING, ids=ids)
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from contract import (
-    BACKENDS,
     DEVICE,
     PLAIN,
     Case,
@@ -21,19 +20,18 @@ from contract import (
     assert_same_bits,
     assert_same_state,
     assert_unchanged,
+    each_class,
     groups_of,
-    ids,
     new_params,
     set_gradients,
     snapshot,
 )
+from marks import both_backends
 from torch import Tensor
 from torch.optim import Optimizer
 
 import fusedopt
 
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
-each_class = pytest.mark.parametrize("case", PLAIN, ids=ids)
 host_and_live = pytest.mark.parametrize("capturable", [False, True], ids=["host", "live"])
 NAMES = [case.name for case in PLAIN]
 HYPER = {"SGD": ("lr", "momentum", "dampening", "weight_decay"),

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from contract import (
-    BACKENDS,
     DEVICE,
     Case,
     Pair,
@@ -19,6 +18,7 @@ from contract import (
     set_gradients,
     snapshot,
 )
+from marks import both_backends
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -29,8 +29,6 @@ from fusedopt.memory.layout import share_memory
 def _case(name: str, **options: Any) -> Case:
     return Case(name, getattr(fusedopt, name), getattr(torch.optim, name), options)
 
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 STATES = {
     "SGD": ("momentum_buffer", {"momentum": 0.9}),

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from contract import assert_unchanged, new_params, snapshot
+from marks import both_backends
 from ranks import in_ranks
-from svag_by_hand import Beside, both_backends, draw, give, made
+from svag_by_hand import Beside, draw, give, made
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

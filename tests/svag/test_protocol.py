@@ -19,18 +19,8 @@ from contract import (
     new_params,
     snapshot,
 )
-from svag_by_hand import (
-    Beside,
-    both_backends,
-    draw,
-    each_name,
-    give,
-    hold,
-    made,
-    numpy_may_warn,
-    on_backends,
-    svag_step,
-)
+from marks import both_backends, numpy_may_warn
+from svag_by_hand import Beside, draw, each_name, give, hold, made, on_backends, svag_step
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR

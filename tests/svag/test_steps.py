@@ -8,26 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from contract import (
-    DEVICE,
-    SHAPES,
-    assert_same_bits,
-    new_params,
-    snapshot,
-)
+from contract import DEVICE, SHAPES, assert_same_bits, new_params, snapshot
+from marks import both_backends, numpy_may_warn
 from svag_by_hand import (
     ELLS,
     EXACT,
     OPTIONS,
     Beside,
-    both_backends,
     draw,
     each_name,
     each_path,
     give,
     made,
     mix,
-    numpy_may_warn,
     on_backends,
     rescaled,
     svag_step,

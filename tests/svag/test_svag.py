@@ -7,20 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from contract import (
-    DEVICE,
-    assert_same_bits,
-    assert_same_state,
-    groups_of,
-    new_params,
-    snapshot,
-)
+from contract import DEVICE, assert_same_bits, assert_same_state, groups_of, new_params, snapshot
+from marks import both_backends
 from svag_by_hand import (
     ELLS,
     EXACT,
     NAMES,
     OPTIONS,
-    both_backends,
     draw,
     each_ell,
     each_name,

@@ -1,0 +1,144 @@
+"""What steps launch against what ``precompile`` compiles, without compiling."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from precompiling import FP32, TRAINING, needs_compiler, run_python
+
+pytestmark = needs_compiler
+
+# Every launch that nothing in the list of `find` answers to; nothing is compiled.
+MISSING = """
+from functools import cache
+from fusedopt.precompile import work
+
+work.prepare(work.Settings("unused", statistics=True))
+
+@cache
+def found_for(target):
+    tasks, failed = work.find(target, (), ())
+    assert not failed, failed
+    return {task.key for task in tasks}
+
+def compare(target, run):
+    found, launched = found_for(target), {}
+    fake_driver(target)
+    with work._compiling_only(lambda key, kernel: bool(launched.setdefault(key, kernel)) and False):
+        run()
+    return len(launched), [kernel for key, kernel in launched.items() if key not in found]
+
+def train_all():
+    for options in json.loads(sys.argv[2]).values():
+        train(**options)
+
+result = {target: compare(target, train_all) for target in ("cuda:90", "hip:gfx942")}
+observe_on(90)
+result["model"] = compare("cuda:90", observe)
+print(json.dumps(result))
+"""
+
+OBSERVE = """
+from fusedopt.statistics.ops import tiles, triton_convolution, triton_linear
+
+def observe_on(capability):
+    for module in (tiles, triton_convolution, triton_linear):
+        module.capability = lambda device: capability
+        module.processors = lambda device: 132
+        module.fastest_precision = lambda device: "tf32"
+
+def observe():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = torch.nn.Embedding(4096, 1024)
+            self.norm = torch.nn.LayerNorm(1024)
+            self.up = torch.nn.Linear(1024, 2048)
+        def forward(self, ids):
+            # Squared: the gradient of a sum is expanded, which few layers see.
+            return self.up(self.norm(self.token(ids))).square().sum((1, 2))
+    model = Block()
+    statistics = fusedopt.PerSampleSquares(model)
+    statistics.backend = "triton"
+    o = fusedopt.BatchDecoupledAdam(model.parameters(), statistics=statistics, backend="triton",
+                                    virtual_batch_size=2)
+    for _ in range(2):
+        # Twice without a step between: the second pass adds to the squares of the first.
+        for _ in range(2):
+            model(torch.zeros(4, 64, dtype=torch.int64)).mean().backward()
+        o.step()
+        o.zero_grad()
+"""
+
+
+def _all_kinds() -> dict[str, Any]:
+    """Every class in every type, clipped and not: more than there is time to compile."""
+    cases: dict[str, Any] = {}
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        for name, options in {**FP32, "Decoupled RMSprop": DECOUPLED_RMSPROP}.items():
+            for clip in (None, "2", "inf"):
+                cases[f"{name} {dtype} {clip}"] = {**options, "dtype": dtype, "clip": clip}
+    return cases
+
+
+DECOUPLED_RMSPROP = {
+    "optimizer": "BatchDecoupledRMSprop", "samples": True, "centered": True, "momentum": 0.9,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared() -> dict[str, tuple[int, list[str]]]:
+    """By target: how many variants were launched, and which of them no case has launched."""
+    command = ["-c", TRAINING + OBSERVE + MISSING, "without modules", json.dumps(_all_kinds())]
+    result = run_python(*command)
+    assert result.returncode == 0, result.stderr
+    return {name: (n, missing) for name, (n, missing) in json.loads(result.stdout).items()}
+
+
+@pytest.mark.xdist_group("precompile-keys")
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+def test_nothing_is_launched_that_is_not_compiled(
+    target: str, compared: dict[str, tuple[int, list[str]]]
+) -> None:
+    launched, missing = compared[target]
+    assert launched > 60 and missing == []
+
+
+@pytest.mark.xdist_group("precompile-keys")
+def test_a_model_of_usual_layers_launches_nothing_else(
+    compared: dict[str, tuple[int, list[str]]],
+) -> None:
+    """With ``--statistics``: linear layers, normalisations and embeddings, accumulated."""
+    launched, missing = compared["model"]
+    assert launched >= 8 and missing == []
+
+
+def test_every_variant_of_codegen_is_among_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``codegen`` lists variants by hand: whatever it has, a step must have launched."""
+    from fusedopt.backends import triton as launching
+    from fusedopt.backends import triton_samples
+    from fusedopt.kernels.aot import materialised, norms, update
+    from fusedopt.precompile import cases
+
+    seen = set()
+
+    def note(kernel: Any, programs: int, threads: int, device: Any, *a: Any, **meta: Any) -> None:
+        seen.add((kernel.__name__, threads, _constants(meta)))
+
+    monkeypatch.setattr(launching, "launch", note)
+    monkeypatch.setattr(triton_samples, "launch", note)
+    for case in cases.all_cases():
+        case.run()
+    for variant in (*update.variants(), *norms.variants(), *materialised.variants()):
+        if variant.constants.get("PARTS", 1) == 1:
+            wanted = variant.kernel.__name__, variant.threads, _constants(variant.constants)
+            assert wanted in seen, variant.name
+
+
+def _constants(values: Any) -> frozenset[tuple[str, str]]:
+    known = {name: value for name, value in values.items() if name != "enable_fp_fusion"}
+    return frozenset(
+        (name, getattr(value, "__name__", None) or str(value)) for name, value in known.items()
+    )
