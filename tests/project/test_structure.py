@@ -167,3 +167,8 @@ def test_the_architecture_names_files_that_are_there() -> None:
     roots = CHECKOUT, ROOT, ROOT / "statistics", ROOT / "statistics/per_sample"
     missing = [name for name in named if not any((root / name).exists() for root in roots)]
     assert len(named) > 40 and not missing
+
+
+def test_no_file_of_tests_is_over_500_lines() -> None:
+    lengths = {p.name: len(p.read_text().splitlines()) for p in (CHECKOUT / "tests").rglob("*.py")}
+    assert len(lengths) > 100 and {name: n for name, n in lengths.items() if n > 500} == {}
