@@ -41,7 +41,9 @@ pytestmark = [
 
 def compiling():
     """The environment without the interpreter, which this process has turned on."""
-    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # What makes the sources is part of the checkout, and of no installation.
+    return {**kept, "PYTHONPATH": str(ROOT)}
 
 
 def run(*command, **more):
