@@ -172,6 +172,7 @@ class Bucket:
         self._staged_memory = [pair for m in members for pair in m.staged_memory()]
         self._numels = [real_view(m.tensors[0]).numel() for m in members]
         self._row_of = [0] * self.width
+        self._dealt: Sequence[int] | None = None
         addresses = [addresses_of(row) for row in zip(*(m.tensors for m in members), strict=True)]
         host_table = _host([self._numels, self._row_of, *addresses])
         self.table = torch.empty(host_table.shape, dtype=torch.int64, device=device)
@@ -241,10 +242,13 @@ class Bucket:
 
     def update(self, inputs: Inputs, table: Table, control: Tensor, captured: list[Tensor]) -> None:
         """Update every tensor of the bucket by one launch."""
-        row_of = [table.row_of[p] for p in self.positions]
-        if row_of != self._row_of:
-            self._row_of = row_of
-            upload(self.table[1], _host(row_of), captured)
+        # A table that deals its rows anew has another list.
+        if table.row_of is not self._dealt:
+            self._dealt = table.row_of
+            row_of = [table.row_of[p] for p in self.positions]
+            if row_of != self._row_of:
+                self._row_of = row_of
+                upload(self.table[1], _host(row_of), captured)
         self._fill_buffers(inputs)
         for tensor, buffer in self._staged_memory:
             buffer.copy_(tensor)

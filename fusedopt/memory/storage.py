@@ -42,11 +42,13 @@ def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
     return [t if type(t) in _PLAIN else _local(t) for t in tensors]
 
 
-def wrappings(tensors: list[Tensor]) -> list[Any]:
-    """Return what of wrappers decides how they are replaced; nothing for other tensors."""
-    if set(map(type, tensors)) <= _PLAIN:
-        return []
-    return [None if type(t) in _PLAIN else _wrapping(t) for t in tensors]
+def unwrapped(inputs: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[Any]]:
+    """Replace tensors as ``local_tensors`` does, and return what of wrappers decides how."""
+    plain = [set(map(type, tensors)) <= _PLAIN for tensors in inputs]
+    if all(plain):
+        return inputs, []
+    local = [local_tensors(tensors) for tensors in inputs]
+    return local, [None if type(t) in _PLAIN else _wrapping(t) for ts in inputs for t in ts]
 
 
 def _local(t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..clipping import GlobalNorm
 from ..kernels.rule import Rule
-from ..memory.storage import local_tensors, wrappings
+from ..memory.storage import unwrapped
 from ..source import RuleInputs, Source
 from .checks import check_one_group, check_samples, follow_unscaling, is_on_device
 from .counts import State
@@ -140,7 +140,7 @@ def gather(optimizer: Steps, grad_scale: Tensor | None, found_inf: Tensor | None
             " optimizer.statistics to where the squares come from"
         )
     tensors = found.tensors
-    local = [local_tensors(kind) for kind in tensors]
+    local, wrappings = unwrapped(tensors)
     if found_inf is not None:
         if statistics is not None:
             found_inf = _or_not_finite(found_inf, local[1])
@@ -150,7 +150,7 @@ def gather(optimizer: Steps, grad_scale: Tensor | None, found_inf: Tensor | None
             return None
     return Request(
         optimizer.rule, optimizer.backend, optimizer.param_groups, optimizer.state,
-        optimizer.clip is not None, params, group_of, tensors, local, wrappings(chained(tensors)),
+        optimizer.clip is not None, params, group_of, tensors, local, wrappings,
         found.per_sample, samples, factor, grad_scale, found_inf, statistics,
         optimizer.scaler_on_device,
     )  # fmt: skip
