@@ -9,8 +9,10 @@ Two figures, for gradients that stay where they are and for gradients that are n
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +90,17 @@ def measure(case: Case, mode: str, rounds: int = ROUNDS) -> float:
     if programs != [TENSORS] * (rounds + 1):
         raise RuntimeError(f"{case.name}: the step that was timed was not one launch of everything")
     return found
+
+
+def measure_afresh(case: Case, mode: str) -> float:
+    """Measure in a process of its own.
+
+    What was freed before decides where a thousand small tensors lie, and with it how many caches
+    miss: in one process, a class that is measured last seems slower than it is alone.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(measure, case, mode).result()
 
 
 def calls(case: Case, mode: str) -> tuple[int, float]:

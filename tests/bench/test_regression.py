@@ -46,7 +46,7 @@ def _judged(monkeypatch, times, calls=(228, 0.0), known=None) -> tuple[list[str]
     judge = module("judge")
     times, taken = iter(times), []
     monkeypatch.setattr(judge, "MODES", ("still",))
-    monkeypatch.setattr(judge, "measure", lambda *_: taken.append(next(times)) or taken[-1])
+    monkeypatch.setattr(judge, "measure_afresh", lambda *_: taken.append(next(times)) or taken[-1])
     monkeypatch.setattr(judge, "calls", lambda *_: calls)
     (row,) = judge.check(known or _known(), judge.CASES[-1:])
     return row["slower"], len(taken)
@@ -113,7 +113,7 @@ def test_a_loop_over_tensors_shows(host, monkeypatch):
 def test_a_loss_for_each_tensor_shows(host, monkeypatch):
     """A planted loss of 10 us a tensor, which a busy machine does not hide from one attempt."""
     judge = module("judge")
-    monkeypatch.setattr(judge, "measure", lambda *which: host.measure(*which, rounds=20))
+    monkeypatch.setattr(judge, "measure_afresh", lambda *which: host.measure(*which, rounds=20))
     monkeypatch.setattr(judge, "MODES", ("still",))
     monkeypatch.setattr(judge, "ATTEMPTS", 1)
 
@@ -145,7 +145,7 @@ def test_a_step_that_launches_nothing_is_not_timed(host, monkeypatch):
 
 def test_a_recorded_baseline_is_read_and_met(host, monkeypatch, tmp_path):
     judge = module("judge")
-    monkeypatch.setattr(judge, "measure", lambda *_: 0.25)
+    monkeypatch.setattr(judge, "measure_afresh", lambda *_: 0.25)
     path = tmp_path / "x" / "host.json"
     judge.save(path, judge.record(host.CASES[:1]))
     assert [row["slower"] for row in judge.check(judge.load(path), host.CASES[:1])] == [[], []]
