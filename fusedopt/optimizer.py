@@ -291,10 +291,10 @@ class FusedOptimizer(Optimizer):
         if feeds and not self.state and is_initialising(self):
             initialise(self)
             return
-        request = gather(self, *self._load_scaler())
+        plan = self._plan
+        request = gather(self, *self._load_scaler(), None if plan is None else plan.params)
         if request is None:
             return
-        plan = self._plan
         if plan is None or not plan.fits(request):
             plan = self._make_plan(request)
         plan.check_capture()

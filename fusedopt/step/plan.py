@@ -9,7 +9,7 @@ differ. Only new addresses of gradients, the common case, are taken into the old
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ..memory.storage import local_tensors
 from .counts import State
 from .device_group import DeviceGroup
 from .norm import clip_by_norm
-from .request import Request, chained
+from .request import Request, chained, identical
 
 
 class Plan:
@@ -37,6 +37,7 @@ class Plan:
 
     Attributes:
         device_groups: what runs it.
+        params: that it was made for, each once.
         created: parameters and names of the states created for the first step, until that is
             through.
         captured: whether a CUDA graph holds on to this plan's memory.
@@ -45,7 +46,7 @@ class Plan:
 
     def __init__(self, request: Request, created: Sequence[Sequence[str]]) -> None:
         groups, params, group_of = request.groups, request.params, request.group_of
-        self._params = params
+        self.params = params
         self._group_of = group_of
         self.samples = request.samples
         self.created = [(p, names) for p, names in zip(params, created, strict=True) if names]
@@ -119,19 +120,19 @@ class Plan:
         """Whether this plan can run a step; inputs that have moved are taken in."""
         params = request.params
         if not (
-            _identical(params, self._params)
+            identical(params, self.params)
             and request.group_of == self._group_of
             and self._is_set(request)
         ):
             return False
         # Not a look-up a parameter: hashing a tensor is a call into Python.
-        if not _identical(request.state, self._all_params) or not _identical(
+        if not identical(request.state, self._all_params) or not identical(
             request.state.values(), self._all_states
         ):
             return False
         try:
             tensors = self._state_tensors()
-            unchanged = _identical(tensors, self._tensors) and all(
+            unchanged = identical(tensors, self._tensors) and all(
                 group.owns_steps() for group in self.device_groups
             )
         except KeyError:
@@ -151,7 +152,7 @@ class Plan:
         values = _values(request)
         if values is not None and self._values is not None:
             # As at the step before, entry by entry: nothing that follows from them can differ.
-            if len(values) == len(self._values) and all(map(_identical, values, self._values)):
+            if len(values) == len(self._values) and all(map(identical, values, self._values)):
                 return True
         try:
             same = _settings(request) == self._settings
@@ -243,10 +244,6 @@ def _columns(names_of: Sequence[Sequence[str]], states: Sequence[State]) -> dict
         for name in names:
             columns.setdefault(name, []).append(state)
     return columns
-
-
-def _identical(now: Collection[Any], then: Collection[Any]) -> bool:
-    return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
 def _values(request: Request) -> list[tuple[Any, ...]] | None:

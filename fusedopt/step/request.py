@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -102,18 +103,29 @@ def with_factors(
     return [{**group, **own} for group, own in zip(groups, factors, strict=True)]
 
 
-def gather(optimizer: Steps, grad_scale: Tensor | None, found_inf: Tensor | None) -> Request | None:
+def identical(now: Collection[Any], then: Collection[Any]) -> bool:
+    """Whether both have the same objects, in the same order."""
+    return now is then or (len(now) == len(then) and all(map(operator.is_, now, then)))
+
+
+def gather(
+    optimizer: Steps,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    known: list[Tensor] | None = None,
+) -> Request | None:
     """Gather what a step is asked to do, and raise where it cannot be done.
 
     Args:
         optimizer: that is to step.
         grad_scale: the loss scale, or None.
         found_inf: whether the scaler has found an overflow, or None.
+        known: the parameters of the latest step, or None before there was one.
 
     Returns:
         None where there is nothing to do: no gradient, or an overflow.
     """
-    params, gradients, group_of = gather_params(optimizer)
+    params, gradients, group_of = gather_params(optimizer, known)
     statistics = optimizer.statistics
     if not params:
         check_flat(optimizer)
@@ -156,8 +168,13 @@ def gather(optimizer: Steps, grad_scale: Tensor | None, found_inf: Tensor | None
     )  # fmt: skip
 
 
-def gather_params(optimizer: Steps) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """List the parameters that have a gradient, each once, with gradient and group index."""
+def gather_params(
+    optimizer: Steps, known: list[Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """List the parameters that have a gradient, each once, with gradient and group index.
+
+    Where they are those of ``known``, each once as well, that is what is returned.
+    """
     find: Callable[[Tensor], Tensor | None] | None = None
     if optimizer.statistics is not None:
         find = optimizer.statistics.find
@@ -179,6 +196,8 @@ def gather_params(optimizer: Steps) -> tuple[list[Tensor], list[Tensor], list[in
             params += members
             gradients += found
         group_of += [index] * (len(params) - len(group_of))
+    if known is not None and identical(params, known):
+        return known, gradients, group_of
     if len(set(map(id, params))) != len(params):
         check_one_group(optimizer, params, group_of)  # type: ignore[arg-type]
         first = {id(p): i for i, p in reversed(list(enumerate(params)))}

@@ -65,6 +65,46 @@ def test_a_parameter_listed_twice_is_updated_once(case: Case, backend: str) -> N
 
 
 @each_class_on_backends
+def test_a_parameter_listed_again_after_steps(case: Case, backend: str) -> None:
+    """Catches a step that takes the list of the step before for the one it finds."""
+    params = new_params([(5,), (3,)])
+    ours = case.ours(params, **case.options, backend=backend)
+    twins = new_params([(5,), (3,)])
+    theirs = case.ours(twins, **case.options, backend=backend)
+    for seed in range(1, 5):
+        if seed == 3:
+            ours.param_groups[0]["params"] = [params[0], params[1], params[0]]
+        set_gradients(params, seed)
+        set_gradients(twins, seed)
+        ours.step()
+        theirs.step()
+    assert_same_bits(params, twins)
+
+    before = [p.detach().clone() for p in params]
+    ours.param_groups.append({**ours.param_groups[0], "params": [params[1]]})
+    with pytest.raises(ValueError, match=r"one parameter of shape \(3,\) is in two groups"):
+        ours.step()
+    assert_same_bits(params, before)
+
+
+@each_class_on_backends
+def test_a_parameter_changes_groups(case: Case, backend: str) -> None:
+    """The flat list stays as it was, parameter by parameter; the group's options do not."""
+    pair = Pair(case, shapes=[(5,), (3,), (4,)], backend=backend)
+    for optimizer in pair.both:
+        (group,) = optimizer.param_groups
+        first, second, third = group["params"]
+        group["params"] = [first, second]
+        optimizer.add_param_group({"params": [third], "lr": 0.5})
+    pair.step(2)
+    for optimizer in pair.both:
+        a, b = optimizer.param_groups
+        b["params"].insert(0, a["params"].pop())
+    pair.step(2)
+    pair.check()
+
+
+@each_class_on_backends
 def test_a_frozen_parameter_with_a_gradient_left_is_updated(case: Case, backend: str) -> None:
     """As in torch: ``.grad`` decides, ``requires_grad`` does not."""
     pair = Pair(case, backend=backend)
