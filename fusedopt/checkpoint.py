@@ -25,6 +25,7 @@ from .memory.storage import local_tensors
 from .step.checks import describe
 from .step.options import check_numbers
 from .step.request import gather_params
+from .step.states import create_states
 
 Group = dict[str, Any]
 # Neither is absent: None is a value of some options.
@@ -302,8 +303,19 @@ def _incomplete(who: Any, name: str, state: Mapping[str, Any]) -> IncompleteStat
     )
 
 
-def check_present(optimizer: Any, parameters: Iterable[Tensor], group_of: Iterable[int]) -> None:
+def check_present(
+    optimizer: Any,
+    parameters: Iterable[Tensor],
+    group_of: Iterable[int],
+    present: Mapping[Tensor, frozenset[str]],
+) -> None:
     """Raise before a step for a state that is partly there.
+
+    Args:
+        optimizer: that is to step.
+        parameters: that take part.
+        group_of: for each, the index of its group.
+        present: what ``present_states`` returned last.
 
     Raises:
         IncompleteState: naming the parameter and the key.
@@ -318,7 +330,7 @@ def check_present(optimizer: Any, parameters: Iterable[Tensor], group_of: Iterab
     for p, index in zip(parameters, group_of, strict=True):
         if p in optimizer.state:
             who = _Place(optimizer, p)
-            due = base | optimizer._present.get(p, frozenset())
+            due = base | present.get(p, frozenset())
             names = tuple(name for name in names_of[index] if name in due)
             _check_complete(rule, names, optimizer.state[p], who)
 
@@ -386,4 +398,4 @@ def initialise(optimizer: Any) -> None:
         with_gradient = [p for p in group["params"] if p.grad is not None]
         params += with_gradient
         group_of += [index] * len(with_gradient)
-    optimizer._create_states(params, group_of)
+    create_states(optimizer, params, group_of)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,33 +11,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
-from .checkpoint import (
-    check_present,
-    initialise,
-    is_initialising,
-    present_states,
-    put_aside,
-    unpacked,
-)
+from .checkpoint import put_aside, unpacked
 from .clipping import GlobalNorm
+from .engine import Engine
 from .kernels.rule import Rule
-from .memory.device import is_capturing
 from .source import Source
 from .statistics.base import Statistics
-from .step.checks import (
-    check_gradients,
-    check_memory,
-    check_source,
-    check_states,
-    check_statistics,
-    check_virtual_batch_size,
-)
-from .step.counts import State, new_step
-from .step.device_group import DeviceGroup
-from .step.options import check_numbers, complete, explained
-from .step.plan import Plan
-from .step.request import Request, gather, with_factors
-from .step.wrappers import check_flat, watch
+from .step.checks import check_source, check_statistics, check_virtual_batch_size
+from .step.counts import new_step
+from .step.wrappers import watch
 
 
 class FusedOptimizer(Optimizer):
@@ -107,10 +89,7 @@ class FusedOptimizer(Optimizer):
             defaults = {**defaults, "virtual_batch_size": virtual_batch_size}
         self.backend = backend
         self._statistics: Source | None = statistics
-        self._plan: Plan | None = None
-        self._captured_plans: list[Plan] = []
-        # Which entries each state had when it was last looked at: see check_present.
-        self._present: dict[Tensor, frozenset[str]] = {}
+        self._engine = Engine()
         # Whether the loss scaler keeps its overflow flag on the device, and so counts, too.
         self.scaler_on_device = False
         super().__init__(params, defaults)
@@ -237,23 +216,12 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update_or_explain()
+        self._update()
         return loss
 
     @torch._disable_dynamo  # a launch through addresses cannot be traced  # type: ignore
-    def _update_or_explain(self) -> None:
-        try:
-            self._update()
-        except Exception as error:
-            self._explain(error)
-            raise
-
-    def _explain(self, error: Exception) -> None:
-        """Raise what names the cause, where groups or step counts are one."""
-        samples = 1 if self._plan is None else self._plan.samples
-        better = explained(self, error, samples)
-        if better is not None:
-            raise better from error
+    def _update(self) -> None:
+        self._engine.step(self, *self._load_scaler())
 
     def push_hyperparameters(self) -> None:
         """Make hyper-parameters that are Python numbers current for a captured CUDA graph.
@@ -262,19 +230,7 @@ class FusedOptimizer(Optimizer):
         memory. Tensors in ``param_groups`` are read directly; call this between replays after
         changing a number, as a scheduler does, or ``clip.max_norm``.
         """
-        for plan in [*self._captured_plans, *([] if self._plan is None else [self._plan])]:
-            for group in plan.device_groups:
-                if group.on_device:
-                    self._push(group, plan.samples)
-            if self.clip is not None:
-                plan.device_groups[0].scale.set_max_norm(self.clip.max_norm)
-
-    def _push(self, group: DeviceGroup, samples: int) -> None:
-        try:
-            group.prepare(with_factors(self.param_groups, self._statistics, samples))
-        except Exception as error:
-            self._explain(error)
-            raise
+        self._engine.push(self)
 
     def release_graphs(self) -> None:
         """Free what captured CUDA graphs read: call this when none will be replayed again.
@@ -282,33 +238,7 @@ class FusedOptimizer(Optimizer):
         Tables and staging buffers of a captured step are kept for as long as the optimizer lives,
         since nothing says when a graph has been replayed for the last time.
         """
-        self._captured_plans.clear()
-        if self._plan is not None:
-            self._plan.release()
-
-    def _update(self) -> None:
-        feeds = self._statistics is not None or len(self.rule.degrees) > 1
-        if feeds and not self.state and is_initialising(self):
-            initialise(self)
-            return
-        plan = self._plan
-        request = gather(self, *self._load_scaler(), None if plan is None else plan.params)
-        if request is None:
-            return
-        if plan is None or not plan.fits(request):
-            plan = self._make_plan(request)
-        plan.check_capture()
-        try:
-            plan.prepare(request, self.clip)
-        except Exception:
-            self._forget(plan.created)
-            self._drop_plan()
-            raise
-        plan.launch(request)
-        if self._statistics is not None:
-            self._statistics.used(request.params)
-        # Autograd then notices a parameter that changed between forward and backward.
-        torch.autograd.graph.increment_version(request.params)
+        self._engine.release()
 
     def _load_scaler(self) -> tuple[Tensor | None, Tensor | None]:
         """Take what torch.amp.GradScaler left on the optimizer for this step."""
@@ -334,68 +264,10 @@ class FusedOptimizer(Optimizer):
 
     def _feed(self, rule: Rule, source: Source) -> None:
         """Update by another rule from now on, with a source of what that reads."""
-        self._drop_plan()
+        self._engine.drop()
         # On the instance: copies and pickles are plain, as they come without a source.
         self.rule = rule  # type: ignore[misc]
         self.statistics = source
-
-    def _make_plan(self, request: Request) -> Plan:
-        """Check everything, create missing states, and prepare the launches."""
-        params, inputs, group_of = request.params, request.inputs, request.group_of
-        if any(map(is_capturing, {p.device for p in params})):
-            raise RuntimeError(
-                "a CUDA graph is being captured, and this step is not prepared: run one step with"
-                " the same parameters, hyper-parameters and layouts of gradients before the capture"
-            )
-        for group in self.param_groups:
-            complete(self, group)
-        check_numbers(self, self.param_groups)
-        for group in self.param_groups:
-            self.check_group(group)
-        check_flat(self)
-        check_gradients(self, params, inputs, request.per_sample)
-        check_states(self, params, group_of)
-        check_present(self, params, group_of)
-        check_memory(self, params, inputs, group_of, request.per_sample)
-        created = self._create_states(params, group_of)
-        self._drop_plan()
-        try:
-            self._plan = Plan(request, created)
-        except Exception:
-            self._forget(zip(params, created, strict=True))
-            raise
-        self._present = present_states(self, self._present)
-        return self._plan
-
-    def _forget(self, created: Iterable[tuple[Tensor, Sequence[str]]]) -> None:
-        """Remove states that were created for a step which did not come about."""
-        for p, names in created:
-            for name in names:
-                del self.state[p][name]
-            if p in self.state and not self.state[p]:
-                del self.state[p]
-            self._present[p] = self._present.get(p, frozenset()) - set(names)
-
-    def _drop_plan(self) -> None:
-        if self._plan is not None and self._plan.captured:
-            # A graph goes on reading this plan's tables for as long as it is replayed.
-            self._captured_plans.append(self._plan)
-        self._plan = None
-
-    def _create_states(self, params: Sequence[Tensor], group_of: Sequence[int]) -> list[list[str]]:
-        """Create the states that are missing, at zero; return their names for each parameter."""
-        names_of = [self.rule.states(group) for group in self.param_groups]
-        created = []
-        for p, index in zip(params, group_of, strict=True):
-            state: State = self.state[p] if names_of[index] or self.rule.counts_steps else {}
-            missing = [n for n in names_of[index] if state.get(n) is None]
-            for name in missing:
-                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            if self.rule.counts_steps and "step" not in state:
-                state["step"] = new_step()
-                missing.append("step")
-            created.append(missing)
-        return created
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizer of the same name does, with the clipping bound.
@@ -450,10 +322,10 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_plan" in self.__dict__:
-            self._drop_plan()
+        if "_engine" in self.__dict__:
+            self._engine.reset()
         else:
-            self._plan, self._captured_plans = None, []
+            self._engine = Engine()
         self.scaler_on_device = False
         # States of a pickle have it under its public name.
         if "clip" in self.__dict__:
@@ -471,4 +343,4 @@ class FusedOptimizer(Optimizer):
             step = values.get("step") if isinstance(values, dict) else None
             if step is not None and not isinstance(step, Tensor):
                 values["step"] = new_step() + float(step)
-        self._present = present_states(self, {})
+        self._engine.look_at_states(self)

@@ -72,13 +72,13 @@ def test_every_tensor_that_a_lane_holds_is_known_to_the_allocator(machine, optio
     known = {name for name, stream in machine.noted if stream == "first"}
     # What users own: its memory is theirs to order, as with torch's optimizers.
     users = {t.data_ptr() for p in params for t in (p, *ours.state[p].values())}
-    held = [t for one in ours._plan.device_groups for t in tensors_in(one, set())]
+    held = [t for one in ours._engine.plan.device_groups for t in tensors_in(one, set())]
     rest = [t for t in held if t.numel() and t.data_ptr() not in users]
-    storages = {t.untyped_storage().data_ptr() for t in ours._plan.device_groups[0].memory()}
+    storages = {t.untyped_storage().data_ptr() for t in ours._engine.plan.device_groups[0].memory()}
     missing = [t for t in rest if id(t) not in known]
     # Views of what is known, and step counts on the host, are no memory of their own.
     missing = [t for t in missing if t.untyped_storage().data_ptr() not in storages]
-    expected = ours._plan.device_groups[0]._expected
+    expected = ours._engine.plan.device_groups[0]._expected
     assert [t for t in missing if t is not expected] == []
     assert len(known) > 5
 
@@ -96,16 +96,16 @@ def test_coefficients_stay_where_they_are(machine):
     """A table that moved would free what another stream reads, and be unknown to the allocator."""
     params, ours = make()
     ours.step()
-    values = ours._plan.device_groups[0].table.values
+    values = ours._engine.plan.device_groups[0].table.values
     params[0].grad = None
     ours.step()
     params[0].grad = torch.randn(6).to(DEVICE)
     ours.step()
     # Unequal step counts are two rows, equal ones one.
-    before = ours._plan.device_groups[0].table
+    before = ours._engine.plan.device_groups[0].table
     ours.state[params[0]]["step"].fill_(9.0)
     ours.step()
-    assert before is ours._plan.device_groups[0].table and len(before.rows) == 2
+    assert before is ours._engine.plan.device_groups[0].table and len(before.rows) == 2
     ours.state[params[1]]["step"].copy_(ours.state[params[0]]["step"])
     ours.step()
     assert len(before.rows) == 1 and values is not before.values
@@ -134,25 +134,25 @@ def test_a_step_on_meta_is_an_error_that_names_the_parameter():
 
 
 def test_released_graphs_leave_nothing_behind(monkeypatch):
-    from fusedopt import coefficients, optimizer
+    from fusedopt import coefficients, engine
     from fusedopt.memory import device as memory_device
     from fusedopt.step import plan, scale
 
     capturing = [False]
-    for module in (memory_device, coefficients, optimizer, plan, scale):
+    for module in (memory_device, coefficients, engine, plan, scale):
         monkeypatch.setattr(module, "is_capturing", lambda device: capturing[0])
     params, ours = make(capturable=True)
     ours.step()
     capturing[0] = True
     ours.step()
     capturing[0] = False
-    captured = ours._plan
+    captured = ours._engine.plan
     params[0].grad = None
     ours.step()
-    assert ours._captured_plans == [captured]
+    assert ours._engine.captured == [captured]
     captured.device_groups[0].executor._captured.append(torch.empty(1))
     ours.release_graphs()
-    assert ours._captured_plans == [] and not ours._plan.captured
+    assert ours._engine.captured == [] and not ours._engine.plan.captured
     before = params[1].detach().clone()
     ours.step()
     assert not torch.equal(params[1], before)

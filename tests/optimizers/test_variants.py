@@ -14,7 +14,7 @@ from variants_by_hand import DEVICE, VARIANTS, Beside, beside, run_all
 from watching import watched
 
 import fusedopt
-from fusedopt import coefficients, optimizer
+from fusedopt import coefficients, engine
 from fusedopt.memory import device as memory_device
 from fusedopt.step import plan, scale
 
@@ -250,7 +250,7 @@ def test_tensors_as_hyper_parameters(backend: str, variant: str) -> None:
 def test_in_a_simulated_capture(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Catches a form whose coefficients a capture would freeze, or that is not ready for one.
     active = False
-    for module in (memory_device, coefficients, optimizer, plan, scale):
+    for module in (memory_device, coefficients, engine, plan, scale):
         monkeypatch.setattr(module, "is_capturing", lambda device: active)
     run = beside(variant, backend="triton", capturable=True)
     run.step()

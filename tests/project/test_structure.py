@@ -26,6 +26,7 @@ LAYERS = (
     "statistics",
     "step",
     "checkpoint",
+    "engine",
     "optimizer",
     "optimizers",
     "batch_decoupled",

@@ -215,7 +215,7 @@ def test_device_tensors_changed_in_place_take_effect(case: Case, backend: str) -
 
 
 def _tables(optimizer: Any) -> list[Tensor]:
-    return [lane.table.values for lane in optimizer._plan.device_groups]
+    return [lane.table.values for lane in optimizer._engine.plan.device_groups]
 
 
 @on_backends(COUNTING)
@@ -233,7 +233,7 @@ def test_pushed_numbers_reach_the_next_replay(case: Case, backend: str) -> None:
     for factor in (0.5, 0.1):
         pair.each(lambda o, f=factor: o.param_groups[0].update(lr=lr * f, weight_decay=f))
         pair.ours.push_hyperparameters()
-        (lane,) = pair.ours._plan.device_groups
+        (lane,) = pair.ours._engine.plan.device_groups
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lane.table, "push", lambda groups: None)
             pair.step()

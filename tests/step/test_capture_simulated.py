@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import coefficients, optimizer
+from fusedopt import coefficients, engine
 from fusedopt.examples.lion import Lion
 from fusedopt.memory import device as memory_device
 from fusedopt.step import plan, scale
@@ -26,7 +26,7 @@ class Capture:
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
     flag = Capture()
-    for module in (memory_device, coefficients, optimizer, plan, scale):
+    for module in (memory_device, coefficients, engine, plan, scale):
         monkeypatch.setattr(module, "is_capturing", lambda device: flag.active)
     return flag
 
@@ -78,7 +78,7 @@ def test_replays_and_eager_steps_do_not_rely_on_each_others_addresses(capture):
     capture.active = True
     step(captured)
     capture.active = False
-    table = ours._plan.device_groups[0].executor.buckets[0].table
+    table = ours._engine.plan.device_groups[0].executor.buckets[0].table
     in_graph = table.clone()
     step(eager)
     table.copy_(in_graph)  # what a replay leaves behind
@@ -98,11 +98,11 @@ def test_a_graph_keeps_its_plan_and_its_step_counts(capture):
     capture.active = True
     ours.step()
     capture.active = False
-    held = ours._plan
+    held = ours._engine.plan
     steps = [ours.state[p]["step"] for p in params]
     params[1].grad = None
     ours.step()
-    assert ours._plan is not held and ours._captured_plans == [held]
+    assert ours._engine.plan is not held and ours._engine.captured == [held]
     assert [ours.state[p]["step"] for p in params] == steps
     assert all(ours.state[p]["step"] is s for p, s in zip(params, steps, strict=True))
     assert [float(s) for s in steps] == [3.0, 2.0]
@@ -119,7 +119,7 @@ def test_pushed_numbers_reach_every_captured_plan(capture):
     ours.param_groups[0]["lr"] = 0.25
     ours.clip.max_norm = 0.5
     ours.push_hyperparameters()
-    for lane in (ours._captured_plans[0].device_groups[0], ours._plan.device_groups[0]):
+    for lane in (ours._engine.captured[0].device_groups[0], ours._engine.plan.device_groups[0]):
         assert lane.table._inputs[0].scalars["lr"][0] == 0.25
         assert lane.scale.max_norm == 0.5
 

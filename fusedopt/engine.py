@@ -1,0 +1,156 @@
+"""What takes an optimizer's steps: it keeps the plan, and makes another where that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import check_present, initialise, is_initialising, present_states
+from .memory.device import is_capturing
+from .step.checks import check_gradients, check_memory, check_states
+from .step.device_group import DeviceGroup
+from .step.options import check_numbers, complete, explained
+from .step.plan import Plan
+from .step.request import Request, gather, with_factors
+from .step.states import create_states, remove_states
+from .step.wrappers import check_flat
+
+
+class Engine:
+    """The steps of one optimizer, which is handed to every call: it is not kept.
+
+    Attributes:
+        plan: of the latest step, or None.
+        captured: plans that CUDA graphs go on reading, the current one aside.
+    """
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.captured: list[Plan] = []
+        # Which entries each state had when it was last looked at: see check_present.
+        self._present: dict[Tensor, frozenset[str]] = {}
+
+    def step(
+        self, optimizer: Any, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            optimizer: whose parameters.
+            grad_scale: the loss scale, or None.
+            found_inf: whether the scaler has found an overflow, or None.
+        """
+        try:
+            self._step(optimizer, grad_scale, found_inf)
+        except Exception as error:
+            self._explain(optimizer, error)
+            raise
+
+    def _step(self, optimizer: Any, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        statistics = optimizer.statistics
+        feeds = statistics is not None or len(optimizer.rule.degrees) > 1
+        if feeds and not optimizer.state and is_initialising(optimizer):
+            initialise(optimizer)
+            return
+        plan = self.plan
+        known = None if plan is None else plan.params
+        request = gather(optimizer, grad_scale, found_inf, known)
+        if request is None:
+            return
+        if plan is None or not plan.fits(request):
+            plan = self._make_plan(optimizer, request)
+        plan.check_capture()
+        try:
+            plan.prepare(request, optimizer.clip)
+        except Exception:
+            self._forget(optimizer, plan.created)
+            self.drop()
+            raise
+        plan.launch(request)
+        if statistics is not None:
+            statistics.used(request.params)
+        # Autograd then notices a parameter that changed between forward and backward.
+        torch.autograd.graph.increment_version(request.params)
+
+    def _explain(self, optimizer: Any, error: Exception) -> None:
+        """Raise what names the cause, where groups or step counts are one."""
+        samples = 1 if self.plan is None else self.plan.samples
+        better = explained(optimizer, error, samples)
+        if better is not None:
+            raise better from error
+
+    def _make_plan(self, optimizer: Any, request: Request) -> Plan:
+        """Check everything, create missing states, and prepare the launches."""
+        params, inputs, group_of = request.params, request.inputs, request.group_of
+        if any(map(is_capturing, {p.device for p in params})):
+            raise RuntimeError(
+                "a CUDA graph is being captured, and this step is not prepared: run one step with"
+                " the same parameters, hyper-parameters and layouts of gradients before the capture"
+            )
+        for group in optimizer.param_groups:
+            complete(optimizer, group)
+        check_numbers(optimizer, optimizer.param_groups)
+        for group in optimizer.param_groups:
+            optimizer.check_group(group)
+        check_flat(optimizer)
+        check_gradients(optimizer, params, inputs, request.per_sample)
+        check_states(optimizer, params, group_of)
+        check_present(optimizer, params, group_of, self._present)
+        check_memory(optimizer, params, inputs, group_of, request.per_sample)
+        created = create_states(optimizer, params, group_of)
+        self.drop()
+        try:
+            self.plan = Plan(request, created)
+        except Exception:
+            self._forget(optimizer, zip(params, created, strict=True))
+            raise
+        self.look_at_states(optimizer)
+        return self.plan
+
+    def look_at_states(self, optimizer: Any) -> None:
+        """Note which entries each state has: what is missing later was taken away."""
+        self._present = present_states(optimizer, self._present)
+
+    def _forget(self, optimizer: Any, created: Iterable[tuple[Tensor, Sequence[str]]]) -> None:
+        """Remove states that were created for a step which did not come about."""
+        for p, names in created:
+            if names:
+                remove_states(optimizer, p, names)
+            self._present[p] = self._present.get(p, frozenset()) - set(names)
+
+    def drop(self) -> None:
+        """Let go of the plan; a captured one is kept aside."""
+        if self.plan is not None and self.plan.captured:
+            # A graph goes on reading this plan's tables for as long as it is replayed.
+            self.captured.append(self.plan)
+        self.plan = None
+
+    def reset(self) -> None:
+        """Forget what was known of the states: others are loaded."""
+        self.drop()
+        self._present = {}
+
+    def push(self, optimizer: Any) -> None:
+        """Make hyper-parameters that are Python numbers current for captured CUDA graphs."""
+        for plan in [*self.captured, *([] if self.plan is None else [self.plan])]:
+            for group in plan.device_groups:
+                if group.on_device:
+                    self._push(optimizer, group, plan.samples)
+            if optimizer.clip is not None:
+                plan.device_groups[0].scale.set_max_norm(optimizer.clip.max_norm)
+
+    def _push(self, optimizer: Any, group: DeviceGroup, samples: int) -> None:
+        try:
+            group.prepare(with_factors(optimizer.param_groups, optimizer.statistics, samples))
+        except Exception as error:
+            self._explain(optimizer, error)
+            raise
+
+    def release(self) -> None:
+        """Free what captured CUDA graphs read."""
+        self.captured.clear()
+        if self.plan is not None:
+            self.plan.release()
