@@ -61,9 +61,8 @@ class Trial:
         with forced(candidate):
             part = prepare("triton", rule, self.device, self.slots)
         table = HostTable(rule, self.device, [0] * len(self.slots))
-        steps = [3.0] * len(self.slots)
-        table.partition(steps)
-        table.refresh([self.entry.group], steps)
+        table.partition([3.0] * len(self.slots))
+        table.refresh([self.entry.group])
         control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=self.device)
         inputs = [[slot.inputs[k] for slot in self.slots] for k in range(len(rule.degrees))]
         part.move_inputs(inputs)

@@ -180,6 +180,7 @@ class Bucket:
         shape = _launch_config(rule, device, key)
         self._threads = shape.threads
         self.chunk_tensor, self.chunk_index = chunk_map(self._numels, shape.block, device)
+        self._programs = len(self.chunk_tensor)
         self._norm_chunks: tuple[Tensor, Tensor] | None = None
         types = tuple(TRITON_DTYPES[t] for t in key.dtypes)
         self._kernel: Any = multi_tensor.update_tensors
@@ -253,7 +254,7 @@ class Bucket:
         for tensor, buffer in self._staged_memory:
             buffer.copy_(tensor)
         launch(
-            self._kernel, len(self.chunk_tensor), self._threads, self.device,
+            self._kernel, self._programs, self._threads, self.device,
             self.table, self.width, self.chunk_tensor, self.chunk_index, table.values, control,
             *self._extra, **self._meta,
         )  # fmt: skip

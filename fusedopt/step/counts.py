@@ -47,6 +47,7 @@ class StepCounter:
 
     Attributes:
         buffer: all counts, a vector on the counts' device, current after ``advance``.
+        largest: the count that a float is stuck at.
     """
 
     def __init__(self, states: Sequence[State], device: torch.device, live: bool) -> None:
@@ -54,7 +55,10 @@ class StepCounter:
         counts = [_scalar(s["step"]).to(device, dtype) for s in states]
         if live:
             _separate(counts)
-        self.buffer = torch.stack(counts)
+        # On the host beside what they are expected to be, so that one addition advances both.
+        self._rows = torch.stack(counts).repeat(1 if live else 2, 1)
+        self.buffer, self._expected = self._rows[0], self._rows[-1]
+        self.largest = 2 / torch.finfo(dtype).eps
         self._live = live
         self._states = list(states)
         self._steps = counts if live else list(self.buffer.unbind())
@@ -77,6 +81,14 @@ class StepCounter:
         except (TypeError, RuntimeError):  # no tensor, or one that has no address
             return False
 
+    def as_expected(self) -> bool:
+        """Whether no count on the host was written since the last step, or ``accept``."""
+        return torch.equal(self._expected, self.buffer)
+
+    def accept(self) -> None:
+        """Take the counts as they are."""
+        self._expected.copy_(self.buffer)
+
     def memory(self) -> Iterator[Tensor]:
         """List the tensors that are read where the counts are kept; those of states come first."""
         yield from self._steps
@@ -86,7 +98,7 @@ class StepCounter:
     def advance(self, found_inf: Tensor | None = None) -> None:
         """Count one step more, or none where ``found_inf`` is not 0."""
         if not self._live:
-            self.buffer.add_(1)
+            self._rows.add_(1)
             return
         if found_inf is None:
             self._increment.fill_(1.0)

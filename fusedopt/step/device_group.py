@@ -55,7 +55,6 @@ class DeviceGroup:
             )
         # Without a counter, 1 stands for the step that creates the state, 2 for any later one.
         self._stages = [1.0 if new else 2.0 for new in fresh]
-        self._expected: Tensor | None = None
         self._partitioned = False
         self.table: Table
         if on_device:
@@ -74,17 +73,16 @@ class DeviceGroup:
         if isinstance(self.table, LiveTable):
             self.table.push(groups)
             return
-        if self.counter is None:
-            steps: list[float] = self._stages
-            if not self._partitioned:
-                self.table.partition(steps)
-        else:
-            steps = (self.counter.buffer + 1).tolist()
-            # Equal counts stay equal while all advance together; an edit of one shows here.
-            if self._expected is None or not torch.equal(self._expected, self.counter.buffer):
-                self.table.partition(steps)
-                self._expected = self.counter.buffer.clone()
-        self.table.refresh(groups, steps)
+        # Equal counts stay equal while all advance together; an edit of one shows here.
+        if self.counter is not None and not self.counter.as_expected():
+            self._partitioned = False
+        if not self._partitioned:
+            if self.counter is None:
+                self.table.partition(self._stages)
+            else:
+                self.table.partition((self.counter.buffer + 1).tolist())
+                self.counter.accept()
+        self.table.refresh(groups)
 
     def step(self, inputs: Inputs, groups: Groups, found_inf: Tensor | None) -> None:
         """Advance the step counts and update."""
@@ -94,8 +92,8 @@ class DeviceGroup:
             if self.counter is not None:
                 self.table.steps.copy_(self.counter.buffer)
             self.table.refresh(groups)
-        elif self._expected is not None:
-            self._expected.add_(1)
+        elif self.counter is not None:
+            self.table.advance(self.counter.largest)
         self.executor.update(inputs, self.table, self.scale.values)
         if self._readers is not None:
             self._readers.note(self.memory)

@@ -51,7 +51,7 @@ class Plan:
         self.samples = request.samples
         self.created = [(p, names) for p, names in zip(params, created, strict=True) if names]
         self._settings = _settings(request)
-        self._values: list[tuple[Any, ...]] | None = _values(request)
+        self._values = _values(request)
         names_of = [request.rule.states(group) for group in groups]
         options_of = [request.rule.options(group) for group in groups]
         self._names = [names_of[index] for index in group_of]
@@ -149,17 +149,15 @@ class Plan:
         )
 
     def _is_set(self, request: Request) -> bool:
-        values = _values(request)
-        if values is not None and self._values is not None:
-            # As at the step before, entry by entry: nothing that follows from them can differ.
-            if len(values) == len(self._values) and all(map(identical, values, self._values)):
-                return True
+        # As at the step before, object by object: nothing that follows from them can differ.
+        if self._values is not None and identical(_found(request), self._values):
+            return True
         try:
             same = _settings(request) == self._settings
         except KeyError:  # an option was taken away: the checks say which
             return False
         if same:
-            self._values = values
+            self._values = _values(request)
         return same
 
     def _take_inputs(self, request: Request) -> bool:
@@ -246,21 +244,27 @@ def _columns(names_of: Sequence[Sequence[str]], states: Sequence[State]) -> dict
     return columns
 
 
-def _values(request: Request) -> list[tuple[Any, ...]] | None:
-    """List what settings follow from; None where a value may change and stay the same object."""
-    found: list[tuple[Any, ...]] = [
-        (request.backend, request.clips, request.per_sample, request.scaler_on_device)
-    ]
+def _found(request: Request) -> list[Any]:
+    """List what settings follow from: the optimizer's, and of each group the names and values."""
+    found = [request.backend, request.clips, request.per_sample, request.scaler_on_device]
+    found += request.groups
     for group in request.groups:
-        values = tuple(group.values())
-        # Of lists the parameters alone, which are compared by themselves.
-        if [type(value) for value in values].count(list) != 1 or type(group["params"]) is not list:
-            return None
-        for value in values:
-            if type(value) not in _CONSTANT and not _is_constant_tuple(value):
-                return None
-        found += [tuple(group), values]
+        found += group
+        found += group.values()
     return found
+
+
+def _values(request: Request) -> list[Any] | None:
+    """Return what settings follow from; None where a value may change and stay the same object."""
+    for group in request.groups:
+        # Of lists the parameters alone, which are compared by themselves.
+        kinds = [type(value) for value in group.values()]
+        if kinds.count(list) != 1 or type(group["params"]) is not list:
+            return None
+        for kind, value in zip(kinds, group.values(), strict=True):
+            if kind not in _CONSTANT and not _is_constant_tuple(value):
+                return None
+    return _found(request)
 
 
 def _is_constant_tuple(value: Any) -> bool:

@@ -78,8 +78,9 @@ def test_every_tensor_that_a_lane_holds_is_known_to_the_allocator(machine, optio
     missing = [t for t in rest if id(t) not in known]
     # Views of what is known, and step counts on the host, are no memory of their own.
     missing = [t for t in missing if t.untyped_storage().data_ptr() not in storages]
-    expected = ours._engine.plan.device_groups[0]._expected
-    assert [t for t in missing if t is not expected] == []
+    # Numbers on the host, which are copied from where the allocator pins memory.
+    numbers = getattr(ours._engine.plan.device_groups[0].table, "_host", None)
+    assert [t for t in missing if t is not numbers] == []
     assert len(known) > 5
 
 

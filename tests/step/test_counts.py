@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -146,3 +147,25 @@ def test_a_checkpoint_whose_count_is_no_number_changes_nothing(case: Case, step:
     assert pair.ours.param_groups[0]["lr"] == before["param_groups"][0]["lr"]
     pair.step(1)
     assert_same_state(pair.ours, pair.theirs)
+
+
+def test_a_count_that_float32_cannot_exceed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches coefficients of a count beyond the one that checkpoints have."""
+    seen: list[float] = []
+    plain = fusedopt.AdamW.rule
+
+    def watched(group: dict[str, Any], step: float) -> tuple[float, ...]:
+        seen.append(step)
+        return plain.coefficients(group, step)
+
+    monkeypatch.setattr(fusedopt.AdamW, "rule", dataclasses.replace(plain, coefficients=watched))
+    p = torch.nn.Parameter(torch.ones(3))
+    ours = fusedopt.AdamW([p])
+    p.grad = torch.ones(3)
+    ours.step()
+    ours.state[p]["step"].fill_(2.0**24 - 2)
+    seen.clear()
+    for _ in range(4):
+        ours.step()
+    assert seen == [2.0**24 - 1, 2.0**24, 2.0**24, 2.0**24]
+    assert ours.state[p]["step"].item() == 2.0**24
