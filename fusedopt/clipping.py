@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 class GlobalNorm:
@@ -19,16 +20,24 @@ class GlobalNorm:
     vary from run to run. Under ``torch.amp.GradScaler`` the norm is that of the unscaled
     gradients, with no call of ``unscale_``.
 
-    The norm is that of this process's parameters. Where ``ZeroRedundancyOptimizer`` or FSDP have
-    cut them over processes, clipping is an error, with the way out; other wrappers that cut plain
-    parameters cannot be recognised: clip by their own means.
+    Over several processes the norm is that of all gradients, each part counted once, with one
+    collective of one scalar a step, and the same to the bit on every process. Where parameters are
+    DTensors, the processes are those that the meshes of the optimizer span; a tensor that is not
+    cut along a dimension of them, or is no DTensor, is taken for the same on all of it. Plain
+    parameters alone are clipped by this process's norm, as data-parallel replicas are. Where they
+    are other ones on each process, ``group`` says which processes belong together;
+    ``ZeroRedundancyOptimizer`` and ``FullyShardedDataParallel`` are recognised; the latter is taken
+    to cut over all processes (for ``HYBRID_SHARD``, name the group of a shard). Every process of
+    the group has to step, with gradients or without.
 
     Args:
         max_norm: the bound, in the unit of the gradients' norm; positive or inf. May be changed
             between steps.
         norm_type: 2 or inf.
         error_if_nonfinite: raise RuntimeError, before anything has changed, where the norm is nan
-            or infinite. This reads the norm on the host, once a step.
+            or infinite, on every process. This reads the norm on the host, once a step.
+        group: the process group over which the norm is summed, as the processes of all stages of a
+            pipeline; None for what is said above. Pickles come without it.
 
     Attributes:
         last: the norm before clipping at the latest step, a float32 tensor of shape () on the
@@ -36,11 +45,17 @@ class GlobalNorm:
     """
 
     def __init__(
-        self, max_norm: float, *, norm_type: float = 2.0, error_if_nonfinite: bool = False
+        self,
+        max_norm: float,
+        *,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        group: Any = None,
     ) -> None:
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.error_if_nonfinite = error_if_nonfinite
+        self.group = group
         self.last: Tensor | None = None
 
     # Checked at every assignment: the sign of the bound would become that of the step.
@@ -82,8 +97,29 @@ class GlobalNorm:
     def error_if_nonfinite(self, value: bool) -> None:
         self._error_if_nonfinite = bool(value)
 
+    @property
+    def group(self) -> Any:
+        """The process group that was named, or None."""
+        return self._group
+
+    @group.setter
+    def group(self, value: Any) -> None:
+        if value is not None and not _is_group(value):
+            raise TypeError(f"group must be a process group of torch.distributed, got {value!r}")
+        self._group = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GlobalNorm:
+        # The group is a connection, of which there is no copy.
+        fresh = GlobalNorm(**self.config(), group=self.group)
+        fresh.last = copy.deepcopy(self.last, memo)
+        return fresh
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # By name: pickles of before had the public ones.
+        self._group = None
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -94,7 +130,7 @@ class GlobalNorm:
         )
 
     def config(self) -> dict[str, Any]:
-        """Return the constructor's arguments, as plain values that a checkpoint can hold."""
+        """Return the constructor's arguments, but for the group, as a checkpoint can hold them."""
         return {
             "max_norm": self.max_norm,
             "norm_type": self.norm_type,
@@ -106,6 +142,10 @@ class GlobalNorm:
         fresh = GlobalNorm(**config)
         self.max_norm, self.norm_type = fresh.max_norm, fresh.norm_type
         self.error_if_nonfinite = fresh.error_if_nonfinite
+
+
+def _is_group(value: Any) -> bool:
+    return distributed.is_available() and isinstance(value, distributed.ProcessGroup)
 
 
 def _float(name: str, value: Any) -> float:

@@ -12,11 +12,13 @@ from .checkpoint import check_present, initialise, is_initialising, present_stat
 from .memory.device import is_capturing
 from .step.checks import check_gradients, check_memory, check_states
 from .step.device_group import DeviceGroup
+from .step.norm import join_norm
 from .step.options import check_numbers, complete, explained
 from .step.plan import Plan
 from .step.request import Request, gather, with_factors
+from .step.span import Span, in_several_processes, span_of
 from .step.states import create_states, remove_states
-from .step.wrappers import check_flat
+from .step.wrappers import flat_group
 
 
 class Engine:
@@ -32,6 +34,9 @@ class Engine:
         self.captured: list[Plan] = []
         # Which entries each state had when it was last looked at: see check_present.
         self._present: dict[Tensor, frozenset[str]] = {}
+        # The processes to clip with, and what they were found for.
+        self._span: Span | None = None
+        self._span_of: tuple[Any, ...] | None = None
 
     def step(
         self, optimizer: Any, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
@@ -57,23 +62,50 @@ class Engine:
             return
         plan = self.plan
         known = None if plan is None else plan.params
-        request = gather(optimizer, grad_scale, found_inf, known)
+        span = self._find_span(optimizer)
+        request = gather(optimizer, grad_scale, found_inf, known, span)
         if request is None:
+            if span is not None:
+                join_norm(optimizer.clip, span, _device(optimizer, span), found_inf)
             return
         if plan is None or not plan.fits(request):
             plan = self._make_plan(optimizer, request)
         plan.check_capture()
         try:
             plan.prepare(request, optimizer.clip)
+            skipped = plan.is_skipped(request)
         except Exception:
-            self._forget(optimizer, plan.created)
-            self.drop()
+            self._undo(optimizer, plan)
             raise
+        if skipped:
+            if plan.created:
+                self._undo(optimizer, plan)
+            if statistics is not None:
+                statistics.used(request.params)
+            return
         plan.launch(request)
         if statistics is not None:
             statistics.used(request.params)
         # Autograd then notices a parameter that changed between forward and backward.
         torch.autograd.graph.increment_version(request.params)
+
+    def _find_span(self, optimizer: Any) -> Span | None:
+        """Find the processes to clip with; anew where groups have changed, or with a new plan."""
+        clip = optimizer.clip
+        if clip is None or not in_several_processes():
+            return None
+        groups = optimizer.param_groups
+        found = (clip.group, optimizer.wrapper_group, [len(group["params"]) for group in groups])
+        if self.plan is None or found != self._span_of:
+            params = [p for group in groups for p in group["params"]]
+            recognised = optimizer.wrapper_group or flat_group(params)
+            self._span, self._span_of = span_of(params, clip.group, recognised), found
+        return self._span
+
+    def _undo(self, optimizer: Any, plan: Plan) -> None:
+        """Leave nothing of a step that did not come about."""
+        self._forget(optimizer, plan.created)
+        self.drop()
 
     def _explain(self, optimizer: Any, error: Exception) -> None:
         """Raise what names the cause, where groups or step counts are one."""
@@ -95,13 +127,13 @@ class Engine:
         check_numbers(optimizer, optimizer.param_groups)
         for group in optimizer.param_groups:
             optimizer.check_group(group)
-        check_flat(optimizer)
         check_gradients(optimizer, params, inputs, request.per_sample)
         check_states(optimizer, params, group_of)
         check_present(optimizer, params, group_of, self._present)
         check_memory(optimizer, params, inputs, group_of, request.per_sample)
         created = create_states(optimizer, params, group_of)
         self.drop()
+        request.span = self._find_span(optimizer)
         try:
             self.plan = Plan(request, created)
         except Exception:
@@ -154,3 +186,13 @@ class Engine:
         self.captured.clear()
         if self.plan is not None:
             self.plan.release()
+
+
+def _device(optimizer: Any, span: Span) -> torch.device:
+    """Return where a process without gradients takes part in a norm."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            return torch.device(p.device)
+    on_host = "gloo" in torch.distributed.get_backend(span.group)
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device("cpu") if on_host or accelerator is None else accelerator

@@ -92,6 +92,8 @@ class FusedOptimizer(Optimizer):
         self._engine = Engine()
         # Whether the loss scaler keeps its overflow flag on the device, and so counts, too.
         self.scaler_on_device = False
+        # The processes among which a wrapper has dealt out the parameters; see step/wrappers.py.
+        self.wrapper_group: Any = None
         super().__init__(params, defaults)
         watch(FusedOptimizer)
         if statistics is not None:
@@ -327,6 +329,7 @@ class FusedOptimizer(Optimizer):
         else:
             self._engine = Engine()
         self.scaler_on_device = False
+        self.wrapper_group = None
         # States of a pickle have it under its public name.
         if "clip" in self.__dict__:
             self.clip = self.__dict__.pop("clip")

@@ -53,6 +53,9 @@ class Executor(Protocol):
     def partial_norms(self, inputs: Inputs, inverse_scale: Tensor, infinity_norm: bool) -> Tensor:
         """Reduce the unscaled gradients to a float64 vector of partial sums or maxima."""
 
+    def norm_weights(self, weights: Sequence[float]) -> Tensor:
+        """Return for each partial norm of order 2 the weight of its entry, a float64 vector."""
+
     def clip_factor(
         self,
         partials: Tensor,

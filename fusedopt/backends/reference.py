@@ -77,6 +77,13 @@ class ReferenceExecutor:
         partials = torch.stack(norms) * inverse_scale
         return partials if infinity_norm else partials.square()
 
+    def norm_weights(self, weights: Sequence[float]) -> Tensor:
+        found = []
+        for memory in self.memories:
+            # A gradient has as many pieces as the parameter.
+            found += [weights[memory.position]] * len(list(_pieces(memory.tensors[0])))
+        return torch.tensor(found or [1.0], dtype=torch.float64, device=self.device)
+
     def clip_factor(
         self,
         partials: Tensor,

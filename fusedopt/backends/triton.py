@@ -123,6 +123,12 @@ class TritonExecutor:
             start += count
         return self._partials
 
+    def norm_weights(self, weights: Sequence[float]) -> Tensor:
+        found: list[float] = []
+        for bucket in self.buckets:
+            found += bucket.norm_weights(weights)
+        return torch.tensor(found or [1.0], dtype=torch.float64, device=self.device)
+
     def clip_factor(
         self,
         partials: Tensor,
@@ -201,6 +207,13 @@ class Bucket:
     def norm_programs(self) -> int:
         """Number of partial norms."""
         return sum(-(-n // norms.NORM_BLOCK) for n in self._numels)
+
+    def norm_weights(self, weights: Sequence[float]) -> list[float]:
+        """List the weight of each partial norm, and of what makes their number even."""
+        found = []
+        for position, numel in zip(self.positions, self._numels, strict=True):
+            found += [weights[position]] * -(-numel // norms.NORM_BLOCK)
+        return found + [1.0] * (len(found) % 2)
 
     def memory(self) -> Iterator[Tensor]:
         """List the tables, and the buffers that operands go through."""

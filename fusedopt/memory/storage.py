@@ -8,12 +8,15 @@ into a table is taken by ``addresses``, and every tensor is asked ``refusal`` be
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .dtensor import dtensor_class, is_dtensor, mesh_of, placements_of
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -37,18 +40,28 @@ def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
     DTensors are replaced by their shards, results of collectives by what has arrived, and wrappers
     by the tensor that holds their values; what has no such tensor stays, to be refused.
     """
-    if set(map(type, tensors)) <= _PLAIN:
+    kinds = set(map(type, tensors))
+    if kinds <= _PLAIN:
         return tensors
+    dtensor = dtensor_class()
+    if kinds <= {*_PLAIN, dtensor}:
+        local: list[Any]
+        local = [t._local_tensor if type(t) is dtensor else t for t in tensors]  # type: ignore
+        if set(map(type, local)) <= _PLAIN:
+            return local
     return [t if type(t) in _PLAIN else _local(t) for t in tensors]
 
 
 def unwrapped(inputs: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[Any]]:
     """Replace tensors as ``local_tensors`` does, and return what of wrappers decides how."""
-    plain = [set(map(type, tensors)) <= _PLAIN for tensors in inputs]
-    if all(plain):
-        return inputs, []
     local = [local_tensors(tensors) for tensors in inputs]
-    return local, [None if type(t) in _PLAIN else _wrapping(t) for ts in inputs for t in ts]
+    if all(map(operator.is_, local, inputs)):
+        return inputs, []
+    return local, [
+        None if type(t) in _PLAIN else _wrapping(t, x)
+        for ts, xs in zip(inputs, local, strict=True)
+        for t, x in zip(ts, xs, strict=True)
+    ]
 
 
 def _local(t: Tensor) -> Tensor:
@@ -59,7 +72,9 @@ def _local(t: Tensor) -> Tensor:
     return local if holder is None else local_tensors([holder])[0]
 
 
-def _wrapping(t: Tensor) -> Any:
+def _wrapping(t: Tensor, memory: Tensor) -> Any:
+    if type(memory) in _PLAIN and is_dtensor(t):
+        return mesh_of(t), placements_of(t)
     local = t.to_local() if hasattr(t, "to_local") else t
     context = repr(local.__tensor_flatten__()) if _wraps(local) else None  # type: ignore
     return getattr(t, "placements", None), type(t), type(local), context

@@ -171,7 +171,7 @@ def check_gradients(
             if problem is not None:
                 error, text = problem
                 raise error(f"{describe(optimizer, p)}: {text}")
-            sharding = _sharding_problem(p, tensor, optimizer.clip is not None)
+            sharding = _sharding_problem(p, tensor)
             if sharding is not None:
                 raise RuntimeError(f"{describe(optimizer, p)}: {sharding}")
     for device in dict.fromkeys(p.device for p in params):
@@ -353,18 +353,15 @@ def _state_problem(p: Tensor, name: str, state: Tensor | None) -> str | None:
     return None
 
 
-def _sharding_problem(p: Tensor, gradient: Tensor, clipping: bool) -> str | None:
+def _sharding_problem(p: Tensor, gradient: Tensor) -> str | None:
     placements = getattr(p, "placements", None)
-    if placements is None:
+    found = getattr(gradient, "placements", None)
+    if placements == found:
         return None
-    if getattr(gradient, "placements", None) != placements:
-        return (
-            f"it is a DTensor placed as {placements}, its gradient is placed as"
-            f" {getattr(gradient, 'placements', 'no DTensor')}; redistribute the gradient first"
-        )
-    if clipping and not all(placement.is_replicate() for placement in placements):
-        return (
-            "it is sharded over processes, and GlobalNorm does not sum over them yet: pass"
-            " clip=None and call torch.nn.utils.clip_grad_norm_ before step()"
-        )
-    return None
+    if placements is None:
+        return f"its gradient is a DTensor placed as {found}, and it is none"
+    return (
+        f"it is a DTensor placed as {placements}, its gradient is"
+        f" {'no DTensor' if found is None else f'placed as {found} on another mesh'};"
+        " redistribute the gradient first"
+    )

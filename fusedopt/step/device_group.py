@@ -28,6 +28,8 @@ class DeviceGroup:
         group_of: for each entry, the index of its parameter group.
         groups: all parameter groups.
         fresh: for each entry, whether its state was created just now.
+        weights: for each entry, what its part of the norm over several processes counts; None for
+            1 each.
     """
 
     def __init__(
@@ -41,12 +43,16 @@ class DeviceGroup:
         group_of: list[int],
         groups: Groups,
         fresh: Sequence[bool],
+        weights: Sequence[float] | None = None,
     ) -> None:
         self.rule = rule
         self.device = device
         self.on_device = on_device
         self.executor = prepare(backend, rule, device, entries)
         self.scale = GradScale(device)
+        self.norm_weights: Tensor | None = None
+        if weights is not None and any(weight != 1.0 for weight in weights):
+            self.norm_weights = self.executor.norm_weights(weights)
         self._readers = readers(device)
         self.counter: StepCounter | None = None
         if rule.counts_steps:
@@ -112,6 +118,8 @@ class DeviceGroup:
         """List what launches read besides parameters, states and inputs; all of it after a step."""
         yield from self.executor.memory()
         yield from self.scale.memory()
+        if self.norm_weights is not None:
+            yield self.norm_weights
         yield from self.table.memory()
         if self.counter is not None:
             yield from self.counter.memory()

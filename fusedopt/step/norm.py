@@ -6,16 +6,30 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, distributed
 
 from ..backends import Inputs
 from ..clipping import GlobalNorm
 from .device_group import DeviceGroup
+from .span import Span
 
 
 def clip_by_norm(
-    clip: GlobalNorm, device_groups: Sequence[DeviceGroup], inputs: Sequence[Inputs]
+    clip: GlobalNorm,
+    device_groups: Sequence[DeviceGroup],
+    inputs: Sequence[Inputs],
+    span: Span | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Compute the norm over all device groups, and write the factor into the scale of each.
+
+    Args:
+        clip: how to clip.
+        device_groups: of this process.
+        inputs: of each.
+        span: the processes that the norm is summed over; None for this one.
+        found_inf: whether a loss scaler has found an overflow here. One of another process then
+            shows in the norm, and the step is marked to be skipped on all.
 
     Raises:
         RuntimeError: for a norm that is nan or infinite, where that is to be an error.
@@ -26,18 +40,77 @@ def clip_by_norm(
         group.executor.partial_norms(own, group.scale.inverse_scale, infinity)
         for group, own in zip(device_groups, inputs, strict=True)
     ]
-    if len(partials) > 1:
-        partials = [torch.cat([x.to(first.device) for x in partials])]
+    if span is not None:
+        if not infinity:
+            weights = [group.norm_weights for group in device_groups]
+            partials = [x if w is None else x * w for x, w in zip(partials, weights, strict=True)]
+        total = _joined(partials, first.device)
+        total = (total.max() if infinity else total.sum()).reshape(1)
+        partials = [_over_processes(total, span, infinity, found_inf)]
     scale = first.scale
     scale.set_max_norm(clip.max_norm)
-    if clip.last is None or clip.last.device != first.device:
-        clip.last = torch.zeros((), dtype=torch.float32, device=first.device)
+    last = _last(clip, first.device)
     first.executor.clip_factor(
-        partials[0], scale.inverse_scale, scale.max_norm, scale.values, clip.last, infinity
+        _joined(partials, first.device),
+        scale.inverse_scale,
+        scale.max_norm,
+        scale.values,
+        last,
+        infinity,
     )
+    if span is not None and found_inf is not None:
+        scale.skip_unless_finite(last)
     for group in device_groups[1:]:
-        group.scale.values[:1].copy_(scale.values[:1])
-    if clip.error_if_nonfinite and not math.isfinite(clip.last.item()):
+        group.scale.values.copy_(scale.values)
+    _check_finite(clip)
+
+
+def join_norm(clip: GlobalNorm, span: Span, device: torch.device, found_inf: Tensor | None) -> None:
+    """Take part in the norm of a step in which nothing is to be updated in this process.
+
+    Args:
+        clip: how the others clip.
+        span: the processes that the norm is summed over.
+        device: where this process has its parameters.
+        found_inf: whether a loss scaler has found an overflow here.
+    """
+    infinity = clip.norm_type == math.inf
+    total = torch.zeros(1, dtype=torch.float64, device=device)
+    total = _over_processes(total, span, infinity, found_inf)
+    _last(clip, device).copy_((total if infinity else total.sqrt())[0])
+    _check_finite(clip)
+
+
+def _joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:
+    if len(partials) == 1:
+        return partials[0]
+    return torch.cat([x.to(device) for x in partials])
+
+
+def _over_processes(total: Tensor, span: Span, infinity: bool, found_inf: Tensor | None) -> Tensor:
+    """Return the sum, or the maximum, of one number of each process: the only collective."""
+    if found_inf is not None:
+        overflow = found_inf.to(total.device).reshape(1) != 0
+        total = torch.where(overflow, math.inf, total)
+    if not infinity:
+        distributed.all_reduce(total, group=span.group)
+        return total
+    # As integers: the order of numbers that are not negative is that of their bits, with nan above
+    # infinity, where a maximum of floats may lose it.
+    bits = torch.where(total.isnan(), math.nan, total).view(torch.int64)
+    distributed.all_reduce(bits, distributed.ReduceOp.MAX, group=span.group)
+    return bits.view(torch.float64)
+
+
+def _last(clip: GlobalNorm, device: torch.device) -> Tensor:
+    """Return where the norm is written for the user."""
+    if clip.last is None or clip.last.device != device:
+        clip.last = torch.zeros((), dtype=torch.float32, device=device)
+    return clip.last
+
+
+def _check_finite(clip: GlobalNorm) -> None:
+    if clip.error_if_nonfinite and clip.last is not None and not math.isfinite(clip.last.item()):
         raise RuntimeError(
             f"the total norm of order {clip.norm_type} of the gradients is"
             f" {clip.last.item()}: nothing was updated. Pass error_if_nonfinite=False to"

@@ -38,6 +38,7 @@ class Plan:
     Attributes:
         device_groups: what runs it.
         params: that it was made for, each once.
+        span: the processes whose gradients are clipped together.
         created: parameters and names of the states created for the first step, until that is
             through.
         captured: whether a CUDA graph holds on to this plan's memory.
@@ -49,6 +50,7 @@ class Plan:
         self.params = params
         self._group_of = group_of
         self.samples = request.samples
+        self.span = request.span
         self.created = [(p, names) for p, names in zip(params, created, strict=True) if names]
         self._settings = _settings(request)
         self._values = _values(request)
@@ -81,6 +83,7 @@ class Plan:
             places.setdefault((p.device, request.on_device[index]), []).append(position)
 
         self.captured = False
+        weights = None if self.span is None else self.span.weights(params)
         coefficient_groups = request.coefficient_groups
         self.device_groups: list[DeviceGroup] = []
         self._positions: list[list[int]] = list(places.values())
@@ -106,6 +109,7 @@ class Plan:
                     [group_of[k] for k in positions],
                     coefficient_groups,
                     [bool(created[k]) for k in positions],
+                    None if weights is None else [weights[k] for k in positions],
                 )
             )
 
@@ -122,6 +126,7 @@ class Plan:
         if not (
             identical(params, self.params)
             and request.group_of == self._group_of
+            and request.span == self.span
             and self._is_set(request)
         ):
             return False
@@ -202,13 +207,25 @@ class Plan:
             )
             group.prepare(groups)
         if clip is not None:
-            clip_by_norm(clip, self.device_groups, self._inputs(request))
+            inputs, flag = self._inputs(request), request.found_inf
+            clip_by_norm(clip, self.device_groups, inputs, self.span, flag)
+
+    def is_skipped(self, request: Request) -> bool:
+        """Whether another process has found an overflow, where the host is to know of it."""
+        if self.span is None or request.found_inf is None:
+            return False
+        # Counts on the host would go on, and a skipped step leaves no states behind.
+        groups = self.device_groups
+        known = bool(self.created) or not all(group.on_device for group in groups)
+        return known and bool(groups[0].scale.values[1].item())
 
     def launch(self, request: Request) -> None:
         """Count the step, and update: nothing is checked any more."""
         groups = request.coefficient_groups
         for group, own in zip(self.device_groups, self._inputs(request), strict=True):
-            group.step(own, groups, request.found_inf)
+            # With an overflow of another process, where that was asked.
+            flag = None if request.found_inf is None else group.scale.values[1]
+            group.step(own, groups, flag)
         self.created.clear()
 
     def is_capturing(self) -> bool:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..clipping import GlobalNorm
 from ..kernels.rule import Rule
+from ..memory.dtensor import placed_as
 from ..memory.storage import unwrapped
 from ..source import RuleInputs, Source
 from .checks import check_one_group, check_samples, follow_unscaling, is_on_device
 from .counts import State
-from .wrappers import check_flat
+from .span import Span
 
 
 class Steps(Protocol):
@@ -61,6 +62,7 @@ class Request:
         grad_scale, found_inf: what ``torch.amp.GradScaler`` left, or None.
         statistics: what feeds the rule besides gradients.
         scaler_on_device: whether a loss scaler keeps its overflow flag there.
+        span: the processes whose gradients are clipped together; None for this one.
     """
 
     rule: Rule
@@ -80,6 +82,7 @@ class Request:
     found_inf: Tensor | None
     statistics: Source | None
     scaler_on_device: bool
+    span: Span | None
 
     @cached_property
     def on_device(self) -> list[bool]:
@@ -113,6 +116,7 @@ def gather(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     known: list[Tensor] | None = None,
+    span: Span | None = None,
 ) -> Request | None:
     """Gather what a step is asked to do, and raise where it cannot be done.
 
@@ -121,6 +125,7 @@ def gather(
         grad_scale: the loss scale, or None.
         found_inf: whether the scaler has found an overflow, or None.
         known: the parameters of the latest step, or None before there was one.
+        span: the processes whose gradients are clipped together; None for this one.
 
     Returns:
         None where there is nothing to do: no gradient, or an overflow.
@@ -128,7 +133,6 @@ def gather(
     params, gradients, group_of = gather_params(optimizer, known)
     statistics = optimizer.statistics
     if not params:
-        check_flat(optimizer)
         if statistics is not None:
             check_samples(optimizer, params)
         return None
@@ -152,6 +156,8 @@ def gather(
             " optimizer.statistics to where the squares come from"
         )
     tensors = found.tensors
+    if not found.per_sample:
+        tensors = [placed_as(params, x) for x in tensors]
     local, wrappings = unwrapped(tensors)
     if found_inf is not None:
         if statistics is not None:
@@ -164,7 +170,7 @@ def gather(
         optimizer.rule, optimizer.backend, optimizer.param_groups, optimizer.state,
         optimizer.clip is not None, params, group_of, tensors, local, wrappings,
         found.per_sample, samples, factor, grad_scale, found_inf, statistics,
-        optimizer.scaler_on_device,
+        optimizer.scaler_on_device, span,
     )  # fmt: skip
 
 

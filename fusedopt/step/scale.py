@@ -60,6 +60,11 @@ class GradScale:
             self.values[1:].copy_(found_inf.reshape(1))
         self._neutral = plain and not clipping
 
+    def skip_unless_finite(self, norm: Tensor) -> None:
+        """Skip the step where the norm over all processes shows an overflow of another."""
+        finite = norm.reshape(1).isfinite()
+        self.values[1:].copy_(torch.where(finite, self.values[1:], 1.0))
+
     def set_max_norm(self, value: float) -> None:
         """Take a new bound on the norm."""
         if value != self._max_norm:

@@ -1,32 +1,28 @@
 """Wrappers that give each process a part of the parameters as plain tensors.
 
-A norm over the parameters of one process is not the run's there, and clipping by it lets weights
-depend on how they were cut. Until it can be added up over processes, it is refused.
+A norm over the parameters of one process is not the run's there, and clipping by it would let
+weights depend on how they were cut: so it is summed over the wrapper's processes.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from torch import distributed
+from torch import Tensor, distributed
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .span import in_several_processes
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 _hooked = False
 
 
-def in_several_processes() -> bool:
-    """Whether there is a process group of more than one rank."""
-    here = distributed.is_available() and distributed.is_initialized()
-    return here and distributed.get_world_size() > 1
-
-
 def watch(kind: type) -> None:
-    """Refuse steps of ``ZeroRedundancyOptimizer`` that would clip by one rank's own norm.
+    """Note for optimizers that ``ZeroRedundancyOptimizer`` steps which processes it has cut over.
 
-    It hands each rank's optimizer a part of the parameters, and a rank may have none that has a
-    gradient: so its own step is looked at, on all ranks alike.
+    It hands each process's optimizer a part of the parameters, which do not show that.
 
     Args:
         kind: of optimizer that clips.
@@ -37,32 +33,21 @@ def watch(kind: type) -> None:
     _hooked = True
     zero: Any = sys.modules[_ZERO].ZeroRedundancyOptimizer
 
-    def refuse(optimizer: Any, *_: Any) -> None:
-        if not isinstance(optimizer, zero) or optimizer.world_size < 2:
-            return
-        inner = getattr(optimizer, "optim", None)
-        if isinstance(inner, kind) and getattr(inner, "clip", None) is not None:
-            raise RuntimeError(
-                "ZeroRedundancyOptimizer gives each process a part of the parameters, and"
-                " GlobalNorm does not sum over processes yet: it would clip by the norm of that"
-                " part. Pass clip=None and call torch.nn.utils.clip_grad_norm_ on the model's"
-                " parameters before step(): their gradients are whole on every process"
-            )
+    def note(optimizer: Any, *_: Any) -> None:
+        if isinstance(optimizer, zero):
+            inner = getattr(optimizer, "optim", None)
+            if isinstance(inner, kind):
+                inner.wrapper_group = optimizer.process_group  # type: ignore[attr-defined]
 
-    register_optimizer_step_pre_hook(refuse)
+    register_optimizer_step_pre_hook(note)
 
 
-def check_flat(optimizer: Any) -> None:
-    """Raise RuntimeError where FSDP1 has cut the parameters, and they would be clipped.
+def flat_group(params: Sequence[Tensor]) -> Any:
+    """Return the processes over which ``FullyShardedDataParallel`` has cut parameters, or None.
 
-    Parameters of ``fully_shard`` (FSDP2) are DTensors, which say for themselves how they are cut.
+    It marks them and does not say which: all are taken. Parameters of ``fully_shard`` (FSDP2) are
+    DTensors, which say for themselves how they are cut.
     """
-    if optimizer.clip is None or not in_several_processes():
-        return
-    for group in optimizer.param_groups:
-        if any(getattr(p, "_fsdp_flattened", False) for p in group["params"]):
-            raise RuntimeError(
-                "FullyShardedDataParallel gives each process a part of every parameter, and"
-                " GlobalNorm does not sum over processes yet: it would clip by the norm of that"
-                " part. Pass clip=None and call model.clip_grad_norm_(max_norm) before step()"
-            )
+    if any(getattr(p, "_fsdp_flattened", False) for p in params):
+        return distributed.group.WORLD
+    return None
