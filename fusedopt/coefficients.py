@@ -115,9 +115,9 @@ class HostTable:
         if used:
             self._host = torch.frombuffer(self._numbers, dtype=torch.float64)
 
-    def advance(self, largest: float) -> None:
-        """Count one step more, as what the partition was made by does: ``largest`` is the last."""
-        self._keys = [(index, step + 1 if step < largest else step) for index, step in self._keys]
+    def advance(self, next_step: Callable[[float], float]) -> None:
+        """Count one step more, as the counts that the partition was made by do."""
+        self._keys = [(index, next_step(step)) for index, step in self._keys]
 
     def refresh(self, groups: Sequence[Group]) -> None:
         """Recompute every row, and send them to the device."""

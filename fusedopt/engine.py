@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,7 +63,7 @@ class Engine:
             initialise(optimizer)
             return
         plan = self.plan
-        known = None if plan is None else plan.params
+        known = None if plan is None else plan.known
         span = self._find_span(optimizer)
         request = gather(optimizer, grad_scale, found_inf, known, span)
         if request is None:
@@ -69,7 +71,8 @@ class Engine:
                 join_norm(optimizer.clip, span, _device(optimizer, span), found_inf)
             return
         if plan is None or not plan.fits(request):
-            plan = self._make_plan(optimizer, request)
+            with _without_collections():
+                plan = self._make_plan(optimizer, request)
         plan.check_capture()
         try:
             plan.prepare(request, optimizer.clip)
@@ -186,6 +189,18 @@ class Engine:
         self.captured.clear()
         if self.plan is not None:
             self.plan.release()
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Leave out garbage collections, each of which looks at all that a plan is made of."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _device(optimizer: Any, span: Span) -> torch.device:

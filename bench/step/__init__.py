@@ -1,10 +1,11 @@
 """The optimizer step against others: ``python -m fusedopt bench``.
 
 Every contender takes two steps from one random start and is compared with float64 before a time
-of its is taken; then all are timed in turn. A result is one JSON file and two pictures,
-``<device>-<commit>.json``, ``-bars.png`` and ``-roofline.png``; after the commit comes ``-full`` or
-``-quick`` for those sets, and ``-partial-<time>`` where not all of a set was asked for. The JSON,
-with null for what was not taken:
+of its is taken; then all are timed in turn. A result is one JSON file and its pictures,
+``<device>-<commit>.json``, ``-bars.png``, ``-roofline.png`` and, where that part was run,
+``-sharded.png``; after the commit comes ``-full`` or ``-quick`` for those sets, and
+``-partial-<time>`` where not all of a set was asked for. The JSON, with null for what was not
+taken:
 
 ========== =========================================================================================
 schema     1
@@ -22,6 +23,9 @@ host       [{"rule", "contender", "tensors", "gradients", "microseconds", "launc
            "ratio_to_torch_fused", "ratio_to_ours"}]: time of step() on the host without the launch;
            "gradients" are at the addresses of the step before ("same") or not ("moved"); ratio of
            this contender's time to torch's fused one (null where there is none), and to ours
+sharded    [{"contender", "placement", "tensors", "first_us", "later_us", "launches", "reason"}]:
+           host time of clipping and an AdamW step over DTensors, in microseconds a parameter, of
+           the first call and of later ones, without launch and collective
 first_step [{"contender", "rule", "types", "seconds", "variants_compiled", "reason"}]: of a fresh
            process with empty caches of Triton and Inductor
 per_sample the result of ``bench.per_sample``
@@ -55,6 +59,6 @@ ratio_to_ours       time over ours at the same clip and scaler: the median withi
 """
 
 # What needs a quiet GPU first, for a run may be cut short.
-PARTS = ("step", "training", "first-step", "host", "per-sample")
+PARTS = ("step", "training", "first-step", "host", "sharded", "per-sample")
 OURS = "fusedopt"
 SCHEMA = 1

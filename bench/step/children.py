@@ -62,6 +62,17 @@ def host(quick: bool, rules: Sequence[str], contenders: Sequence[str] = ()) -> l
     return [json.loads(line) for line in out.splitlines()]
 
 
+def sharded(quick: bool) -> list[dict[str, Any]]:
+    """Return the rows of the part on sharded parameters.
+
+    Raises:
+        PartFailed: where the process failed.
+    """
+    arguments = ["--quick"] * quick
+    out = _run("bench.step.sharded", arguments, {"TRITON_INTERPRET": "1"})
+    return [json.loads(line) for line in out.splitlines()]
+
+
 def first_steps(device: str, quick: bool, contenders: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield a row for each first step; one that fails has the reason and no time."""
     for contender, rule, types in first_step.CPU if device == "cpu" else first_step.CORE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,6 +14,7 @@ from bench.harness.output import File
 
 from . import OURS
 from .contenders import CONTENDERS
+from .sharded_figure import sharded
 
 Entry = dict[str, Any]
 COLOURS = {name: f"C{i}" for i, name in enumerate(CONTENDERS)}
@@ -21,9 +23,12 @@ LONGEST = 6.0
 
 
 def write(result: Entry, file: File) -> None:
-    """Write both pictures beside the JSON."""
+    """Write the pictures beside the JSON."""
     save(bars(result), file.path("-bars.png"))
     save(roofline(result), file.path("-roofline.png"))
+    if result["sharded"]:
+        heading = partial(_heading, result)
+        save(sharded(result["sharded"], heading), file.path("-sharded.png"))
 
 
 def _heading(result: Entry, what: str) -> str:

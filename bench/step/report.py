@@ -29,7 +29,7 @@ def report(result: dict[str, Any], console: Console) -> None:
         console.print(_case(case, rows, result["copy"]))
         for line in _unmeasured(rows):
             show(line, highlight=False)
-    for print_part in (_host, _first_step, _training):
+    for print_part in (_host, _sharded, _first_step, _training):
         table = print_part(result)
         if table is not None:
             console.print(table, markup=False)
@@ -130,6 +130,22 @@ def _host(result: Entry) -> Table | None:
         names = (row["rule"], f"{row['tensors']:,}", row["gradients"], row["contender"])
         ratio = number(row["ratio_to_ours"], ".2f")
         table.add_row(*names, f"{row['microseconds']:.0f}", ratio, number(row["launches"], "d"))
+    return table
+
+
+def _sharded(result: Entry) -> Table | None:
+    if not result["sharded"]:
+        return None
+    title = "Host time of clipping and an AdamW step over shards of 8 x 8, no launch, no collective"
+    columns = ("placement", "tensors", "contender", "first, µs a tensor", "later", "launches")
+    table = Table(*columns, title=title)
+    for row in result["sharded"]:
+        names = (row["placement"], f"{row['tensors']:,}", row["contender"])
+        if row["reason"] is not None:
+            table.add_row(*names, row["reason"])
+            continue
+        times = (number(row[key], ".3g") for key in ("first_us", "later_us"))
+        table.add_row(*names, *times, number(row["launches"], "g"))
     return table
 
 

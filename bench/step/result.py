@@ -22,6 +22,7 @@ def new(settings: dict[str, Any], device: str, measurement: bool, note: str) -> 
         "missing": [],
         "rows": [],
         "host": [],
+        "sharded": [],
         "first_step": [],
         "per_sample": None,
         "training": None,

@@ -31,7 +31,7 @@ NO_GPU = (
 )
 SIZES = {"quick": 2**16, "cpu": 2**28, "core": 2**31, "full": 2**31}
 # Seconds of the other parts on a GPU, about.
-SECONDS = {"host": 20.0, "first-step": 50.0, "per-sample": 240.0, "training": 20.0}
+SECONDS = {"host": 20.0, "sharded": 60.0, "first-step": 50.0, "per-sample": 240.0, "training": 20.0}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(file.json.read_text(encoding="utf-8"))
     else:
         report(result, Console())
-        Console().print(f"Wrote {file.json} and two pictures beside it", soft_wrap=True)
+        Console().print(f"Wrote {file.json} and its pictures beside it", soft_wrap=True)
     return 1 if result["failed"] else 0
 
 
@@ -85,7 +85,7 @@ def _settings(options: argparse.Namespace, device: str, chosen: str) -> dict[str
         parts = {
             "quick": [part for part in PARTS if part != "per-sample"],
             "cpu": ["step", "host"],
-            "core": [part for part in PARTS if part != "per-sample"],
+            "core": [part for part in PARTS if part not in ("sharded", "per-sample")],
             "full": list(PARTS),
         }[chosen]
     some = options.parts, options.case, options.rule, options.types, options.contender
@@ -132,6 +132,7 @@ def _run(result: dict[str, Any], settings: dict[str, Any], file: File, console: 
         steps = {
             "step": partial(_step, groups),
             "host": _host,
+            "sharded": _sharded,
             "first-step": _first_step,
             "per-sample": _per_sample,
             "training": _training,
@@ -192,6 +193,17 @@ def _host(result: dict[str, Any], settings: dict[str, Any], progress: Progress) 
     result["host"] = children.host(
         settings["set"] == "quick", settings["rules"], settings["contenders"]
     )
+    progress.advance(task)
+    yield
+
+
+def _sharded(
+    result: dict[str, Any], settings: dict[str, Any], progress: Progress
+) -> Iterator[None]:
+    task = progress.add_task("host time over sharded parameters", total=1)
+    result["sharded"] = children.sharded(settings["set"] == "quick")
+    wrong = [row for row in result["sharded"] if row["contender"] == OURS and row["reason"]]
+    result["failed"] += [f"sharded, {row['placement']}: {row['reason']}" for row in wrong]
     progress.advance(task)
     yield
 

@@ -16,7 +16,7 @@ from ..memory.dtypes import compute_dtype, real_dtype
 Inputs = Sequence[Sequence[Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ParamEntry:
     """What one parameter brings to a step."""
 

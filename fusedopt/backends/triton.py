@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +23,8 @@ from ..memory.device import upload
 from ..memory.dtypes import real_dtype
 from ..memory.layout import (
     ALIGNMENT,
+    are_apart,
+    are_in_one_order,
     byte_range,
     is_dense,
     is_plain,
@@ -37,8 +38,7 @@ from ..memory.storage import addresses as addresses_of
 from .entry import Inputs, ParamEntry
 
 
-@dataclass(frozen=True)
-class BucketKey:
+class BucketKey(NamedTuple):
     """What tensors must share to be updated by the same launch."""
 
     dtypes: tuple[torch.dtype, ...]
@@ -56,6 +56,8 @@ class Operands:
         self.n_inputs = len(entry.inputs)
         self.tensors = list(entry.operands)
         self.originals: dict[int, Tensor] = {}
+        if not entry.per_sample_inputs and are_in_one_order(self.tensors):
+            return
         dense = is_dense(entry.param)
         for i, tensor in enumerate(entry.operands):
             samples = entry.per_sample_inputs and 1 <= i <= self.n_inputs
@@ -80,9 +82,9 @@ class Operands:
     def key(self, entry: ParamEntry, launch_order: int) -> BucketKey:
         """Return what the entry must share with others to be launched with them."""
         return BucketKey(
-            dtypes=tuple(real_dtype(t.dtype) for t in self.tensors),
+            dtypes=tuple([real_dtype(t.dtype) for t in self.tensors]),
             options=entry.options,
-            aligned=all(t.data_ptr() % ALIGNMENT == 0 for t in self.tensors)
+            aligned=not any([t.data_ptr() % ALIGNMENT for t in self.tensors])
             and not (entry.per_sample_inputs and real_view(entry.param).numel() % ALIGNMENT),
             launch_order=launch_order,
             counts=tuple(len(x) for x in entry.inputs) if entry.per_sample_inputs else None,
@@ -312,13 +314,15 @@ def _launch_orders(entries: Sequence[ParamEntry]) -> dict[int, int]:
 
     Two parameters over the same storage would race within a launch; torch updates them in turn.
     """
+    orders = {entry.position: 0 for entry in entries}
+    if are_apart([tensor for entry in entries for tensor in (entry.param, *entry.states)]):
+        return orders
     ranges = []
     for entry in entries:
         for tensor in (entry.param, *entry.states):
             start, stop = byte_range(tensor)
             if stop > start:
                 ranges.append((start, stop, entry.position))
-    orders = {entry.position: 0 for entry in entries}
     clashes: dict[int, set[int]] = defaultdict(set)
     open_ranges: list[tuple[int, int]] = []
     for start, stop, position in sorted(ranges):

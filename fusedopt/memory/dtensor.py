@@ -7,11 +7,14 @@ theirs. ``_spec`` and ``_local_tensor`` are not public; ``placements``, ``device
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+
+_SPEC = operator.attrgetter("_spec")
 
 
 def dtensor_class() -> Any:
@@ -38,6 +41,49 @@ def placements_of(t: Any) -> tuple[Any, ...]:
     """Return how a DTensor is placed on each dimension of its mesh."""
     placements: tuple[Any, ...] = t._spec.placements
     return placements
+
+
+def placed_alike(a: Any, b: Any) -> bool:
+    """Whether two DTensors of equal shape are cut over the same mesh in the same way."""
+    a, b = a._spec, b._spec
+    return bool(a.placements == b.placements and a.mesh == b.mesh and a.shape == b.shape)
+
+
+def local_of(t: Any) -> Tensor:
+    """Return what of a DTensor lies in this process."""
+    local: Tensor = t._local_tensor
+    return local
+
+
+def sharded_like(t: Any, local: Tensor) -> Tensor:
+    """Make a DTensor that is placed like another, of the same type, of what lies here.
+
+    Args:
+        t: the other.
+        local: like what it has here, in shape, strides and type.
+    """
+    found: Tensor = dtensor_class().__new__(type(t), local, t._spec, requires_grad=False)
+    return found
+
+
+def specs_of(tensors: Sequence[Any]) -> list[Any]:
+    """List how DTensors are placed, mesh included; None for other tensors, nothing for none."""
+    kinds = set(map(type, tensors))
+    if dtensor_class() not in kinds:
+        return []
+    if len(kinds) == 1:
+        return list(map(_SPEC, tensors))
+    return [t._spec if is_dtensor(t) else None for t in tensors]
+
+
+def are_same_specs(now: Sequence[Any], then: Sequence[Any]) -> bool:
+    """Whether what ``specs_of`` listed says the same."""
+    if len(now) != len(then):
+        return False
+    return all(map(operator.is_, now, then)) or all(
+        a is b or (a and b and a.placements == b.placements and a.mesh == b.mesh)
+        for a, b in zip(now, then, strict=True)
+    )
 
 
 def replicas(t: Any) -> int:

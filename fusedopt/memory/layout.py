@@ -9,6 +9,7 @@ before the update and, if it was written, copied back after it.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,11 @@ except ImportError:
 ALIGNMENT = 16  # bytes: the widest access of a thread
 
 
+_SHAPE = operator.attrgetter("shape")
+_SIZE = operator.attrgetter("nbytes")
+_TYPE_AND_PLACE = operator.attrgetter("dtype", "device")
+
+
 class Fingerprint:
     """Where tensors lie in memory, and what of them decides by which launch they are reached.
 
@@ -41,7 +47,7 @@ class Fingerprint:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.addresses = addresses_of(tensors)
         self._alignment = _alignment(self.addresses)
-        self._traits = [_traits(t) for t in tensors]
+        self._traits = _traits(tensors)
         self._alike = _guard(tensors)
 
     def fits(self, tensors: Sequence[Tensor], addresses: list[int]) -> bool:
@@ -58,7 +64,7 @@ class Fingerprint:
             if addresses.count(0) != self.addresses.count(0):
                 return False
         # The guard also says no where a mode of torch is on that was off before, or off again.
-        return self._alike(*tensors) or [_traits(t) for t in tensors] == self._traits
+        return self._alike(*tensors) or _traits(tensors) == self._traits
 
 
 def _alignment(addresses: Sequence[int]) -> list[bool]:
@@ -71,15 +77,19 @@ def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
         return lambda *_: False
     guards = TensorGuards(
         *tensors,
-        dynamic_dims_sizes=[list(t.shape) for t in tensors],
-        dynamic_dims_strides=[list(t.stride()) for t in tensors],
+        dynamic_dims_sizes=list(map(list, map(_SHAPE, tensors))),
+        dynamic_dims_strides=list(map(list, map(Tensor.stride, tensors))),
     )
     check: Callable[..., bool] = guards.check
     return check
 
 
-def _traits(t: Tensor) -> tuple[object, ...]:
-    return t.dtype, t.device, t.shape, t.stride(), t.is_conj(), t.is_neg()
+def _traits(tensors: Sequence[Tensor]) -> list[object]:
+    """List what decides about launches; by kind, since a tuple a tensor takes far longer."""
+    found: list[object] = list(map(_TYPE_AND_PLACE, tensors))
+    for read in (_SHAPE, Tensor.stride, Tensor.is_conj, Tensor.is_neg):
+        found += map(read, tensors)
+    return found
 
 
 def real_view(tensor: Tensor) -> Tensor:
@@ -114,6 +124,11 @@ def same_order(a: Tensor, b: Tensor) -> bool:
     return all(
         i == j or size == 1 for i, j, size in zip(a.stride(), b.stride(), a.shape, strict=True)
     )
+
+
+def are_in_one_order(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of equal shape are plainly one row of values each, in the same order."""
+    return all(map(Tensor.is_contiguous, tensors)) and all(map(is_plain, tensors))
 
 
 def stacked_order(parameter: Tensor, samples: Tensor) -> bool:
@@ -165,6 +180,19 @@ def byte_range(tensor: Tensor) -> tuple[int, int]:
         return start, start + tensor.nbytes
     extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     return tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
+
+
+def are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two tensors reach into each other's range of addresses."""
+    if all(map(Tensor.is_contiguous, tensors)):
+        starts = torch.tensor(list(map(Tensor.data_ptr, tensors)), device="cpu")
+        stops = starts + torch.tensor(list(map(_SIZE, tensors)), device="cpu")
+    else:
+        starts, stops = torch.tensor([byte_range(t) for t in tensors], device="cpu").unbind(1)
+    some = starts < stops
+    starts, stops = starts[some].sort().values, stops[some].sort().values
+    # Where ranges are apart, their ends are in the order of their beginnings.
+    return bool((starts[1:] >= stops[:-1]).all())
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .dtensor import dtensor_class, is_dtensor, mesh_of, placements_of
+from .dtensor import dtensor_class
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -53,15 +53,20 @@ def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def unwrapped(inputs: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[Any]]:
-    """Replace tensors as ``local_tensors`` does, and return what of wrappers decides how."""
+    """Replace tensors as ``local_tensors`` does, and return what of wrappers decides how.
+
+    Of DTensors of plain tensors that is nothing: how they are placed is asked for by itself.
+    """
     local = [local_tensors(tensors) for tensors in inputs]
     if all(map(operator.is_, local, inputs)):
         return inputs, []
-    return local, [
-        None if type(t) in _PLAIN else _wrapping(t, x)
-        for ts, xs in zip(inputs, local, strict=True)
-        for t, x in zip(ts, xs, strict=True)
-    ]
+    dtensor = dtensor_class()
+    ordinary = {*_PLAIN, dtensor}
+    if all(set(map(type, tensors)) <= ordinary for tensors in inputs) and all(
+        set(map(type, tensors)) <= _PLAIN for tensors in local
+    ):
+        return local, []
+    return local, [None if type(t) in _PLAIN else _wrapping(t) for ts in inputs for t in ts]
 
 
 def _local(t: Tensor) -> Tensor:
@@ -72,9 +77,7 @@ def _local(t: Tensor) -> Tensor:
     return local if holder is None else local_tensors([holder])[0]
 
 
-def _wrapping(t: Tensor, memory: Tensor) -> Any:
-    if type(memory) in _PLAIN and is_dtensor(t):
-        return mesh_of(t), placements_of(t)
+def _wrapping(t: Tensor) -> Any:
     local = t.to_local() if hasattr(t, "to_local") else t
     context = repr(local.__tensor_flatten__()) if _wraps(local) else None  # type: ignore
     return getattr(t, "placements", None), type(t), type(local), context

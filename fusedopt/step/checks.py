@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from .. import backends
 from ..coefficients import lives_on_device
 from ..kernels.rule import Rule
+from ..memory.dtensor import is_dtensor, placed_alike
 from ..memory.dtypes import STORABLE, real_dtype
-from ..memory.layout import byte_range, is_plain, overlaps_itself, share_memory
+from ..memory.layout import are_apart, byte_range, is_plain, overlaps_itself, share_memory
 from ..memory.storage import local_tensors, refusal
 from ..source import MissingInput, Source
 from ..statistics.base import Statistics
@@ -164,8 +165,13 @@ def check_gradients(
             expanded parameter, a backend that cannot run.
         TypeError: element types that are not floating point.
     """
+    is_ordinary = _Ordinary()
+    own = local_tensors(list(params))
     for name, tensors in zip(_input_names(optimizer, inputs, per_sample), inputs, strict=True):
-        for p, tensor in zip(params, tensors, strict=True):
+        local = local_tensors(list(tensors))
+        for p, tensor, *parts in zip(params, tensors, own, local, strict=True):
+            if not per_sample and is_ordinary(p, tensor, *parts):
+                continue
             # Of samples, one stands for all: they share strides.
             problem = _problem(p, tensor[0] if per_sample else tensor, name)
             if problem is not None:
@@ -174,8 +180,50 @@ def check_gradients(
             sharding = _sharding_problem(p, tensor)
             if sharding is not None:
                 raise RuntimeError(f"{describe(optimizer, p)}: {sharding}")
+            is_ordinary.learn(*parts)
     for device in dict.fromkeys(p.device for p in params):
         backends.choose(device, optimizer.backend)
+
+
+class _Ordinary:
+    """Tells without a close look that nothing can be wrong with most parameters and gradients.
+
+    What torch dispatches on says whether a tensor is sparse, nested, lazily negated, fake, or
+    exists within a transform alone. What a close look has found to be right is right again.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[int] = set()
+
+    def learn(self, *tensors: Tensor) -> None:
+        """Note the kinds of tensors that were found to be right."""
+        self._known.update(map(_keys, tensors))
+
+    def __call__(self, p: Tensor, gradient: Tensor, *local: Tensor) -> bool:
+        own, x = local
+        if own is not p or x is not gradient:
+            both = is_dtensor(p) and is_dtensor(gradient)
+            if not (both and placed_alike(p, gradient)):
+                return False
+        return (
+            own.shape == x.shape
+            and own.device == x.device
+            and self._is_sound(own)
+            and self._is_sound(x)
+        )
+
+    def _is_sound(self, t: Tensor) -> bool:
+        return (
+            _keys(t) in self._known
+            and t.dtype in STORABLE
+            and t.is_contiguous()
+            and t.untyped_storage().nbytes() >= t.storage_offset() * t.element_size() + t.nbytes
+        )
+
+
+def _keys(t: Tensor) -> int:
+    keys: int = torch._C._dispatch_keys(t).raw_repr()
+    return keys
 
 
 def _input_names(optimizer: Any, inputs: Sequence[Any], per_sample: bool) -> Sequence[str]:
@@ -266,11 +314,9 @@ def check_memory(
     What comes of that would depend on the order in which a kernel takes elements. Parameters may
     lie over each other: they are updated one after the other.
     """
-    local = local_tensors(list(params))
-    owned = [_Owned(p, None, x) for p, x in zip(params, local, strict=True)]
+    named: list[tuple[Tensor, str | None, Tensor]] = [(p, None, p) for p in params]
     for name, tensors in zip(_input_names(optimizer, inputs, per_sample), inputs, strict=True):
-        local = local_tensors(list(tensors))
-        owned += [_Owned(p, name, x) for p, x in zip(params, local, strict=True)]
+        named += [(p, name, x) for p, x in zip(params, tensors, strict=True)]
     names_of = [optimizer.rule.states(group) for group in optimizer.param_groups]
     if optimizer.rule.counts_steps:
         # On the host, counts are given memory of their own.
@@ -279,12 +325,15 @@ def check_memory(
             for group in optimizer.param_groups
         ]
         names_of = [(*n, "step") if on else n for n, on in zip(names_of, live, strict=True)]
-    found = []
     for p, index in zip(params, group_of, strict=True):
-        state = optimizer.state.get(p, {})
-        found += [(p, n, state[n]) for n in names_of[index] if isinstance(state.get(n), Tensor)]
-    local = local_tensors([x for _, _, x in found])
-    owned += [_Owned(p, f"state {n!r}", x) for (p, n, _), x in zip(found, local, strict=True)]
+        state = optimizer.state.get(p)
+        if state:
+            found = [(n, state[n]) for n in names_of[index] if isinstance(state.get(n), Tensor)]
+            named += [(p, f"state {n!r}", x) for n, x in found]
+    local = local_tensors([x for _, _, x in named])
+    if are_apart(local):
+        return
+    owned = [_Owned(p, kind, x) for (p, kind, _), x in zip(named, local, strict=True)]
     clash = _first_clash(owned)
     if clash is None:
         return
@@ -356,10 +405,12 @@ def _state_problem(p: Tensor, name: str, state: Tensor | None) -> str | None:
 def _sharding_problem(p: Tensor, gradient: Tensor) -> str | None:
     placements = getattr(p, "placements", None)
     found = getattr(gradient, "placements", None)
-    if placements == found:
+    if placements is None and found is None:
         return None
     if placements is None:
         return f"its gradient is a DTensor placed as {found}, and it is none"
+    if found is not None and placed_alike(p, gradient):
+        return None
     return (
         f"it is a DTensor placed as {placements}, its gradient is"
         f" {'no DTensor' if found is None else f'placed as {found} on another mesh'};"

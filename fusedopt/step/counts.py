@@ -10,6 +10,7 @@ they are.
 from __future__ import annotations
 
 import operator
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,11 @@ def new_step() -> Tensor:
     """Return a step count of zero, in the type that torch.optim uses."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.zeros((), dtype=dtype, device="cpu")
+
+
+def new_steps(count: int) -> tuple[Tensor, ...]:
+    """Return many of them, views of one vector."""
+    return new_step().repeat(count).unbind()
 
 
 def _scalar(step: Any) -> Tensor:
@@ -47,7 +53,6 @@ class StepCounter:
 
     Attributes:
         buffer: all counts, a vector on the counts' device, current after ``advance``.
-        largest: the count that a float is stuck at.
     """
 
     def __init__(self, states: Sequence[State], device: torch.device, live: bool) -> None:
@@ -58,7 +63,7 @@ class StepCounter:
         # On the host beside what they are expected to be, so that one addition advances both.
         self._rows = torch.stack(counts).repeat(1 if live else 2, 1)
         self.buffer, self._expected = self._rows[0], self._rows[-1]
-        self.largest = 2 / torch.finfo(dtype).eps
+        self._code = "d" if dtype == torch.float64 else "f"
         self._live = live
         self._states = list(states)
         self._steps = counts if live else list(self.buffer.unbind())
@@ -80,6 +85,10 @@ class StepCounter:
             return addresses_of(steps) == self._addresses
         except (TypeError, RuntimeError):  # no tensor, or one that has no address
             return False
+
+    def next_step(self, step: float) -> float:
+        """Return what a count becomes, rounded as the buffer is: counts need not be whole."""
+        return array(self._code, [step + 1])[0]
 
     def as_expected(self) -> bool:
         """Whether no count on the host was written since the last step, or ``accept``."""

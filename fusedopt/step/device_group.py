@@ -99,7 +99,7 @@ class DeviceGroup:
                 self.table.steps.copy_(self.counter.buffer)
             self.table.refresh(groups)
         elif self.counter is not None:
-            self.table.advance(self.counter.largest)
+            self.table.advance(self.counter.next_step)
         self.executor.update(inputs, self.table, self.scale.values)
         if self._readers is not None:
             self._readers.note(self.memory)

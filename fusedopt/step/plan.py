@@ -19,13 +19,14 @@ from .. import backends
 from ..backends import Inputs, ParamEntry
 from ..clipping import GlobalNorm
 from ..memory.device import is_capturing
+from ..memory.dtensor import are_same_specs
 from ..memory.layout import Fingerprint
 from ..memory.storage import addresses as addresses_of
 from ..memory.storage import local_tensors
 from .counts import State
 from .device_group import DeviceGroup
 from .norm import clip_by_norm
-from .request import Request, chained, identical
+from .request import Known, Request, chained, identical
 
 
 class Plan:
@@ -37,7 +38,7 @@ class Plan:
 
     Attributes:
         device_groups: what runs it.
-        params: that it was made for, each once.
+        known: what the next step is likely to find.
         span: the processes whose gradients are clipped together.
         created: parameters and names of the states created for the first step, until that is
             through.
@@ -47,7 +48,7 @@ class Plan:
 
     def __init__(self, request: Request, created: Sequence[Sequence[str]]) -> None:
         groups, params, group_of = request.groups, request.params, request.group_of
-        self.params = params
+        self.known = Known(params, request.specs)
         self._group_of = group_of
         self.samples = request.samples
         self.span = request.span
@@ -124,7 +125,7 @@ class Plan:
         """Whether this plan can run a step; inputs that have moved are taken in."""
         params = request.params
         if not (
-            identical(params, self.params)
+            identical(params, self.known.params)
             and request.group_of == self._group_of
             and request.span == self.span
             and self._is_set(request)
@@ -166,7 +167,10 @@ class Plan:
         return same
 
     def _take_inputs(self, request: Request) -> bool:
-        if request.wrappings != self._wrappings:
+        if request.wrappings != self._wrappings or not (
+            len(request.specs) == len(self.known.specs)
+            and all(map(are_same_specs, request.specs, self.known.specs))
+        ):
             return False
         tensors = chained(request.local_inputs)
         try:

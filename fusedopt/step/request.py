@@ -6,14 +6,14 @@ import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..clipping import GlobalNorm
 from ..kernels.rule import Rule
-from ..memory.dtensor import placed_as
+from ..memory.dtensor import placed_as, specs_of
 from ..memory.storage import unwrapped
 from ..source import RuleInputs, Source
 from .checks import check_one_group, check_samples, follow_unscaling, is_on_device
@@ -56,6 +56,7 @@ class Request:
         local_inputs: the same, where a DTensor or a wrapper is replaced by what is in this
             process' memory.
         wrappings: what of wrappers decides how they are replaced.
+        specs: of each input, how DTensors are placed.
         per_sample: whether inputs are gradients of samples.
         samples: how many there are.
         factor: what gradients are to be multiplied by.
@@ -75,6 +76,7 @@ class Request:
     inputs: list[list[Tensor]]
     local_inputs: list[list[Tensor]]
     wrappings: list[Any]
+    specs: list[list[Any]]
     per_sample: bool
     samples: int
     factor: float
@@ -106,6 +108,25 @@ def with_factors(
     return [{**group, **own} for group, own in zip(groups, factors, strict=True)]
 
 
+class Known(NamedTuple):
+    """What one step found that the next one is likely to find.
+
+    Attributes:
+        params: as ``Request.params``.
+        specs: as ``Request.specs``; inputs that are placed so are placed as their parameters.
+    """
+
+    params: list[Tensor]
+    specs: list[list[Any]]
+
+
+def _are_placed(params: list[Tensor], specs: list[list[Any]], known: Known | None) -> bool:
+    """Whether inputs are placed as their parameters, as at the latest step."""
+    if known is None or params is not known.params or len(specs) != len(known.specs):
+        return False
+    return all(map(identical, specs, known.specs))
+
+
 def identical(now: Collection[Any], then: Collection[Any]) -> bool:
     """Whether both have the same objects, in the same order."""
     return now is then or (len(now) == len(then) and all(map(operator.is_, now, then)))
@@ -115,7 +136,7 @@ def gather(
     optimizer: Steps,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    known: list[Tensor] | None = None,
+    known: Known | None = None,
     span: Span | None = None,
 ) -> Request | None:
     """Gather what a step is asked to do, and raise where it cannot be done.
@@ -124,13 +145,13 @@ def gather(
         optimizer: that is to step.
         grad_scale: the loss scale, or None.
         found_inf: whether the scaler has found an overflow, or None.
-        known: the parameters of the latest step, or None before there was one.
+        known: of the latest step, or None before there was one.
         span: the processes whose gradients are clipped together; None for this one.
 
     Returns:
         None where there is nothing to do: no gradient, or an overflow.
     """
-    params, gradients, group_of = gather_params(optimizer, known)
+    params, gradients, group_of = gather_params(optimizer, None if known is None else known.params)
     statistics = optimizer.statistics
     if not params:
         if statistics is not None:
@@ -156,8 +177,10 @@ def gather(
             " optimizer.statistics to where the squares come from"
         )
     tensors = found.tensors
-    if not found.per_sample:
+    specs = list(map(specs_of, tensors))
+    if any(specs) and not (found.per_sample or _are_placed(params, specs, known)):
         tensors = [placed_as(params, x) for x in tensors]
+        specs = list(map(specs_of, tensors))
     local, wrappings = unwrapped(tensors)
     if found_inf is not None:
         if statistics is not None:
@@ -168,7 +191,7 @@ def gather(
             return None
     return Request(
         optimizer.rule, optimizer.backend, optimizer.param_groups, optimizer.state,
-        optimizer.clip is not None, params, group_of, tensors, local, wrappings,
+        optimizer.clip is not None, params, group_of, tensors, local, wrappings, specs,
         found.per_sample, samples, factor, grad_scale, found_inf, statistics,
         optimizer.scaler_on_device, span,
     )  # fmt: skip

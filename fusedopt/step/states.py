@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .counts import State, new_step
+from ..memory.dtensor import is_dtensor, local_of, sharded_like
+from .counts import State, new_steps
 
 
 def create_states(
@@ -17,17 +18,31 @@ def create_states(
     """Create the states that are missing, at zero; return their names for each parameter."""
     rule = optimizer.rule
     names_of = [rule.states(group) for group in optimizer.param_groups]
-    created = []
+    created: list[list[str]] = []
+    missing: list[State] = []
+    memory: list[Tensor] = []
     for p, index in zip(params, group_of, strict=True):
         state: State = optimizer.state[p] if names_of[index] or rule.counts_steps else {}
-        missing = [n for n in names_of[index] if state.get(n) is None]
-        for name in missing:
-            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        absent = [n for n in names_of[index] if state.get(n) is None]
+        for name in absent:
+            state[name], local = _empty_like(p)
+            memory.append(local)
         if rule.counts_steps and "step" not in state:
-            state["step"] = new_step()
-            missing.append("step")
-        created.append(missing)
+            missing.append(state)
+            absent.append("step")
+        created.append(absent)
+    if memory:
+        # One launch of many tensors, not one each.
+        torch._foreach_zero_(memory)
+    for state, step in zip(missing, new_steps(len(missing)), strict=True):
+        state["step"] = step
     return created
+
+
+def _empty_like(p: Tensor) -> tuple[Tensor, Tensor]:
+    """Make a state for a parameter; return it, and what of it lies in this process."""
+    local = torch.empty_like(local_of(p) if is_dtensor(p) else p)
+    return (sharded_like(p, local) if is_dtensor(p) else local), local
 
 
 def remove_states(optimizer: Any, p: Tensor, names: Sequence[str]) -> None:

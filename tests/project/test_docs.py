@@ -48,9 +48,21 @@ def test_links_lead_somewhere(page: str) -> None:
     assert not missing
 
 
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group, as torchrun would have made one."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if any(python_of(page))])
-def test_python_runs(page: str) -> None:
+def test_python_runs(page: str, request: pytest.FixtureRequest) -> None:
     """Block after block, as a reader would paste them, with a model and batches at hand."""
+    if any("torch.distributed" in code for code in python_of(page)):
+        request.getfixturevalue("one_process")
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     space = {
         "torch": torch,
