@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..coefficients import Table
-from ..memory.dtypes import compute_dtype, real_dtype
+from ..memory.dtypes import compute_dtype, real_dtypes
 
 # For each input of the rule (the gradient first), the tensors of all entries.
 Inputs = Sequence[Sequence[Tensor]]
@@ -37,7 +37,7 @@ class ParamEntry:
     @property
     def compute(self) -> torch.dtype:
         """Type that the arithmetic is done in."""
-        return compute_dtype([real_dtype(t.dtype) for t in self.operands])
+        return compute_dtype(real_dtypes(tuple([t.dtype for t in self.operands])))
 
 
 class Executor(Protocol):

@@ -20,7 +20,7 @@ from ..kernels.launch import TRITON_DTYPES, device_architecture, launch, settle
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
 from ..memory.device import upload
-from ..memory.dtypes import real_dtype
+from ..memory.dtypes import real_dtypes
 from ..memory.layout import (
     ALIGNMENT,
     are_apart,
@@ -50,6 +50,8 @@ class BucketKey(NamedTuple):
 
 class Operands:
     """An entry's operands as the kernel sees them: in place, or through a staging buffer."""
+
+    __slots__ = ("n_inputs", "originals", "position", "tensors")
 
     def __init__(self, entry: ParamEntry) -> None:
         self.position = entry.position
@@ -82,7 +84,7 @@ class Operands:
     def key(self, entry: ParamEntry, launch_order: int) -> BucketKey:
         """Return what the entry must share with others to be launched with them."""
         return BucketKey(
-            dtypes=tuple([real_dtype(t.dtype) for t in self.tensors]),
+            dtypes=real_dtypes(tuple([t.dtype for t in self.tensors])),
             options=entry.options,
             aligned=not any([t.data_ptr() % ALIGNMENT for t in self.tensors])
             and not (entry.per_sample_inputs and real_view(entry.param).numel() % ALIGNMENT),

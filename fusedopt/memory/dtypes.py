@@ -7,6 +7,7 @@ to nearest, ties to even.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ STORABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type of the real and imaginary parts, or the type itself if it is real."""
     return dtype.to_real() if dtype.is_complex else dtype
+
+
+@cache
+def real_dtypes(dtypes: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
+    """Do so for several."""
+    return tuple(map(real_dtype, dtypes))
 
 
 def compute_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:

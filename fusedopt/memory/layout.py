@@ -128,7 +128,9 @@ def same_order(a: Tensor, b: Tensor) -> bool:
 
 def are_in_one_order(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors of equal shape are plainly one row of values each, in the same order."""
-    return all(map(Tensor.is_contiguous, tensors)) and all(map(is_plain, tensors))
+    return all(map(Tensor.is_contiguous, tensors)) and not (
+        any(map(Tensor.is_conj, tensors)) or any(map(Tensor.is_neg, tensors))
+    )
 
 
 def stacked_order(parameter: Tensor, samples: Tensor) -> bool:

@@ -79,10 +79,11 @@ class Plan:
             name: iter(local_tensors([state[name] for state in states]))
             for name, states in self._columns.items()
         }
-        states_of = [tuple(next(rest[name]) for name in names) for names in self._names]
+        states_of = [tuple([next(rest[name]) for name in names]) for names in self._names]
         for position, (p, index) in enumerate(zip(local_params, group_of, strict=True)):
             places.setdefault((p.device, request.on_device[index]), []).append(position)
 
+        inputs_of = list(zip(*local_inputs, strict=True))
         self.captured = False
         weights = None if self.span is None else self.span.weights(params)
         coefficient_groups = request.coefficient_groups
@@ -99,7 +100,7 @@ class Plan:
                         ParamEntry(
                             position=i,
                             param=local_params[k].detach(),
-                            inputs=tuple(tensors[k] for tensors in local_inputs),
+                            inputs=inputs_of[k],
                             states=states_of[k],
                             options=options_of[group_of[k]],
                             per_sample_inputs=request.per_sample,
