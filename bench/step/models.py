@@ -45,7 +45,16 @@ def _gpt2() -> Iterator[Shape]:
     yield from ((width,), (width,))
 
 
-def _llama(width: int, layers: int, kv: int, hidden: int, head: bool) -> Iterator[Shape]:
+def llama(width: int, layers: int, kv: int, hidden: int, head: bool) -> Iterator[Shape]:
+    """Yield what a Llama 3 has.
+
+    Args:
+        width: of the model.
+        layers: number of blocks.
+        kv: outputs of keys, and of values: of all their heads together.
+        hidden: width of the feed-forward network.
+        head: whether the output has a matrix of its own.
+    """
     vocabulary = 128256
     yield vocabulary, width
     for _ in range(layers):
@@ -98,13 +107,13 @@ _BUILDERS: dict[str, tuple[str, Callable[[], Iterator[Shape]]]] = {
     "gpt2": ("GPT-2 124M, Radford et al. 2019", _gpt2),
     # meta-llama/Llama-3.2-1B, config.json: hidden_size 2048, 16 layers, 32 heads of 64, 8 of keys
     # and values, intermediate_size 8192, vocab_size 128256, tie_word_embeddings true.
-    "llama-3.2-1b": ("Llama-3.2-1B, config.json", lambda: _llama(2048, 16, 512, 8192, head=False)),
+    "llama-3.2-1b": ("Llama-3.2-1B, config.json", lambda: llama(2048, 16, 512, 8192, head=False)),
     # meta-llama/Meta-Llama-3-8B, config.json, and arXiv 2407.21783, table 3: hidden_size 4096, 32
     # layers, 32 heads of 128, 8 of keys and values, intermediate_size 14336. FSDP2 gives each of
     # eight processes an eighth of every tensor's first dimension.
     "llama-3-8b-shard": (
         "Llama-3-8B, arXiv 2407.21783 table 3, one of eight FSDP2 shards",
-        lambda: _shard(_llama(4096, 32, 1024, 14336, head=True), 8),
+        lambda: _shard(llama(4096, 32, 1024, 14336, head=True), 8),
     ),
     "many": ("10,000 tensors of 1 to 64 thousand elements, seed 0", _many),
     # Behind 2^31 a 32-bit index has wrapped; whole and ragged chunks are on either side.
