@@ -68,6 +68,37 @@ def test_from_where_on_something_holds() -> None:
     assert page.GPUS[0] == 8 and page.GPUS[-1] == 16384
 
 
+def cells(lines: list[str], *first: str) -> dict[str, str]:
+    """Return the row that begins with some cells, by its table's headings."""
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    (own,) = [row for row in rows if row[: len(first)] == list(first)]
+    return dict(zip((x.strip() for x in rows[0]), own, strict=True))
+
+
+def test_columns_have_what_their_headings_say() -> None:
+    # Catches columns that are swapped, and another unit than the heading's.
+    model = models.MODELS[1]
+    step = page.fsdp2(model, 8)
+    row = cells("\n".join(tables.steps()).splitlines(), "70 B", "8", "FSDP2")
+    assert float(row["moved, GB"]) == pytest.approx(step.moved / 1e9, rel=0.01)
+    assert float(row["memory, ms"]) == pytest.approx(1e3 * step.passes, rel=0.01)
+    assert float(row["µs of them"]) == pytest.approx(1e6 * step.launching, rel=0.05)
+    assert float(row["host, ms"]) == pytest.approx(1e3 * step.host, rel=0.01)
+    assert float(row["norm, µs"]) == pytest.approx(1e6 * step.norm, rel=0.05)
+    assert float(row["step, %"]) == pytest.approx(100 * step.seconds / step.training, rel=0.05)
+    # 16 bytes a parameter are within 150.1 GB, and with a whole unit no more.
+    assert row["resident, GB"] == "141.2 (**162.2**)"
+    own, units = tables.by_tensor(step), tables.by_unit(step)
+    row = cells("\n".join(tables.squares()).splitlines(), "70 B", "8", "FSDP2")
+    assert float(row["sent, GB"]) == pytest.approx(own.sent / 1e9, rel=0.01)
+    assert float(row["bytes, s"]) == pytest.approx(own.transfer, rel=0.01)
+    assert float(row["hops, s"]) == pytest.approx(own.latency, rel=0.01)
+    assert float(row["hops a unit at a time, s"]) == pytest.approx(units.latency, rel=0.01)
+    assert row["collectives"] == "723"
+    row = cells("\n".join(tables.squares()).splitlines(), "70 B", "16,384", "HSDP, 64")
+    assert row["collectives"] == "1,446"
+
+
 def clipped(case: str, parameters: int, milliseconds: float) -> dict[str, Any]:
     return {
         "case": case, "rule": "AdamW", "types": "fp32", "contender": "fusedopt", "clip": True,
