@@ -19,6 +19,7 @@ from ranks import in_ranks
 from saving import load, save, write
 from sharded import build, everything, like, train
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import state_dict as sd
 
 import fusedopt
@@ -52,7 +53,7 @@ def _refused(
     error = ""
     try:
         loading(model, optimizer)
-    except Exception as raised:
+    except (Exception, CheckpointException) as raised:  # the latter is no Exception
         error = f"{type(raised).__name__}: {raised}"
     assert words in error, f"{words!r} is not in {error!r}"
     after = everything(model, optimizer)
@@ -153,7 +154,7 @@ def _trimmed(at: Path) -> None:
 
 
 FILES: tuple[tuple[Callable[[Path], Any], str], ...] = (
-    (_trimmed, "read_data"),
+    (_trimmed, "corrupted"),
     (lambda at: (at / "__1_0.distcp").unlink(), "__1_0.distcp"),
     (lambda at: (at / ".metadata").unlink(), ".metadata"),
 )
