@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +34,9 @@ def in_ranks(
     Raises:
         TimeoutError: where some are not done after ``limit`` seconds; they are killed.
     """
-    _spawn(world, _rank, (world, str(directory), work, arguments), work.__name__, limit)
+    # Of its own: who was killed before may leave a file behind, or still write into it.
+    meeting = directory / f"meeting-{uuid.uuid4().hex}"
+    _spawn(world, _rank, (world, str(meeting), work, arguments), work.__name__, limit)
 
 
 def in_worlds(
@@ -78,9 +81,9 @@ def _join(world: int, rank: int, meeting: Path) -> None:
 
 
 def _rank(
-    rank: int, world: int, directory: str, work: Callable[..., None], arguments: tuple[Any, ...]
+    rank: int, world: int, meeting: str, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    _join(world, rank, Path(directory, "meeting"))
+    _join(world, rank, Path(meeting))
     work(rank, *arguments)
     dist.barrier()
     # Nothing is torn down: gloo's threads may still hold tensors of the last collective, and one

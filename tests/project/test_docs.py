@@ -48,6 +48,7 @@ def test_links_lead_somewhere(page: str) -> None:
     assert not missing
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if any(python_of(page))])
 def test_python_runs(page: str) -> None:
     """Block after block, as a reader would paste them, with a model and batches at hand."""
