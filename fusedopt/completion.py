@@ -106,7 +106,9 @@ class Lent:
             groups.append(group)
             for key in group["params"]:
                 lent = self._states.get(next(numbers), {})
-                found = state_dict["state"].get(key, {})
+                if key not in state_dict["state"]:
+                    continue
+                found = state_dict["state"][key]
                 states[key] = {n: x for n, x in found.items() if n in lent and self._is_new(x)}
         return {**state_dict, "param_groups": groups, "state": states}
 
