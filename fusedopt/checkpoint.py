@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from .clipping import GlobalNorm
+from .completion import TORCHS, is_creating
+from .memory.device import is_capturing
 from .memory.storage import local_tensors
-from .step.checks import describe
+from .step.checks import describe, placement_problem
 from .step.options import check_numbers
 from .step.request import gather_params
 from .step.states import create_states
@@ -32,8 +34,6 @@ Group = dict[str, Any]
 _ABSENT = object()
 # How apex and deepspeed spell ``bias_correction``.
 _SWITCH = {True: "adam", False: None}
-# An entry of every group of torch's that says nothing here, and to which torch's SGD does not look.
-_TORCHS = "differentiable"
 _CLAIM = "form"
 
 
@@ -79,7 +79,7 @@ def claim(group: Group, name: str) -> None:
     an optimizer that has torch's entries: either way a key is missing.
     """
     group[name] = {_CLAIM: _carried(group[name])}
-    put_aside(group, [_TORCHS])
+    put_aside(group, [TORCHS])
 
 
 def saved_form(group: Mapping[str, Any], name: str) -> Any:
@@ -91,7 +91,7 @@ def saved_form(group: Mapping[str, Any], name: str) -> Any:
     """
     value = group.get(name, _ABSENT)
     claimed = isinstance(value, Mapping) and bool(value)
-    if claimed and not isinstance(group.get(_TORCHS, {}), Mapping):
+    if claimed and not isinstance(group.get(TORCHS, {}), Mapping):
         raise ValueError(
             f"the checkpoint is one of an optimizer with another {name}, completed by this one's:"
             f" make this one with the {name} of the optimizer that saved it"
@@ -165,7 +165,7 @@ def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
 def _complete(optimizer: Any, groups: list[Group]) -> None:
     """Give saved groups the optimizer's own options where they lack them, and check the groups."""
     for index, (saved, group) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-        for name in {*optimizer.choices, *optimizer.own_options, _TORCHS}:
+        for name in {*optimizer.choices, *optimizer.own_options, TORCHS}:
             value = _carried(saved.get(name, _ABSENT))
             if value is not _ABSENT:
                 saved[name] = value
@@ -259,6 +259,9 @@ def _check_states(optimizer: Any, own: Group, saved: Group, states: Mapping[Any,
                     f" {tuple(value.shape)}. Load the optimizer's state after the model's"
                     " parameters have their final shape, in the order in which they were saved"
                 )
+            problem = placement_problem(parameter, name, value)
+            if problem is not None:
+                raise ValueError(f"{place}: {problem}")
 
 
 class _Place:
@@ -362,12 +365,26 @@ def is_initialising(optimizer: Any) -> bool:
 
     Distributed checkpoint calls ``step()`` of an optimizer without any state, with every lr at 0
     and gradients of zeros. They are looked at, on the host, where the first two hold. Where the
-    statistics do have what a step needs, it is the first step of a warm-up.
+    statistics do have what a step needs, it is the first step of a warm-up. As a step it would
+    count one, and weight decay would go into the moments: a run that was asked for its state before
+    its first step would go on otherwise than one that was not.
+
+    A rule that reads gradients alone could take such a step in earnest, while another process has
+    gradients that are not zero: there, distributed checkpoint has to be the caller.
     """
-    if not all(_is_zero(group.get("lr", 0)) for group in optimizer.param_groups):
+    rule = optimizer.rule
+    feeds = optimizer.statistics is not None or len(rule.degrees) > 1
+    if not feeds and not is_creating():
+        return False
+    if optimizer.state or not (rule.counts_steps or any(map(rule.states, optimizer.param_groups))):
         return False
     gradients = list(_gradients(optimizer))
-    if not gradients or any(g.layout != torch.strided or g.is_meta for g in gradients):
+    # Nothing may be read during a capture.
+    if not gradients or any(map(is_capturing, {g.device for g in gradients})):
+        return False
+    if not all(_is_zero(group.get("lr", 0)) for group in optimizer.param_groups):
+        return False
+    if any(g.layout != torch.strided or g.is_meta for g in gradients):
         return False
     if any(bool(g.count_nonzero()) for g in local_tensors(gradients)):
         return False

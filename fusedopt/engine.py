@@ -58,8 +58,7 @@ class Engine:
 
     def _step(self, optimizer: Any, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         statistics = optimizer.statistics
-        feeds = statistics is not None or len(optimizer.rule.degrees) > 1
-        if feeds and not optimizer.state and is_initialising(optimizer):
+        if not optimizer.state and is_initialising(optimizer):
             initialise(optimizer)
             return
         plan = self.plan

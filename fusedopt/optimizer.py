@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
-from .checkpoint import put_aside, unpacked
+from .checkpoint import claim, put_aside, saved_form, unpacked
 from .clipping import GlobalNorm
+from .completion import Lent, is_completed, is_completing
 from .engine import Engine
 from .kernels.rule import Rule
 from .source import Source
@@ -56,6 +57,8 @@ class FusedOptimizer(Optimizer):
     choices: ClassVar[Mapping[str, Collection[Any]]] = {}
     # Entries of the parameter groups that torch's class has not: a checkpoint may lack them.
     own_options: ClassVar[Collection[str]] = ()
+    # Of these, one that decides what the states mean: a checkpoint may lack it in torch's form.
+    form: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class FusedOptimizer(Optimizer):
         self.backend = backend
         self._statistics: Source | None = statistics
         self._engine = Engine()
+        self._lent: Lent | None = None
         # Whether the loss scaler keeps its overflow flag on the device, and so counts, too.
         self.scaler_on_device = False
         # The processes among which a wrapper has dealt out the parameters; see step/wrappers.py.
@@ -284,6 +288,9 @@ class FusedOptimizer(Optimizer):
         for group in state_dict["param_groups"]:
             group["clip"] = config
             put_aside(group, ["clip", *self.own_options])
+            if self.form is not None and saved_form(group, self.form) not in (None, "torch"):
+                claim(group, self.form)
+        self._lent = Lent(state_dict) if is_completing() else None
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -300,6 +307,9 @@ class FusedOptimizer(Optimizer):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dictionary, got {state_dict!r}")
         clip: Any = ...
+        lent, self._lent = self._lent, None
+        if lent is not None and is_completed():
+            state_dict = lent.returned(state_dict, self.form)
 
         def unpack(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             nonlocal clip
@@ -330,6 +340,7 @@ class FusedOptimizer(Optimizer):
             self._engine = Engine()
         self.scaler_on_device = False
         self.wrapper_group = None
+        self._lent = None
         # States of a pickle have it under its public name.
         if "clip" in self.__dict__:
             self.clip = self.__dict__.pop("clip")

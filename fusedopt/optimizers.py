@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from .checkpoint import claim, saved_form
+from .checkpoint import saved_form
 from .kernels.rules import ADAM, RMSPROP
 from .kernels.rules import SGD as SGD_RULE
 from .kernels.rules.averages import CORRECTIONS
@@ -128,6 +128,7 @@ class SGD(FusedOptimizer):
     choices: ClassVar = {"momentum_form": MOMENTUM_FORMS}
     # torch's SGD has no capturable.
     own_options: ClassVar[tuple[str, ...]] = ("momentum_form", "capturable")
+    form: ClassVar[str | None] = "momentum_form"
 
     @_showing_common
     def __init__(
@@ -176,14 +177,6 @@ class SGD(FusedOptimizer):
             _require(
                 group["momentum"] < 1.0, "momentum", "below 1, for an average", group["momentum"]
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, as torch's optimizer does for torch's form of momentum."""
-        state_dict = super().state_dict()
-        for saved in state_dict["param_groups"]:
-            if saved_form(saved, "momentum_form") not in (None, "torch"):
-                claim(saved, "momentum_form")
-        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by this class or by ``torch.optim.SGD``.

@@ -395,11 +395,35 @@ def _state_problem(p: Tensor, name: str, state: Tensor | None) -> str | None:
             f" parameter on {p.device}. Load the optimizer's state after the model's parameters"
             " have their final shape and device"
         )
+    problem = placement_problem(p, name, state)
+    if problem is not None:
+        return problem
     if overlaps_itself(state) or not is_plain(state):
         return f"several elements of its state {name!r} share memory; replace it by its clone()"
     if real_dtype(state.dtype) not in STORABLE or state.is_complex() != p.is_complex():
         return f"its state {name!r} has type {state.dtype}, the parameter {p.dtype}"
     return None
+
+
+def placement_problem(p: Tensor, name: str, state: Tensor) -> str | None:
+    """Say how a state is cut over processes otherwise than its parameter; None where it is not.
+
+    Its shape, that of the whole, does not show it.
+    """
+    own, found = (
+        (getattr(x, "placements", None), getattr(x, "device_mesh", None)) for x in (p, state)
+    )
+    if own == found:
+        return None
+    words = [
+        "no DTensor" if x[0] is None else f"a DTensor placed as {x[0]} on {x[1]}"
+        for x in (own, found)
+    ]
+    return (
+        f"its state {name!r} is {words[1]}, the parameter is {words[0]}. Load states of another"
+        " layout by torch.distributed.checkpoint, or whole ones by set_optimizer_state_dict with"
+        " StateDictOptions(full_state_dict=True)"
+    )
 
 
 def _sharding_problem(p: Tensor, gradient: Tensor) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,31 +14,103 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Seconds that a process waits for another; far more than a busy machine needs.
-LIMIT = 300
+# What a collective waits for the others, and all of the work: many times what is needed.
+PATIENCE = timedelta(seconds=120)
+LIMIT = 300.0
 
 
-def in_ranks(world: int, directory: Path, work: Callable[..., None], *arguments: Any) -> None:
+def in_ranks(
+    world: int,
+    directory: Path,
+    work: Callable[..., None],
+    *arguments: Any,
+    limit: float = LIMIT,
+) -> None:
     """Call ``work(rank, *arguments)`` in ``world`` processes of one group; raise what one raised.
 
     They meet over a file: a port that was free a moment ago may be taken by another worker of the
     suite.
+
+    Raises:
+        TimeoutError: where some are not done after ``limit`` seconds; they are killed.
     """
-    meeting = f"file://{directory / 'meeting'}"
-    mp.spawn(_rank, (world, meeting, work, arguments), nprocs=world)
+    # Of its own: who was killed before may leave a file behind, or still write into it.
+    meeting = directory / f"meeting-{uuid.uuid4().hex}"
+    _spawn(world, _rank, (world, str(meeting), work, arguments), work.__name__, limit)
+
+
+def in_worlds(
+    worlds: Sequence[int],
+    directory: Path,
+    work: Callable[..., None],
+    *arguments: Any,
+    limit: float = LIMIT,
+) -> None:
+    """Call ``work(stop, *arguments)`` at stop after stop, each in a group of so many processes.
+
+    The processes are the same, which costs less than new ones: who is not needed waits. A world of
+    1 is one process without a group.
+
+    Raises:
+        TimeoutError: as ``in_ranks``.
+    """
+    given = (tuple(worlds), str(directory), work, arguments)
+    _spawn(max(worlds), _travel, given, work.__name__, limit)
+
+
+def _spawn(world: int, start: Callable[..., None], given: Any, name: str, limit: float) -> None:
+    context = mp.spawn(start, given, nprocs=world, join=False)
+    end = time.monotonic() + limit
+    while not context.join(timeout=1.0):
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+                process.join()
+            raise TimeoutError(f"{name} in {world} processes: not done in {limit} s")
+
+
+def _join(world: int, rank: int, meeting: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=world,
+        timeout=PATIENCE,
+    )
 
 
 def _rank(
     rank: int, world: int, meeting: str, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    torch.set_num_threads(1)
-    # One that waits for a process which never comes fails, instead of hanging for half an hour.
-    dist.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=LIMIT)
-    )
+    _join(world, rank, Path(meeting))
     work(rank, *arguments)
     dist.barrier()
     # Nothing is torn down: gloo's threads may still hold tensors of the last collective, and one
     # that lets go of them while the interpreter finalizes asks for the GIL, is ended there by
     # Python 3.11 and takes the process with it (SIGABRT). All results are with the parent.
+    os._exit(0)
+
+
+def _travel(
+    rank: int,
+    worlds: Sequence[int],
+    directory: str,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    for stop, world in enumerate(worlds):
+        done = Path(directory, f"done{stop}")
+        if rank >= world:
+            while not done.exists():
+                time.sleep(0.02)
+            continue
+        if world > 1:
+            _join(world, rank, Path(directory, f"meeting{stop}"))
+        work(stop, *arguments)
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        if rank == 0:
+            done.touch()
     os._exit(0)

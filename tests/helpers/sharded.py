@@ -1,162 +1,187 @@
-"""Random parameters over meshes, and the same in one process, where every shard is a parameter."""
+"""A small model cut over processes in every way that is used, and its training on one stream.
+
+All layouts see the same gradients, so that a run may change from one to another in the middle and
+go on as one process would. With ``data`` they come of global batches, to rounding; else each is
+given to the parameters element by element, which no layout changes by a bit.
+"""
 
 from __future__ import annotations
 
-import itertools
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.parallel.style import ParallelStyle
 
-TYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float64, torch.float16)
+import fusedopt
 
-
-@dataclass
-class Piece:
-    """What the processes at one coordinate along the sharded dimensions hold of a parameter.
-
-    Attributes:
-        value, gradient: of the piece; None for a gradient that is missing there.
-    """
-
-    value: Tensor
-    gradient: Tensor | None
-
-
-@dataclass
-class Random:
-    """A parameter: where it lies, and all of its pieces by coordinate in its mesh.
-
-    Attributes:
-        mesh: None for a plain tensor, the same on all processes.
-        placements: of the parameter.
-        pieces: by coordinate; replicas share one.
-        partial: whether the gradient has yet to be added up.
-    """
-
-    mesh: DeviceMesh | None
-    placements: tuple[Any, ...]
-    pieces: dict[tuple[int, ...], Piece]
-    shape: torch.Size
-    partial: bool
-
-    def here(self) -> Piece:
-        """Return the piece of this process."""
-        return self.pieces[() if self.mesh is None else tuple(self.mesh.get_coordinate())]
-
-    def build(self) -> torch.nn.Parameter:
-        """Make the parameter of this process, with its gradient."""
-        piece = self.here()
-        p = torch.nn.Parameter(self._wrap(piece.value.clone(), self.placements))
-        if piece.gradient is not None:
-            p.grad = self._gradient(piece.gradient)
-        return p
-
-    def _gradient(self, gradient: Tensor) -> Tensor:
-        if not self.partial or self.mesh is None:
-            return self._wrap(gradient.clone(), self.placements)
-        from torch.distributed.tensor import Partial
-
-        # Halves and quarters are exact: the parts add up to what one process has.
-        placements, count = [], 1
-        for dim, placement in enumerate(self.placements):
-            if placement.is_replicate():
-                placement, count = Partial(), count * self.mesh.size(dim)
-            placements.append(placement)
-        return self._wrap(gradient / count, tuple(placements))
-
-    def _wrap(self, local: Tensor, placements: tuple[Any, ...]) -> Tensor:
-        if self.mesh is None:
-            return local
-        from torch.distributed.tensor import DTensor
-
-        stride = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(
-            local, self.mesh, placements, run_check=False, shape=self.shape, stride=stride
-        )
+# Divided by every number of ranks and of micro-batches.
+ROWS = 16
 
 
-def meshes() -> dict[str, DeviceMesh]:
-    """Make meshes of four processes, two dimensions with all that can be cut out of them."""
-    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    line = init_device_mesh("cpu", (4,))
-    return {"ab": square, "a": square["a"], "b": square["b"], "line": line}
+class Small(nn.Module):
+    """Rows that 2 and 4 ranks cut unevenly, down to none: 8 and 5 of them, 3 and 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        self.up = nn.Linear(5, 8)
+        self.down = nn.Linear(8, 3)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(torch.tanh(self.up(torch.tanh(self.first(x)))))
+        return out * self.gain
 
 
-def configuration(seed: int, known: dict[str, DeviceMesh]) -> list[Random]:
-    """Draw parameters: the same on every process, with nothing said between them."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    draw = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-    names = draw.choice([["ab"], ["line"], ["ab", "a"], ["a", "b"], ["ab", "a", "b", "line"]])
-    found = []
-    for _ in range(draw.randint(1, 5)):
-        mesh = known[draw.choice(names)] if draw.random() < 0.8 else None
-        shape = torch.Size(draw.choice([(5, 3), (4, 4), (1, 2), (7,), (3, 2, 2), (0, 3)]))
-        dtype = draw.choice(TYPES)
-        value = torch.randn(shape, generator=generator).to(dtype)
-        gradient = (torch.randn(shape, generator=generator) * 2).to(dtype)
-        dims = 0 if mesh is None else mesh.ndim
-        placements = tuple(
-            Replicate() if draw.random() < 0.3 else Shard(draw.randrange(len(shape)))
-            for _ in range(dims)
-        )
-        pieces = _pieces(mesh, placements, value, gradient, draw)
-        whole = all(piece.gradient is not None for piece in pieces.values())
-        found.append(Random(mesh, placements, pieces, shape, whole and draw.random() < 0.2))
-    if not any(x.mesh is not None for x in found):
-        # Plain parameters alone are each process's own.
-        return configuration(seed + 1_000_000, known)
-    return found
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _pieces(
-    mesh: DeviceMesh | None,
-    placements: tuple[Any, ...],
-    value: Tensor,
-    gradient: Tensor,
-    draw: random.Random,
-) -> dict[tuple[int, ...], Piece]:
-    missing, pieces = draw.random() < 0.3, {}
-    shared: dict[tuple[int, ...], Piece] = {}
-    for place in itertools.product(*(range(n) for n in (() if mesh is None else mesh.shape))):
-        cut = [value, gradient]
-        for dim, placement in enumerate(placements):
-            if placement.is_shard():
-                cut = [_chunk(x, placement.dim, mesh.size(dim), place[dim]) for x in cut]
-        key = tuple(i for i, p in zip(place, placements, strict=True) if p.is_shard())
-        if key not in shared:
-            absent = missing and draw.random() < 0.5
-            shared[key] = Piece(cut[0].contiguous(), None if absent else cut[1].contiguous())
-        pieces[place] = shared[key]
-    return pieces
+def build(layout: str, seed: int = 0) -> nn.Module:
+    """Return the model, cut over all processes of the group."""
+    torch.manual_seed(seed)
+    model = Small()
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    # Cut the places of all elements first: what a process then holds says which are its own.
+    for p in model.parameters():
+        p.data.copy_(torch.arange(p.numel()).reshape(p.shape))
+    _cut(model, layout)
+    for name, p in model.named_parameters():
+        own = _own(p)
+        p.places = own.detach().long()  # type: ignore[attr-defined]
+        own.detach().copy_(values[name].flatten()[p.places])  # type: ignore[attr-defined]
+    return model
 
 
-def _chunk(x: Tensor, dim: int, count: int, index: int) -> Tensor:
-    """Return one of ``count`` shards along a dimension; the last ones may be short, or empty."""
-    size = -(-x.shape[dim] // count)
-    start = min(index * size, x.shape[dim])
-    return x.narrow(dim, start, min(size, x.shape[dim] - start))
+def _cut(model: Small, layout: str) -> None:
+    if layout == "plain":
+        return
+    if layout == "fsdp+tp":
+        mesh = init_device_mesh("cpu", (world() // 2, 2), mesh_dim_names=("dp", "tp"))
+        _cut_tensors(model, mesh["tp"])
+        _cut_rows(model, mesh["dp"])
+    elif layout == "tp":
+        _cut_tensors(model, init_device_mesh("cpu", (world(),)))
+    elif layout == "hsdp":
+        names = ("replicate", "shard")
+        _cut_rows(model, init_device_mesh("cpu", (2, world() // 2), mesh_dim_names=names))
+    else:
+        _cut_rows(model, init_device_mesh("cpu", (world(),)))
 
 
-def all_pieces(drawn: list[Random]) -> Iterator[Piece]:
-    """List what one process would have: each piece once."""
-    for x in drawn:
-        yield from {id(piece): piece for piece in x.pieces.values()}.values()
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def same_everywhere(t: Tensor) -> bool:
-    """Whether a tensor has the same bits on every process."""
-    others = [torch.empty_like(t) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(others, t.contiguous())
-    # As bytes: nan is nowhere equal to itself.
-    return all(torch.equal(_bytes(x), _bytes(t)) for x in others)
+def _cut_tensors(model: Small, mesh: DeviceMesh) -> None:
+    plan: dict[str, ParallelStyle] = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    parallelize_module(model, mesh, plan)
 
 
-def _bytes(t: Tensor) -> Tensor:
-    return t.contiguous().reshape(-1).view(torch.uint8)
+def _cut_rows(model: Small, mesh: DeviceMesh) -> None:
+    for module in (model.first, model.up, model.down, model):
+        fully_shard(module, mesh=mesh)
+
+
+def batches(step: int, layout: str, micro: int) -> list[tuple[Tensor, Tensor]]:
+    """Return this process' rows of a step's micro-batches."""
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(ROWS, 6, generator=generator)
+    y = torch.randn(ROWS, 3, generator=generator)
+    parts, own = 1, 0
+    if layout not in ("plain", "tp"):
+        # Tensor parallel ranks see the same rows.
+        alike = 2 if layout == "fsdp+tp" else 1
+        parts, own = world() // alike, dist.get_rank() // alike
+    cut = [[part.chunk(parts)[own] for part in whole.chunk(micro)] for whole in (x, y)]
+    return list(zip(*cut, strict=True))
+
+
+def backward(model: nn.Module, step: int, layout: str, micro: int = 1) -> Iterator[None]:
+    """Make the gradients of a step from data, in so many micro-batches."""
+    for x, y in batches(step, layout, micro):
+        ((model(x) - y).square().mean() / micro).backward()
+        yield
+
+
+def give(model: nn.Module, step: int, micro: int = 1) -> Iterator[None]:
+    """Give every parameter its gradients of a step: noise, and a tenth of the parameter."""
+    for part in range(micro):
+        generator = torch.Generator().manual_seed(1000 + 10 * step + part)
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator).flatten()[p.places]  # type: ignore
+            gradient = like(p, noise + 0.1 * _own(p.detach()))
+            if p.grad is None or not isinstance(p, DTensor):
+                p.grad = gradient if p.grad is None else p.grad + gradient
+            else:
+                # As FSDP does.
+                p.grad += gradient
+        yield
+
+
+def like(p: Tensor, own: Tensor) -> Tensor:
+    """Return a tensor placed as a parameter is, of what this process has of it."""
+    if not isinstance(p, DTensor):
+        return own
+    return DTensor.from_local(
+        own, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+
+
+def train(
+    model: nn.Module, optimizer: Any, steps: Iterable[int], layout: str, data: bool = False
+) -> None:
+    """Take steps, each named by its number, which decides its gradients."""
+    statistics = getattr(optimizer, "statistics", None)
+    gathers = isinstance(statistics, fusedopt.MicroBatchSquares)
+    micro = 2 if gathers else 1
+    for step in steps:
+        for _ in backward(model, step, layout, micro) if data else give(model, step, micro):
+            if gathers:
+                statistics.accumulate(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def local(value: Any) -> Any:
+    """Replace tensors by copies of what this process has of them."""
+    if isinstance(value, DTensor):
+        value = value.to_local()
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: local(x) for key, x in value.items()}
+    return [local(x) for x in value] if isinstance(value, (list, tuple)) else copy.copy(value)
+
+
+def whole(value: Any) -> Tensor:
+    """Return all of a tensor, on every process."""
+    full: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+    return full.detach().clone()
+
+
+def everything(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Copy what a checkpoint could change: parameters, states by parameter's name, and groups."""
+    names = {p: name for name, p in model.named_parameters()}
+    groups = [
+        {key: copy.copy(x) for key, x in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    return {
+        "parameters": {name: local(p) for p, name in names.items()},
+        "states": {names[p]: local(dict(state)) for p, state in optimizer.state.items() if state},
+        "groups": groups,
+        "clip": getattr(optimizer, "clip", None),
+    }

@@ -104,6 +104,44 @@ def test_an_initialising_step_counts_nothing() -> None:
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
+INITIALISED = [
+    ("SGD", {"momentum": 0.9, "weight_decay": 0.1}),
+    ("RMSprop", {"weight_decay": 0.1, "momentum": 0.5, "bias_correction": True}),
+    ("Adam", {"weight_decay": 0.1, "amsgrad": True, "clip": fusedopt.GlobalNorm(0.1)}),
+    ("AdamW", {}),
+]
+
+
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+@pytest.mark.parametrize(("name", "options"), INITIALISED)
+def test_a_state_that_is_asked_for_before_the_first_step_is_none(
+    name: str, options: dict[str, Any], lr: Any
+) -> None:
+    # Catches a step that is counted, and weight decay that goes into the moments, as in torch's.
+    made = []
+    for _ in range(2):
+        model, optimizer = make(getattr(fusedopt, name), stepped=False, **options)
+        optimizer.param_groups[0]["lr"] = copy.deepcopy(lr)
+        made.append((model, optimizer))
+    states = get_optimizer_state_dict(*made[0])["state"].values()
+    assert len(states) == 2
+    assert all(state and not any(x.any() for x in state.values()) for state in states)
+    for _ in range(3):
+        for model, optimizer in made:
+            model(torch.ones(4, 3)).square().sum(1).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(map(torch.equal, made[0][0].parameters(), made[1][0].parameters()))
+
+
+def test_a_step_at_lr_0_with_gradients_is_a_step() -> None:
+    model, optimizer = make(fusedopt.AdamW, stepped=False)
+    optimizer.param_groups[0]["lr"] = 0.0
+    model(torch.ones(4, 3)).square().sum(1).mean().backward()
+    optimizer.step()
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
 def test_a_first_step_at_lr_0_without_squares_is_an_error() -> None:
     """Gradients are there: it is no step that is only to create states."""
     model, optimizer = make(fusedopt.BatchDecoupledAdam, stepped=False)

@@ -58,6 +58,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if any(python_of(page))])
 def test_python_runs(page: str, request: pytest.FixtureRequest) -> None:
     """Block after block, as a reader would paste them, with a model and batches at hand."""

@@ -25,6 +25,7 @@ LAYERS = (
     "backends",
     "statistics",
     "step",
+    "completion",
     "checkpoint",
     "engine",
     "optimizer",

@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 import torch
+from random_shards import Random, all_pieces, configuration, meshes, same_everywhere
 from ranks import in_ranks
-from sharded import Random, all_pieces, configuration, meshes, same_everywhere
 from torch import Tensor
 
 import fusedopt
@@ -61,7 +61,7 @@ def test_a_thousand_configurations(tmp_path: Path) -> None:
     Catches a replica counted twice, a shard that is not counted, a collective that one process
     leaves out, and gradients that were not added up.
     """
-    in_ranks(4, tmp_path, _many, 0, 1000, "reference")
+    in_ranks(4, tmp_path, _many, 0, 1000, "reference", limit=900.0)
 
 
 def test_by_the_kernels(tmp_path: Path) -> None:

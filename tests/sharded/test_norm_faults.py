@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from random_shards import same_everywhere
 from ranks import in_ranks
-from sharded import same_everywhere
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_shards import same_everywhere
 from ranks import in_ranks
-from sharded import same_everywhere
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
