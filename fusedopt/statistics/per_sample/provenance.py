@@ -169,7 +169,7 @@ class _Search:
     def _step(self, rows: Rows, shape: tuple[int, ...], target: _Place) -> Rows | None:
         name = target.node.name()
         if name in _VIEWS:
-            return self._viewed(rows, shape, target.shape)
+            return self._viewed(rows, shape, target)
         if name in _STEPS:
             return _STEPS[name](rows, shape, target, self._count)
         # Broadcast against dimensions in front, or not at all.
@@ -177,15 +177,23 @@ class _Search:
         same = dim < len(target.shape) and target.shape[dim] == shape[rows.dim]
         return Rows(dim, rows.each, rows.of) if same else None
 
-    def _viewed(self, rows: Rows, shape: tuple[int, ...], to: tuple[int, ...]) -> Rows | None:
+    def _viewed(self, rows: Rows, shape: tuple[int, ...], target: _Place) -> Rows | None:
         """Find the dimension of a view that holds the same indices, or several of each."""
+        to = target.shape
         before, size = _product(shape[: rows.dim]), shape[rows.dim]
         passed = 1
         for dim, length in enumerate(to):
             if passed == before and length != 1 or (passed == before and size == 1):
                 return self._resized(rows, shape, dim, to)
             passed *= length
-        return None
+        flattened = _leading(to[0], shape) if to else 0
+        if flattened <= rows.dim:
+            return None
+        # Together with dimensions in front: an index of these has no sample of its own.
+        device = target.node._input_metadata[target.index].device
+        of = torch.arange(size, device=device) // rows.each if rows.of is None else rows.of
+        behind = [1] * (flattened - rows.dim - 1)
+        return Rows(0, of=of.view(-1, *behind).expand(shape[:flattened]).flatten())
 
     def _resized(
         self, rows: Rows, shape: tuple[int, ...], dim: int, to: tuple[int, ...]
@@ -214,14 +222,19 @@ def _product(sizes: tuple[int, ...]) -> int:
     return product
 
 
-def _ends_at(factor: int, sizes: tuple[int, ...]) -> bool:
-    """Whether the first of some dimensions together have that many indices."""
+def _leading(indices: int, sizes: tuple[int, ...]) -> int:
+    """Return how many of the first dimensions together have so many indices; 0 if none do."""
     product = 1
-    for size in sizes:
+    for i, size in enumerate(sizes):
         product *= size
-        if product == factor:
-            return True
-    return False
+        if product == indices:
+            return i + 1
+    return 0
+
+
+def _ends_at(indices: int, sizes: tuple[int, ...]) -> bool:
+    """Whether the first of some dimensions together have so many indices."""
+    return _leading(indices, sizes) > 0
 
 
 def _operands(place: _Place) -> list[tuple[Any, int]]:
