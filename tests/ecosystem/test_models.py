@@ -65,6 +65,30 @@ def _vit() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
+def _qwen3_moe() -> nn.Module:
+    """Norms of heads besides those of tokens, and a shared gain for all of them."""
+    config = transformers.Qwen3MoeConfig(
+        **DECODER, head_dim=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def _gpt_oss() -> nn.Module:
+    """Experts with biases and weights the other way round."""
+    config = transformers.GptOssConfig(
+        **DECODER, head_dim=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=4
+    )
+    # Its attention has a parameter of its own, and cannot be run again with a cache of keys.
+    config.use_cache = False
+    return transformers.GptOssForCausalLM(config)
+
+
+def _gemma2() -> nn.Module:
+    """Gains that count from one, and a tied head."""
+    config = transformers.Gemma2Config(**DECODER, head_dim=2, query_pre_attn_scalar=2)
+    return transformers.Gemma2ForCausalLM(config)
+
+
 def _t5() -> nn.Module:
     config = transformers.T5Config(
         vocab_size=19, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2, dropout_rate=0.0,
@@ -79,7 +103,7 @@ def _t5() -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": _gpt2, "llama": _llama, "mixtral": _mixtral, "bert": _bert, "opt": _opt, "vit": _vit,
-    "t5": _t5,
+    "t5": _t5, "qwen3-moe": _qwen3_moe, "gpt-oss": _gpt_oss, "gemma2": _gemma2,
 }  # fmt: skip
 
 
@@ -142,12 +166,14 @@ def checkpoint(model: nn.Module, kind: str, lora: bool) -> None:
 LORA = {
     "gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "v_proj", "down_proj"],
     "mixtral": ["q_proj", "v_proj"], "bert": ["query", "value"], "opt": ["q_proj", "fc1", "fc2"],
-    "vit": ["q_proj", "v_proj"], "t5": ["q", "v", "wo"],
+    "vit": ["q_proj", "v_proj"], "t5": ["q", "v", "wo"], "qwen3-moe": ["q_proj", "v_proj"],
+    "gpt-oss": ["q_proj", "v_proj"], "gemma2": ["q_proj", "down_proj"],
 }  # fmt: skip
 # What goes through torch.func, with a warning: parameters of modules that compute more with them.
 SLOW = {
     "vit": ["vit.embeddings"], "mixtral": ["mlp.gate"], "bert": ["cls.predictions"],
-    "opt": ["decoder.embed_positions"],
+    "opt": ["decoder.embed_positions"], "qwen3-moe": ["mlp.gate"],
+    "gpt-oss": ["mlp.router", "self_attn"], "gemma2": ["embed_tokens"],
 }  # fmt: skip
 
 
@@ -177,3 +203,43 @@ def test_squares_of_models(name: str, precision: str, checkpointing: str, lora: 
             if not key.endswith(("key.bias", "k_proj.bias")):
                 assert_near(p.grad, gradient, allowed, f"gradient of {key}")
                 assert_near(statistics.mean_square(p), square, allowed, f"mean square of {key}")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "mixtral", "opt"])
+def test_batch_equal_to_length(name: str) -> None:
+    """The one is not taken for the other."""
+    model, inputs = prepared(name, lora=False), inputs_of(name, 5, 5)
+    expected = expected_of(copy.deepcopy(model), inputs)
+    statistics = PerSampleSquares(model)
+    loss_of(model, inputs).backward()
+    for key, p in model.named_parameters():
+        if not key.endswith(("key.bias", "k_proj.bias")):
+            assert_near(statistics.mean_square(p), expected[key][1], 1e-4, f"mean square of {key}")
+
+
+@pytest.mark.parametrize("batch", [3, 7])
+def test_a_bias_of_relative_positions_is_refused_by_name(batch: int) -> None:
+    model = _t5()
+    model.requires_grad_(True)
+    PerSampleSquares(model)
+    with pytest.raises(RuntimeError, match="relative_attention_bias was called"):
+        model(**inputs_of("t5", batch, 7))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_implementations_of_experts(implementation: str) -> None:
+    model, inputs = prepared("mixtral", lora=False), inputs_of("mixtral")
+    model.config._experts_implementation = implementation
+    expected = expected_of(copy.deepcopy(model), inputs)
+    statistics = PerSampleSquares(model)
+    loss_of(model, inputs).backward()
+    for key, p in model.named_parameters():
+        assert_near(statistics.mean_square(p), expected[key][1], 1e-4, f"mean square of {key}")
+
+
+def test_experts_that_are_packed() -> None:
+    """Two documents in one row: a token's sample is its document."""
+    model, inputs = prepared("mixtral", lora=False), inputs_of("mixtral", 1, 6)
+    statistics = PerSampleSquares(model)
+    with statistics.segments(torch.tensor([0, 4, 6])), pytest.raises(RuntimeError, match="gate"):
+        loss_of(model, inputs).backward()

@@ -103,9 +103,21 @@ class Mixture(nn.Module):
         return out.view(x.shape)
 
 
+class Attending(Flat):
+    """Attention projects its output time first, whatever it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention(x, x, x, need_weights=False)[0]
+        return super().forward(y)
+
+
 @both_backends
 @pytest.mark.parametrize("length", [1, 3, 5])
-@pytest.mark.parametrize("kind", [Flat, FlatTimeFirst, Moved, Reversed])
+@pytest.mark.parametrize("kind", [Attending, Flat, FlatTimeFirst, Moved, Reversed])
 def test_rows(kind: Any, length: int, backend: str) -> None:
     """Where batch and length are equal, too."""
     model, x = to(DTYPES[backend], kind(), randn(3, length, 4))
