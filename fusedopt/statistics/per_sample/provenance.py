@@ -75,7 +75,9 @@ def rows_of(x: Tensor, count: int, batch_dim: int) -> Rows | None:
         if isinstance(x, nn.Parameter):
             raise Independent
         return _of_base(x, count, batch_dim)
-    return _Search(count, batch_dim).run(x)
+    node: Any = x.grad_fn
+    # Most layers stand right behind another.
+    return node.metadata.get(_KEY) or _Search(count, batch_dim).run(x)
 
 
 def _of_base(x: Tensor, count: int, batch_dim: int) -> Rows | None:
