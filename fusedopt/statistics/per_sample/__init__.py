@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .known import LayerOperations, register_layer
 from .squares import PerSampleSquares
 
-__all__ = ["PerSampleSquares"]
+__all__ = ["LayerOperations", "PerSampleSquares", "register_layer"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from .layer_call import LayerCall
-from .layers import linear, repeated
+from .operations import linear, repeated
 
 
 def attention(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...memory.dtypes import compute_dtype
 from .record import Record
 from .reduce import reduce as reduce_uses
 from .sample_count import SampleCount
@@ -99,17 +100,21 @@ class ParamTap:
         self.call.finish(id(self.record), self.record.name)
         fused = self.mode is Mode.FUSED
         dtype = self.record.parameter.dtype if fused else None
+        tolerance = max(getattr(use, "tolerance", 0.0) for use in uses)
+        if self.mode is Mode.BESIDE and tolerance > 0.0:
+            # To be held against what autograd makes.
+            dtype = compute_dtype([self.record.parameter.dtype])
         pending = self.record.pending()
         target = Target(self.record.parameter, self.call.samples, dtype, pending)
         made, squares, total = reduce_uses(uses, target)
+        if not fused and dtype is not None and total is None:
+            total = made
         self.record.propose(squares, self.call)
         gradient = made if fused else gradient
         if total is not None:
             # No sample's share is larger than the root of all squares.
             scale = (squares.sum() * target.samples.count).sqrt()
-            self.record.expect_sum(
-                total, scale * max(getattr(use, "tolerance", 0.0) for use in uses)
-            )
+            self.record.expect_sum(total, scale * tolerance)
         else:
             self.record.expect(gradient, known=self.mode is not Mode.BESIDE)
         return gradient

@@ -59,6 +59,32 @@ def exactly(layer: LayerCall, x: Tensor, dim: int) -> list[int]:
     return [dim] if x.dim() == 3 and layer.call.count in (None, x.shape[dim]) else []
 
 
+def folded(t: Tensor, count: int) -> bool:
+    """Whether rows may be those of all samples, as many of each, one sample after the other."""
+    return t.dim() > 1 and 0 < count < len(t) and len(t) % count == 0
+
+
+def in_front(t: Tensor, dim: int | None, count: int) -> Tensor:
+    """Return a tensor with the batch in front.
+
+    Args:
+        t: the tensor.
+        dim: that is the batch; None for rows of which each sample has as many.
+        count: the number of samples.
+    """
+    return t.unflatten(0, (count, -1)) if dim is None else t.movedim(dim, 0)
+
+
+def alone(x: Tensor, dim: int | None) -> Tensor:
+    """Return what one sample has of an input as the module takes it."""
+    return x if dim is None else x.unsqueeze(dim)
+
+
+def without(y: Tensor, dim: int | None) -> Tensor:
+    """Return what a module returns for one sample without its batch."""
+    return y if dim is None else y.squeeze(dim)
+
+
 def candidates(layer: LayerCall, x: Tensor) -> list[int]:
     """Return the dimensions that may be the batch: the one where it is expected comes first.
 

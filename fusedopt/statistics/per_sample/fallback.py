@@ -96,7 +96,9 @@ def functional(
                 sketches,
             )
         )
-        use = FallbackUse(source, _tolerance(errors, enabled or torch.is_autocast_enabled(device)))
+        use = FallbackUse(
+            source, tolerance_of(errors, enabled or torch.is_autocast_enabled(device))
+        )
         for tap in taps.values():
             tap.add(use)
 
@@ -109,7 +111,8 @@ def functional(
     return tree_unflatten(flat, out_structure)
 
 
-def _tolerance(errors: Sequence[Tensor], autocast: bool) -> float:
+def tolerance_of(errors: Sequence[Tensor], autocast: bool) -> float:
+    """Return how far contributions may be from adding up to autograd's gradient."""
     rough = autocast or any(e.device.type != "cpu" for e in errors)
     return ROUGH if rough else max(SUMS.get(real_view(e).dtype, ROUGH) for e in errors)
 
@@ -209,9 +212,9 @@ class Module:
         except RuntimeError:
             # An operation that vmap has no rule for: sample by sample then.
             rows, ys = call.one_by_one(parameters, inputs, errors)
-        for y, sketch in zip(ys, call.expected, strict=True):
-            expected, norm = sketch[samples].unbind(1)
-            near = (sketch_of(y, 0)[:, 0] - expected).abs() <= TOLERANCE * norm
+        for own, of_batch in call.sketches_of(samples, ys):
+            expected, norm = of_batch.unbind(1)
+            near = (own[:, 0] - expected).abs() <= TOLERANCE * norm
             # What was not finite in the batch either says nothing.
             if not bool((near | ~expected.isfinite()).all()):
                 raise RuntimeError(

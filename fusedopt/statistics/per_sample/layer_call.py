@@ -10,6 +10,8 @@ from torch import Tensor
 from .. import ops
 from .autograd import Mode, ParamTap
 from .model_call import ModelCall
+from .placement import Placement
+from .provenance import Independent, Rows, rows_of
 
 
 class LayerCall:
@@ -60,15 +62,51 @@ class LayerCall:
         """Bring ``[..., width]`` into canonical form."""
         return self.call.rows(x, self.name, self.batch_first)
 
-    def check_rows(self, x: Tensor, shape: torch.Size | None = None) -> None:
-        """Raise where the samples of ``[..., width]`` are not the model's.
+    def place(self, x: Tensor, shape: torch.Size | None = None) -> Placement:
+        """Find out where an input ``[..., width]`` keeps its samples.
 
         Args:
-            x: an input.
+            x: the input.
             shape: of what the layer was called with, where that is another.
+
+        Raises:
+            RuntimeError: where its samples are not the model's.
         """
-        if not self.replayed:
+        batch_dim = 0 if self.batch_first or x.dim() < 3 else 1
+        rows = self._rows_elsewhere(x, batch_dim)
+        if rows is None and not self.replayed:
             self.call.rows(x, self.name, self.batch_first, shape)
+        count = None if self.call.is_packed else self.call.count
+        return Placement(self.rows, batch_dim, rows, count, x)
+
+    def samples_of_rows(self, x: Tensor) -> Tensor:
+        """Return the sample of each row of an input ``[rows, width]``, int64."""
+        self.place(x)
+        if self.call.offsets is not None:
+            return self.call.samples.of_rows(len(x))
+        rows = self._rows_elsewhere(x, 0) or Rows(0)
+        return torch.arange(len(x), device=x.device) // rows.each if rows.of is None else rows.of
+
+    def place_rows(self, of: Tensor) -> Placement:
+        """Return the placement of rows ``[rows, width]`` whose samples are known."""
+        return Placement(self.rows, 0, Rows(0, of=of), self.call.count, of)
+
+    def _rows_elsewhere(self, x: Tensor, batch_dim: int) -> Rows | None:
+        """Return the rows of an input whose batch is not where it should be."""
+        call = self.call
+        if call.is_packed or call.count is None or x.dim() < 2:
+            return None
+        try:
+            rows = rows_of(x, call.count, 0 if call.options.batch_first else 1)
+        except Independent:
+            raise RuntimeError(
+                f"{self.name} was called with an input of shape {tuple(x.shape)} that is computed"
+                " from parameters alone, and has nothing to do with the samples of the batch."
+                " Repeat it for each of them before (x.expand(batch, -1, -1)), freeze the layer, or"
+                " use MicroBatchSquares"
+            ) from None
+        usual = rows is None or (rows.dim == batch_dim and rows.each == 1 and rows.of is None)
+        return None if usual else rows
 
     def check_images(self, x: Tensor) -> None:
         """Raise where the samples of ``[batch, channels, ...]`` are not the model's."""

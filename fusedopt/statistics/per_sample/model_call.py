@@ -28,6 +28,7 @@ class CallOptions:
         backend_of: where squares are made of what a tensor's device holds.
         paused: a context in which nothing is observed.
         see: told of a call once a backward pass may reach it.
+        told_apart: names of layers that were seen with a batch that no other dimension is equal to.
     """
 
     sample: str
@@ -36,6 +37,7 @@ class CallOptions:
     backend_of: Callable[[Tensor], str]
     paused: Callable[[], AbstractContextManager[None]]
     see: Callable[[ModelCall], None]
+    told_apart: set[str]
 
 
 class ModelCall:
@@ -52,11 +54,11 @@ class ModelCall:
         self.offsets = offsets
         self._tokens: int | None = None
         self._length: int | None = None
-        self._inputs: set[int] = set()
+        self._inputs: list[Tensor] = []
         count = None if offsets is None else len(offsets) - 1
         if offsets is None and options.sample == "sequence":
             count, self._length = _batch_size(arguments, options.batch_first)
-            self._inputs = {id(leaf) for leaf in tree_leaves(arguments)}
+            self._inputs = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
         self.counted = SampleCount(count, offsets)
         self._taps: dict[int, ParamTap] = {}
         # For each module of unknown kind, what gathers its calls.
@@ -71,6 +73,16 @@ class ModelCall:
     def count(self) -> int | None:
         """How many samples there are; None where the first layer is to tell."""
         return self.counted.count
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether rows are what belongs to samples: packed, or each token one."""
+        return self.offsets is not None or self.options.sample == "token"
+
+    @property
+    def is_tapped(self) -> bool:
+        """Whether any layer has been seen."""
+        return bool(self._taps)
 
     def tap(self, parameter: Tensor, mode: Mode, unplaced: bool) -> ParamTap:
         """Return the tap of a parameter, one for all its uses in this call."""
@@ -93,18 +105,20 @@ class ModelCall:
         for tap in self._taps.values():
             tap.close()
         self._taps = {}
+        self._inputs = []
         self.fallbacks = {}
 
     def expand_ids(self, ids: Tensor, name: str) -> Tensor:
         """Repeat ids that are the same for every sample (positions) over the batch.
 
         Raises:
-            RuntimeError: for a vector of ids that could be one a sample or one a position.
+            RuntimeError: for ids that could be one a sample or one a position.
         """
-        if self.options.sample == "token" or self.offsets is not None or ids.dim() == 0:
+        if self.is_packed or ids.dim() == 0:
             return ids
         if ids.dim() == 1:
-            if len(ids) == self.counted.count == self._length and id(ids) not in self._inputs:
+            given = any(ids is x for x in self._inputs)
+            if len(ids) == self.counted.count == self._length and not given:
                 raise RuntimeError(
                     f"{name} was called with {len(ids)} ids, which is both the batch size and the"
                     " length of the sequence: give positions a batch dimension, [1, length], and"
@@ -113,10 +127,37 @@ class ModelCall:
             return ids
         dim = 0 if self.options.batch_first else 1
         if ids.shape[dim] != 1 or self.counted.count in (None, 1):
+            self._tell_apart(ids, dim, name)
             return ids
         shape = list(ids.shape)
         shape[dim] = self.counted.count  # type: ignore[call-overload]
         return ids.expand(shape)
+
+    def _tell_apart(self, ids: Tensor, dim: int, name: str) -> None:
+        """Raise for ids whose batch may be another dimension of the same size.
+
+        A bias of relative positions looks up ``[length, length]``.
+        """
+        count = self.counted.count
+        if count in (None, 1) or ids.shape[dim] != count:
+            return
+        others = [*ids.shape[:dim], *ids.shape[dim + 1 :], self._length]
+        if count not in others:
+            self.options.told_apart.add(name)
+            return
+        # Views of what the model was called with, and what was repeated over the batch.
+        stored = ids.untyped_storage()._cdata
+        known = ids.stride(dim) == 0 or any(
+            stored == x.untyped_storage()._cdata for x in self._inputs
+        )
+        if not known and name not in self.options.told_apart:
+            raise RuntimeError(
+                f"{name} was called with ids of shape {tuple(ids.shape)}, which the model was not"
+                f" given, and {count} is both the batch size and a length: whether each sample has"
+                " ids of its own, or all share these (relative positions), cannot be told. Call"
+                " the model once with a batch of another size before, give it the ids as an"
+                " argument, freeze the layer, or use MicroBatchSquares"
+            )
 
     def rows(
         self, x: Tensor, name: str, batch_first: bool, shape: torch.Size | None = None
@@ -133,7 +174,7 @@ class ModelCall:
             ``[batch, length, width]``, or ``[tokens, width]`` where samples are packed. A view
             wherever there is one.
         """
-        if self.offsets is not None or self.options.sample == "token":
+        if self.is_packed:
             flat = x.reshape(-1, x.shape[-1])
             self._check_tokens(len(flat), name)
             return flat if self.offsets is not None else flat.unsqueeze(1)
@@ -145,7 +186,7 @@ class ModelCall:
 
     def images(self, x: Tensor, name: str) -> Tensor:
         """Check ``[batch, channels, ...]``, the form that convolutions take."""
-        if self.offsets is not None or self.options.sample == "token":
+        if self.is_packed:
             raise RuntimeError(f"{name} works on images, which are not made of tokens")
         self._check_count(len(x), x.shape, name)
         return x

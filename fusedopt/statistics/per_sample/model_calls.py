@@ -36,11 +36,15 @@ class ModelCalls:
         self.seen = False
         self._alive: weakref.WeakSet[ModelCall] = weakref.WeakSet()
         see = self._alive.add
-        self._options = CallOptions(sample, batch_first, record_of, backend_of, self.paused, see)
+        self._options = CallOptions(
+            sample, batch_first, record_of, backend_of, self.paused, see, set()
+        )
         self._active: ModelCall | None = None
         self._thread = 0
         # The latest, for as long as its graph is.
         self._last: weakref.ref[ModelCall] | None = None
+        # It, where all its layers are to be seen when checkpoints are run again.
+        self._kept: ModelCall | None = None
         self._offsets: Tensor | None = None
         self._paused = 0
 
@@ -63,6 +67,7 @@ class ModelCalls:
             return plain(*arguments, **keywords)
         finally:
             call, self._active = self._active, None
+            self._kept = None if call.is_tapped else call
             call.release()
             self._last = weakref.ref(call)
 

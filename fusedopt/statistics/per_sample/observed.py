@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from .attention import attention
-from .fallback import functional, trained_parameters
-from .instrument import is_observed, original_class
+from .fallback import trained_parameters
+from .instrument import is_observed
 from .layer_call import LayerCall
-from .layers import KNOWN, Forward, coupled_message
+from .layers import coupled_message
 from .model_calls import ModelCalls
-from .ownership import computes_weights, is_container, own_parameters, set_by_hooks
+from .ownership import is_container, own_parameters, set_by_hooks
+from .recognised import run_attention, runs_of
 from .unknown import check_context
 
 
@@ -23,11 +23,11 @@ class LayerForward:
     def __init__(self, calls: ModelCalls, name: str, module: nn.Module) -> None:
         self.calls = calls
         self.name = name or "the model"
-        self.forward = forward_of(module)
+        self.runs = runs_of(module)
         self.own = list(own_parameters(module).values())
         # Whether or not it has parameters to train: attention those of its output, a coupled layer
         # to say that it is one.
-        self.always = _is_coupled(module) or self.forward is attention
+        self.always = _is_coupled(module) or self.runs is run_attention
 
     def __call__(self, module: nn.Module, plain: Any, arguments: Any, keywords: Any) -> Any:
         """Run the module, whose own forward is ``plain``."""
@@ -38,12 +38,7 @@ class LayerForward:
         check_context(self.name)
         call = calls.current(self.name)
         layer = LayerCall(call, self.name, calls.is_replaying(), calls.is_unplaced())
-        if self.forward is functional:
-            return functional(layer, module, plain, arguments, keywords)
-        if self.forward is attention:
-            return attention(layer, module, *arguments, **keywords)  # type: ignore[arg-type]
-        # The input is the one argument, whatever the layer calls it.
-        return self.forward(layer, module, *arguments, *keywords.values())
+        return self.runs(layer, module, plain, arguments, keywords)
 
 
 def check_model(model: nn.Module) -> None:
@@ -82,16 +77,6 @@ def check_model(model: nn.Module) -> None:
 def _is_coupled(module: nn.Module) -> bool:
     """Whether a module may mix the samples of a batch."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
-def forward_of(module: nn.Module) -> Forward:
-    """Return what is run for a module: the known layer with its forward, or the fallback."""
-    own: Any = original_class(module).forward
-    if computes_weights(module):
-        return functional
-    if own is nn.MultiheadAttention.forward:
-        return attention
-    return KNOWN.get(own, functional)
 
 
 def observable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

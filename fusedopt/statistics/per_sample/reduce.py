@@ -26,6 +26,7 @@ from .uses import (
     _unfold,
     _unpadded,
     reduce_uses,
+    samples_of,
 )
 
 # Gradient elements formed at once.
@@ -83,6 +84,7 @@ def pieces(count: int, numel: int) -> Iterator[slice]:
 
 def _add(rows: Tensor, use: Known, samples: Samples, piece: slice) -> None:
     """Add what some samples contribute through one use to ``rows``, ``[samples, *parameter]``."""
+    samples = samples_of(use, samples)
     if samples.offsets is None or isinstance(use, ConvolutionUse):
         _add_dense(rows, use, piece)
         return
@@ -97,7 +99,8 @@ def _add_dense(rows: Tensor, use: Known, piece: slice, packed: bool = False) -> 
         return x[piece].unsqueeze(0) if packed else x[piece]
 
     if isinstance(use, LinearUse):
-        own = rows if use.rows is None else rows[:, use.rows]
+        matrices = rows.flatten(1, -2)
+        own = matrices if use.rows is None else matrices[:, use.rows]
         own += cut(use.grad_output).to(rows.dtype).transpose(1, 2) @ cut(use.activations).to(
             rows.dtype
         )

@@ -69,19 +69,41 @@ class Call:
     def __post_init__(self) -> None:
         layer = self.source.layer
         count = layer.call.samples.count
-        dims = {i: self._input_dims(i, x) for i, x in self.inputs.items()}
-        self._batched = [i for i, own in dims.items() if own]
-        outputs = [[own for own in sketch if len(own[1]) == count] for sketch in self.sketches]
-        if not self._batched or not all(outputs):
+        exact = list(self._exact_ways(count))
+        # Only where it would be refused otherwise.
+        ways = exact or list(self._folded_ways(count))
+        if not ways:
             shapes = [tuple(t.shape) for t in (*self.inputs.values(), *self.errors)]
             raise RuntimeError(
                 f"{layer.name}: its inputs and outputs, of shapes {shapes}, do not all have a batch"
                 f" dimension of size {count}"
             )
-
-        ways = itertools.product(*(dims[i] for i in self._batched), *outputs)
-        self.ways = list(itertools.islice(ways, batch_dims.MOST_WAYS))
+        self.ways = ways
         self._read()
+
+    def _exact_ways(self, count: int) -> Iterator[tuple[Any, ...]]:
+        """Go through ways to read the dimensions where the batch is one of them."""
+        dims = {i: self._input_dims(i, x) for i, x in self.inputs.items()}
+        self._batched = [i for i, own in dims.items() if own]
+        outputs = [[own for own in sketch if len(own[1]) == count] for sketch in self.sketches]
+        if self._batched and all(outputs):
+            ways = itertools.product(*(dims[i] for i in self._batched), *outputs)
+            yield from itertools.islice(ways, batch_dims.MOST_WAYS)
+
+    def _folded_ways(self, count: int) -> Iterator[tuple[Any, ...]]:
+        """Go through the way in which samples are flattened into rows, if there is one."""
+        if self.source.layer.call.is_packed or self.fixed is not None:
+            return
+        self._batched = [i for i, x in self.inputs.items() if batch_dims.folded(x, count)]
+        # The sketches of rows, where these are in front.
+        first = [dict(sketch).get(0) for sketch in self.sketches]
+        outputs = [
+            (None, own)
+            for own, e in zip(first, self.errors, strict=True)
+            if own is not None and batch_dims.folded(e, count)
+        ]
+        if self._batched and len(outputs) == len(first):
+            yield (*(None for _ in self._batched), *outputs)
 
     def _input_dims(self, place: int, x: Tensor) -> list[int]:
         if self.fixed is None:
@@ -90,8 +112,8 @@ class Call:
 
     def _read(self) -> None:
         way, n = self.ways[0], len(self._batched)
-        self.input_dims: dict[int, int] = dict(zip(self._batched, way[:n], strict=True))
-        self.output_dims: list[int] = [dim for dim, _ in way[n:]]
+        self.input_dims: dict[int, int | None] = dict(zip(self._batched, way[:n], strict=True))
+        self.output_dims: list[int | None] = [dim for dim, _ in way[n:]]
         self.expected: list[Tensor] = [sketch for _, sketch in way[n:]]
 
     def read_otherwise(self) -> bool:
@@ -104,9 +126,22 @@ class Call:
 
     def cut(self, samples: slice) -> tuple[list[Tensor], list[Tensor]]:
         """Return inputs and errors of some samples, the batch in front."""
-        inputs = [self.inputs[i].movedim(dim, 0)[samples] for i, dim in self.input_dims.items()]
+        count, front = self.source.layer.call.samples.count, batch_dims.in_front
+        inputs = [front(self.inputs[i], dim, count) for i, dim in self.input_dims.items()]
         errors = zip(self.errors, self.output_dims, strict=True)
-        return inputs, [e.movedim(dim, 0)[samples] for e, dim in errors]
+        own = [front(e, dim, count)[samples] for e, dim in errors]
+        return [x[samples] for x in inputs], own
+
+    def sketches_of(self, samples: slice, outputs: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
+        """Give sketches of what samples alone return, beside those of the batch."""
+        count = self.source.layer.call.samples.count
+        for y, sketch, dim in zip(outputs, self.expected, self.output_dims, strict=True):
+            if dim is None:
+                # Row by row.
+                expected = sketch.unflatten(0, (count, -1))[samples].flatten(0, 1)
+                yield sketch_of(y.flatten(0, 1), 0), expected
+            else:
+                yield sketch_of(y, 0), sketch[samples]
 
     def contribution(
         self, chosen: Sequence[Tensor], inputs: list[Tensor], errors: list[Tensor]
@@ -115,7 +150,7 @@ class Call:
         source = self.source
         own = dict(self.inputs)
         for (i, dim), x in zip(self.input_dims.items(), inputs, strict=True):
-            own[i] = x.unsqueeze(dim)
+            own[i] = batch_dims.alone(x, dim)
         leaves = [own.get(i, x) for i, x in enumerate(self.rest)]
         arguments, keywords = tree_unflatten(leaves, self.structure)
 
@@ -136,7 +171,7 @@ class Call:
                 )
             flat, _ = tree_flatten(result)
             places = zip(self.places, self.output_dims, strict=True)
-            return [flat[i].squeeze(dim) for i, dim in places]
+            return [batch_dims.without(flat[i], dim) for i, dim in places]
 
         made: Any = torch.func.vjp(run, [p.detach() for p in chosen])
         outputs, pull = made

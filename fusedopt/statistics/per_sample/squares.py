@@ -16,7 +16,7 @@ from . import causes
 from .fallback import functional, warning
 from .instrument import Observer, is_observed, observe_module, restore_module
 from .model_calls import ModelCalls
-from .observed import LayerForward, check_model, forward_of, observable
+from .observed import LayerForward, check_model, observable
 from .ownership import computes_weights, own_parameters
 from .record import Record
 from .records import Records
@@ -111,10 +111,11 @@ class PerSampleSquares(Statistics):
     def _observe(self) -> None:
         for name, module, _ in self._modules:
             own = own_parameters(module).values()
-            if forward_of(module) is functional and any(p.requires_grad for p in own):
+            forward = LayerForward(self._calls, name, module)
+            if forward.runs is functional and any(p.requires_grad for p in own):
                 warn(warning(name or "the model", module), UserWarning, stacklevel=4)
             call = self._calls.run if module is self.model else None
-            observe_module(module, Observer(LayerForward(self._calls, name, module), call))
+            observe_module(module, Observer(forward, call))
         if not is_observed(self.model):
             observe_module(self.model, Observer(call=self._calls.run))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..ops.samples import Samples
+from ..ops.samples import Samples, packed
 
 Packed = tuple[Tensor, Tensor, Samples]
 
@@ -41,14 +41,16 @@ def add_cross_terms(squares: Tensor, head: Packed, lookup: Packed) -> None:
 def _pieces(head: Packed, lookup: Packed) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     a, e, samples = head
     ids, looked, own = lookup
-    if samples.offsets is None:
+    if samples.offsets is None and own.offsets is None:
         length, tokens = a.shape[1], ids.shape[1]
         size = max(1, CHUNK_ELEMENTS // max(1, tokens * (length + looked.shape[2])))
         for start in range(0, samples.count, size):
             piece = slice(start, start + size)
             yield a[piece], e[piece], ids[piece], looked[piece]
         return
-    assert own.offsets is not None
+    (a, e), samples = packed((a, e), samples)
+    (ids, looked), own = packed((ids, looked), own)
+    assert samples.offsets is not None and own.offsets is not None
     # Ragged: one by one. On a GPU this waits for the offsets.
     bounds = zip(samples.offsets.tolist(), own.offsets.tolist(), strict=True)
     start, own_start = next(bounds)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ...memory.dtypes import compute_dtype
-from ..ops.samples import Samples
+from ..ops.samples import Samples, packed
 from .tied import add_cross_terms
 
 Pair = tuple[int, int]
@@ -24,12 +24,17 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class LinearUse:
-    """``y = x W^T``: canonical input and error, and the rows of W that were used."""
+    """``y = x W^T``: canonical input and error, and the rows of W that were used.
+
+    Of ``y = x W``, input and error change places. Rows of a parameter of more dimensions are those
+    of all but its last one, and samples are those of the call where none are given.
+    """
 
     ops: ModuleType
     activations: Tensor
     grad_output: Tensor
     rows: slice | None = None
+    samples: Samples | None = None
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,25 @@ class VectorUse:
     ops: ModuleType
     grad_output: Tensor
     rows: slice | None = None
+    samples: Samples | None = None
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True)
 class GainUse:
-    """``y = (x - mean) rstd * w``: input, its statistics and the error."""
+    """``y = (x - mean) rstd * w``: input, its statistics and the error.
+
+    Attributes:
+        tolerance: as that of ``FallbackUse``, where the module reads its parameter by itself.
+    """
 
     ops: ModuleType
     grad_output: Tensor
     x: Tensor
     mean: Tensor | None
     rstd: Tensor
+    samples: Samples | None = None
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ class EmbeddingUse:
     ids: Tensor
     grad_output: Tensor
     padding_idx: int | None
+    samples: Samples | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +155,11 @@ def reduce_uses(uses: Sequence[ParamUse], target: Target) -> Reduced:
     return _shaped(_reduce_single(uses[0], target), target)
 
 
+def samples_of(use: ParamUse, of_call: Samples) -> Samples:
+    """Return which rows of a use belong to which sample."""
+    return getattr(use, "samples", None) or of_call
+
+
 def _shaped(reduced: Reduced, target: Target) -> Reduced:
     gradient, squares = reduced
     shape = target.parameter.shape
@@ -149,7 +168,7 @@ def _shaped(reduced: Reduced, target: Target) -> Reduced:
 
 def _reduce_single(use: ParamUse, target: Target) -> Reduced:
     """Reduce the common case: one use of the whole parameter, by one kernel."""
-    samples, dtype, squares = target.samples, target.dtype, target.squares
+    samples, dtype, squares = samples_of(use, target.samples), target.dtype, target.squares
     if isinstance(use, LinearUse):
         return use.ops.linear(use.activations, use.grad_output, samples, dtype, squares)
     if isinstance(use, EmbeddingUse):
@@ -220,7 +239,7 @@ def _parts(uses: Sequence[Any], rows: int) -> Iterator[tuple[slice, list[Any]]]:
 def _reduce_vectors(uses: Sequence[VectorUse], target: Target) -> Reduced:
     gradient, squares = _start(target, uses[0].grad_output)
     for place, own in _parts(uses, target.parameter.numel()):
-        (e,), samples = _join([(use.grad_output,) for use in own], target.samples)
+        (e,), samples = _join([(use.grad_output,) for use in own], own, target.samples)
         made, _ = own[0].ops.vector(e, samples, target.dtype, squares.view(-1)[place])
         if gradient is not None:
             gradient.view(-1)[place] = made
@@ -234,7 +253,8 @@ def _as_vector(use: VectorUse | GainUse) -> VectorUse:
     normal = use.x.to(use.rstd.dtype)
     if use.mean is not None:
         normal = normal - use.mean.unsqueeze(-1)
-    return VectorUse(use.ops, normal * use.rstd.unsqueeze(-1) * use.grad_output)
+    normal = normal * use.rstd.unsqueeze(-1)
+    return VectorUse(use.ops, normal * use.grad_output, None, use.samples, use.tolerance)
 
 
 def _reduce_matrices(uses: Sequence[ParamUse], target: Target) -> Reduced:
@@ -245,19 +265,22 @@ def _reduce_matrices(uses: Sequence[ParamUse], target: Target) -> Reduced:
     linear = [use for use in uses if isinstance(use, LinearUse)]
     lookups = [use for use in uses if isinstance(use, EmbeddingUse)]
     gradient, squares = _start(target, (linear or lookups)[0].grad_output)
-    for place, own in _parts(linear, len(target.parameter)):
-        (a, e), samples = _join([(use.activations, use.grad_output) for use in own], target.samples)
-        made, _ = own[0].ops.linear(a, e, samples, target.dtype, squares[place])
+    # Views: what is put into them is in the parameter's shape, too.
+    flat = squares.flatten(0, -2)
+    rows = len(flat)
+    for place, own in _parts(linear, rows):
+        pairs = [(use.activations, use.grad_output) for use in own]
+        (a, e), samples = _join(pairs, own, target.samples)
+        made, _ = own[0].ops.linear(a, e, samples, target.dtype, flat[place])
         if gradient is not None:
-            gradient[place] = made
+            gradient.flatten(0, -2)[place] = made
         if lookups:
-            if place.stop - place.start < len(target.parameter):
+            if place.stop - place.start < rows:
                 raise RuntimeError("an embedding tied to a part of a weight is not supported")
-            (ids, looked), joined = _join([_unpadded(use) for use in lookups], target.samples)
+            (ids, looked), joined = _join(list(map(_unpadded, lookups)), lookups, target.samples)
             add_cross_terms(squares, (a, e, samples), (ids, looked, joined))
     if lookups:
-        (ids, e), samples = _join([_unpadded(use) for use in lookups], target.samples)
-        rows = len(target.parameter)
+        (ids, e), samples = _join(list(map(_unpadded, lookups)), lookups, target.samples)
         made, _ = lookups[0].ops.embedding(ids, e, samples, rows, None, target.dtype, squares)
         if gradient is not None:
             gradient += made
@@ -281,7 +304,7 @@ def _reduce_convolutions(uses: Sequence[ConvolutionUse], target: Target) -> Redu
     for g in range(groups):
         place = slice(g * width, (g + 1) * width)
         own = [(a[:, g], e[:, g]) for a, e in zip(patches, errors, strict=True)]
-        (a, e), samples = _join(own, target.samples)
+        (a, e), samples = _join(own, uses, target.samples)
         # A view: the operation adds to it in place.
         flat = squares[place].view(width, -1)
         made, _ = uses[0].ops.linear(a, e, samples, target.dtype, flat)
@@ -297,16 +320,26 @@ def _unfold(use: ConvolutionUse, samples: slice = slice(None)) -> Tensor:
 
 
 def _join(
-    parts: Sequence[tuple[Tensor, ...]], samples: Samples
+    parts: Sequence[tuple[Tensor, ...]], uses: Sequence[Any], of_call: Samples
 ) -> tuple[Sequence[Tensor], Samples]:
-    """Concatenate the rows that each sample has in several sets of canonical tensors."""
+    """Concatenate the rows that each sample has in several sets of canonical tensors.
+
+    Args:
+        parts: the tensors of each use.
+        uses: which these are of.
+        of_call: the samples of uses that have none of their own.
+    """
+    samples = [samples_of(use, of_call) for use in uses]
     if len(parts) == 1:
-        return parts[0], samples
-    columns = list(zip(*parts, strict=True))
-    if samples.offsets is None:
-        return [torch.cat(column, 1) for column in columns], samples
-    # Packed rows: those of one sample have to lie next to each other again.
-    of_rows = samples.of_rows(len(columns[0][0])).repeat(len(parts))
+        return parts[0], samples[0]
+    if all(own.offsets is None for own in samples):
+        columns = list(zip(*parts, strict=True))
+        return [torch.cat(column, 1) for column in columns], of_call
+    flat = [packed(part, own) for part, own in zip(parts, samples, strict=True)]
+    columns = list(zip(*(part for part, _ in flat), strict=True))
+    # Rows of one sample have to lie next to each other again.
+    rows = zip(columns[0], (own for _, own in flat), strict=True)
+    of_rows = torch.cat([own.of_rows(len(x)) for x, own in rows])
     order = torch.argsort(of_rows, stable=True)
-    joined = Samples(samples.count, samples.offsets * len(parts))
-    return [torch.cat(column)[order] for column in columns], joined
+    offsets = torch.stack([own.offsets for _, own in flat if own.offsets is not None]).sum(0)
+    return [torch.cat(column)[order] for column in columns], Samples(of_call.count, offsets)
