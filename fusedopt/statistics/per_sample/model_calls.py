@@ -24,6 +24,7 @@ class ModelCalls:
         batch_first: whether the batch is the first dimension of sequences.
         record_of: where a parameter's squares are gathered.
         backend_of: where squares are made of what a tensor's device holds.
+        called: told of each call, in its midst.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class ModelCalls:
         batch_first: bool,
         record_of: Callable[[Tensor], Record],
         backend_of: Callable[[Tensor], str],
+        called: Callable[[], None],
     ) -> None:
         self.seen = False
         self._alive: weakref.WeakSet[ModelCall] = weakref.WeakSet()
-        see = self._alive.add
+        see = self._see
         self._options = CallOptions(sample, batch_first, record_of, backend_of, self.paused, see)
+        self._called = called
         self._active: ModelCall | None = None
         self._thread = 0
         # The latest, for as long as its graph is.
@@ -55,6 +58,8 @@ class ModelCalls:
             return plain(*arguments, **keywords)
         check_context("the model")
         check_arguments("the model", (arguments, keywords))
+        if not torch.compiler.is_dynamo_compiling():
+            self._called()
         self.release()
         self.seen = True
         self._active = ModelCall(self._options, (arguments, keywords), self._offsets)
@@ -65,6 +70,13 @@ class ModelCalls:
             call, self._active = self._active, None
             call.release()
             self._last = weakref.ref(call)
+
+    def _see(self, call: ModelCall) -> None:
+        """Note a call that a backward pass may reach."""
+        self._alive.add(call)
+        if call is self._active:
+            # Where the call was traced by a compiler, a layer is the first to be run as it is.
+            self._called()
 
     def release(self) -> None:
         """Let go of the graphs of all calls."""

@@ -29,9 +29,12 @@ class Record:
     Attributes:
         squares: the sum over samples of squared contributions to ``parameter.grad``, in float32
             (float64 for float64 parameters); None where nothing has arrived.
-        start: how many samples the statistics had seen when ``parameter.grad`` was cleared.
-        reduced_count: number of samples of all processes, once squares are added up over them; 0
-            before.
+        start: how many samples the statistics had seen when ``parameter.grad`` was cleared, or when
+            squares were last added up over processes.
+        reduced: how many samples of all processes were added up.
+        divisor: what the sum over processes of their gradients was divided by; None where squares
+            are of this process alone.
+        local: whether squares of this process alone have been added since.
         foreign: where a part of the gradient came from that no observed layer made, or None.
         deviates: whether what arrived is not what was expected, on the device; None where that is
             known on the host.
@@ -46,7 +49,9 @@ class Record:
         self.name = name
         self.squares: Tensor | None = None
         self.start = 0
-        self.reduced_count = 0
+        self.reduced: Callable[[], int] = _none
+        self.divisor: float | None = None
+        self.local = False
         self.foreign: Foreign | None = None
         self.deviates: Tensor | None = None
         self.norms: Tensor | None = None
@@ -144,17 +149,16 @@ class Record:
             return True
         return not bool(gradient.any())
 
-    def take_zero(self, start: int) -> None:
+    def take_zero(self, like: Record) -> None:
         """Gather zeros for a gradient that was cleared in place, and not reached since.
 
         Args:
-            start: how many samples the statistics had seen before those of this step.
+            like: another of the same step, of which this has seen the samples.
         """
-        parameter = self.parameter
-        if self.squares is None and parameter.grad is not None and self._is_zero():
-            compute = compute_dtype([parameter.dtype])
-            self.squares = torch.zeros_like(parameter, dtype=compute)
-            self.start = start
+        if self.squares is None and self.parameter.grad is not None and self._is_zero():
+            self.squares = self.zeros()
+            self.start, self.reduced = like.start, like.reduced
+            self.divisor, self.local = like.divisor, like.local
             self.accept()
 
     def cleared(self) -> None:
@@ -185,13 +189,51 @@ class Record:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._commit(self, calls)
-            self.squares = pending if self.squares is None else self.squares.add_(pending)
+            self._add(pending)
         self.foreign = self.foreign or self._unexpected
         if self._deviates is not None:
             known = self.deviates
             self.deviates = self._deviates if known is None else known | self._deviates
         self._version, self._stepped = GradVersion(parameter.grad), False
         self.norms = None
+
+    def _add(self, squares: Tensor) -> None:
+        if self.squares is None:
+            self.squares = squares
+        else:
+            self.to_share()
+            self.squares.add_(squares)
+        self.local = True
+
+    def to_share(self) -> None:
+        """Give squares that were added up the form of one process' share, to be added up again."""
+        if self.divisor is not None and not self.local and self.squares is not None:
+            # The sum of as many equal shares, over the square of the divisor, is the same again.
+            self.squares.mul_(self.divisor)
+        self.local = True
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether squares are those of all processes."""
+        return self.divisor is not None and not self.local
+
+    def share(self, reduced: Callable[[], int], divisor: float, seen: int) -> None:
+        """Take squares for those of all processes, and the gradient for their average."""
+        self.reduced, self.divisor, self.local = reduced, divisor, False
+        self.start = seen
+        if self.parameter.grad is not None:
+            self.accept()
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether there has been a gradient since it was cleared."""
+        return self._version is not None
+
+    def zeros(self) -> Tensor:
+        """Return squares of no sample."""
+        parameter = self.parameter
+        dtype = compute_dtype([parameter.dtype])
+        return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
     def stepped(self) -> None:
         """Note that a step has used the squares."""
@@ -206,6 +248,13 @@ class Record:
     def is_same_tensor(self) -> bool:
         """Whether the gradient is still the tensor that arrived, written or not."""
         return self._version is not None and self._version.is_same_tensor(self.parameter.grad)
+
+    def may_be_followed(self) -> bool:
+        """Whether the gradient may be what arrived, times a factor."""
+        gradient = self.parameter.grad
+        # DistributedDataParallel moves sums into new buckets once, if they are views of these.
+        moved = gradient is not None and gradient._is_view() and self.divisor is not None
+        return moved or self.is_same_tensor()
 
     def is_cleared(self) -> bool:
         """Whether the gradient that the squares belong to is gone."""
@@ -226,7 +275,7 @@ class Record:
         """Forget the squares; count samples from ``start`` on."""
         self.squares = None
         self.start = start
-        self.reduced_count = 0
+        self.reduced, self.divisor, self.local = _none, None, False
         self.foreign = self.deviates = None
         self.altered = False
         self._version, self._stepped, self.norms = None, False, None
@@ -237,6 +286,10 @@ class Record:
             self._check_hook.remove()
             self._arrived_hook.remove()
         self._check_hook = self._arrived_hook = None
+
+
+def _none() -> int:
+    return 0
 
 
 def settle_deviations(records: Sequence[Record]) -> None:
@@ -264,12 +317,14 @@ def follow(records: Sequence[Record]) -> bool:
     Returns:
         False where that is not one factor for all; nothing has changed then.
     """
-    before = [r.norms for r in records if r.norms is not None and r.is_same_tensor()]
+    before = [r.norms for r in records if r.norms is not None and r.may_be_followed()]
     gradients = [r.parameter.grad for r in records if r.parameter.grad is not None]
     if len(before) < len(records) or len(gradients) < len(records):
         return False
     after = factors.norms(gradients)
     factor = factors.common_factor(before, after, gradients)
+    if factor is not None and not all(r.is_same_tensor() for r in records):
+        factor = 1.0 if abs(factor - 1.0) <= factors.TOLERANCE else None
     if factor is None:
         return False
     for record, norms in zip(records, after, strict=True):

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...memory.dtypes import compute_dtype
+from ..replicas import Averages
+from . import causes
+from .across import add_up
 from .record import Record, follow, measure, settle_deviations
 from .sample_count import SampleCount
 
@@ -21,16 +23,13 @@ class Records:
     Args:
         model: whose they are.
         unknown: says why a parameter has none.
-
-    Attributes:
-        ranks: over how many processes squares have been added up.
     """
 
     def __init__(self, model: nn.Module, unknown: Callable[[Tensor], str]) -> None:
         self._unknown = unknown
         # Samples of all backward passes there have been.
         self._total = 0
-        self.ranks = 1
+        self._averages = Averages(model)
         self._lock = threading.RLock()
         # What has arrived, by backward pass: one that failed never comes to its end, and one within
         # another (reentrant checkpoints) has an end of its own.
@@ -64,7 +63,7 @@ class Records:
         record = self.find(parameter)
         if record is None or record.squares is None:
             return 0
-        return record.reduced_count or self._total - record.start
+        return record.reduced() + self._total - record.start
 
     def follow_changes(self, parameters: Iterable[Tensor]) -> None:
         """Bring what is known of gradients up to date with what was done to them since."""
@@ -74,7 +73,7 @@ class Records:
             # Layers that this step does not use, behind zero_grad(set_to_none=False).
             for p in parameters:
                 if id(p) in self._of:
-                    self._of[id(p)].take_zero(known[0].start)
+                    self._of[id(p)].take_zero(known[0])
         settle_deviations(known)
         # One factor on all gradients of the step; of some alone is more likely to be a mistake.
         if known and all(r.is_changed() for r in known):
@@ -145,51 +144,57 @@ class Records:
         """Run at the end of a backward pass: see ``factors``."""
         with self._lock:
             arrived = self._arrived.pop(backward)
-        measure(arrived)
+        if not self._averages.expected:
+            measure(arrived)
+            return
+        # What DistributedDataParallel has queued since goes first.
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(partial(self._average, arrived))  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _average(self, arrived: list[Record]) -> None:
+        """Add up squares of gradients that have been averaged since they arrived."""
+        changed = {id(r): r for r in arrived}
+        for module in self._averages.finished(within=bool(self._arrived)):
+            own = set(map(id, module._module_parameters))
+            records = [r for r in self if id(r.parameter) in own]
+            changed |= {id(r): r for r in self._add_up(records, module.process_group)}
+        measure(changed.values())
 
     def _restart(self, arriving: Record, start: int) -> None:
         """Forget what belongs to gradients that were set to None or zero."""
         others = [r for r in self if r is not arriving]
         cleared = [r for r in others if r.is_cleared()]
-        if any(r.reduced_count and r not in cleared for r in others):
-            raise RuntimeError("backward after all_reduce(): call optimizer.step() and zero_grad()")
         if cleared or arriving.restarts:
             # What has nothing yet belongs to the batch that now begins.
             for r in (*cleared, *(r for r in self if r.squares is None)):
                 r.reset(start)
 
+    def called(self) -> None:
+        """Note a call of the model, in the midst of which this is."""
+        self._averages.called()
+
     @torch.no_grad()
     def all_reduce(self, group: Any) -> None:
         """Add up the squares of all processes, whose gradients have been averaged."""
-        distributed = torch.distributed
-        ranks = self.ranks = distributed.get_world_size(group)
+        measure(self._add_up(list(self), group))
+
+    def _add_up(self, records: Sequence[Record], group: Any) -> Sequence[Record]:
         # The same parameters in the same order everywhere, whichever of them were used here.
-        records = [r for r in self if r.parameter.requires_grad]
-        # Done already, or nothing is trained.
-        if all(r.reduced_count for r in records):
-            return
-        counts = torch.tensor([self._total - r.start for r in records], dtype=torch.int64)
-        counts = counts.to(records[0].parameter.device)
-        distributed.all_reduce(counts, group=group)
-        for record, count in zip(records, counts.tolist(), strict=True):
-            if record.squares is None:
-                dtype = compute_dtype([record.parameter.dtype])
-                record.squares = torch.zeros_like(record.parameter, dtype=dtype)
-            distributed.all_reduce(record.squares, group=group)
-            record.squares.div_(ranks**2)
-            record.reduced_count = count
-            # The processes' gradients have been averaged in place.
-            record.accept()
-        measure(records)
+        records = [r for r in records if r.parameter.requires_grad]
+        if all(r.is_shared for r in records):
+            return []
+        add_up(records, self._total, group)
+        return records
+
+    def divisor(self) -> float:
+        """Return what the sum over processes of their gradients was divided by."""
+        return next((r.divisor for r in self.gathered() if r.divisor is not None), 1.0)
 
     def check_ranks(self) -> None:
         """Raise RuntimeError where squares of several processes are to be added up first."""
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return
-        reduced = all(r.reduced_count for r in self.gathered())
-        if distributed.get_world_size() > 1 and not reduced:
-            raise RuntimeError(
-                "there are several processes, and each has seen its own samples alone: call"
-                " statistics.all_reduce() between backward and step()"
-            )
+        if distributed.get_world_size() > 1 and not all(r.is_shared for r in self.gathered()):
+            raise RuntimeError(self._averages.problem or causes.NOT_ADDED_UP)

@@ -95,7 +95,9 @@ class PerSampleSquares(Statistics):
         ]
         check_model(model)
         self._records = Records(model, self._unknown)
-        self._calls = ModelCalls(sample, batch_first, self._records.of, self._backend_of)
+        self._calls = ModelCalls(
+            sample, batch_first, self._records.of, self._backend_of, self._records.called
+        )
         self._observe()
 
     @property
@@ -180,9 +182,7 @@ class PerSampleSquares(Statistics):
 
     def weight(self, count: int) -> float:
         """Return the weight s that makes rows gradients of samples."""
-        return (
-            super().weight(count) if self.loss_reduction == "mean" else float(self._records.ranks)
-        )
+        return super().weight(count) if self.loss_reduction == "mean" else self._records.divisor()
 
     def name_of(self, parameter: Tensor) -> str:
         """Name a parameter in messages."""
@@ -196,7 +196,7 @@ class PerSampleSquares(Statistics):
 
     def parameters(self) -> Sequence[Tensor]:
         """List the parameters that something was gathered for."""
-        return [r.parameter for r in self._records.gathered()]
+        return [r.parameter for r in self._records.gathered() if r.has_arrived]
 
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise where the samples of these parameters cannot be used."""
@@ -254,10 +254,10 @@ class PerSampleSquares(Statistics):
     def all_reduce(self, group: Any = None) -> None:
         """Add up the samples of all processes, between backward and ``step()``.
 
-        For gradients that are averaged over processes, as ``DistributedDataParallel`` does: a
-        sample's contribution then is its local one over the number of processes. Costs an
-        all-reduce of 4 bytes a parameter, tensor by tensor. A second call before the gradients are
-        cleared changes nothing.
+        For gradients that you average over processes: a sample's contribution then is its local one
+        over the number of processes. ``DistributedDataParallel`` needs no call. Costs an all-reduce
+        of 4 bytes a parameter, tensor by tensor. A second call without a backward pass between
+        changes nothing.
 
         Args:
             group: the process group; the default one.
