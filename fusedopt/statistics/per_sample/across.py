@@ -52,6 +52,27 @@ def add_up(records: Sequence[Record], seen: int, group: Any) -> None:
         record.share(totals.after(record.reduced, index), ranks, seen)
 
 
+def count(records: Sequence[Record], seen: int, mesh: Any) -> None:
+    """Count the samples of all processes, whose squares have been added up into shards.
+
+    Args:
+        records: of the same parameters in the same order everywhere.
+        seen: how many samples this process has seen.
+        mesh: the processes.
+    """
+    device = torch.device(mesh.device_type)
+    totals = Totals([seen - r.start for r in records], device)
+    for dim in range(mesh.ndim):
+        totals.add_up(mesh.get_group(dim))
+    for index, record in enumerate(records):
+        reduced = totals.after(record.reduced, index)
+        if record.divisor is not None and not record.local:
+            record.share(reduced, record.divisor, seen)
+        else:
+            # No sample has used it, or this is a backward pass within the one that reduces it.
+            record.reduced, record.start = reduced, seen
+
+
 class Totals:
     """Numbers of samples, added up over processes, which nobody waits for before they are read.
 

@@ -61,8 +61,10 @@ class ParamTap:
         self._unplaced = unplaced
         record.watch()
         record.gated = True
-        alias, self.order_token = _Enter.apply(record.parameter, self)  # type: ignore[no-untyped-call]
-        self.tensor: Tensor = record.parameter.detach() if mode is Mode.FUSED else alias
+        parameter = record.leaf
+        assert parameter is not None
+        alias, self.order_token = _Enter.apply(parameter, self)  # type: ignore[no-untyped-call]
+        self.tensor: Tensor = parameter.detach() if mode is Mode.FUSED else alias
 
     def close(self) -> None:
         """Let go of the graph: no further use follows in this call of the model."""
@@ -98,9 +100,11 @@ class ParamTap:
             return gradient
         self.call.finish(id(self.record), self.record.name)
         fused = self.mode is Mode.FUSED
-        dtype = self.record.parameter.dtype if fused else None
+        parameter = self.record.leaf
+        assert parameter is not None
+        dtype = parameter.dtype if fused else None
         pending = self.record.pending()
-        target = Target(self.record.parameter, self.call.samples, dtype, pending)
+        target = Target(parameter, self.call.samples, dtype, pending)
         made, squares, total = reduce_uses(uses, target)
         self.record.propose(squares, self.call)
         gradient = made if fused else gradient

@@ -40,6 +40,16 @@ FOREIGN = {
 }
 
 
+def not_reduced(name: str) -> str:
+    """Say that FSDP2 has whole gradients, beside shards."""
+    return (
+        f"the last gradient of {name!r} has not been reduced into that of the shard. Where"
+        " set_requires_gradient_sync(False) was called, turn it on for the last micro-batch of a"
+        " step; otherwise a module that fully_shard was not called with uses the parameter: call"
+        " it with all modules that do, in one list"
+    )
+
+
 def changed(name: str) -> str:
     """Say what may be done to a gradient between backward and the step."""
     return (

@@ -40,6 +40,7 @@ class ModelCalls:
         see = self._see
         self._options = CallOptions(sample, batch_first, record_of, backend_of, self.paused, see)
         self._called = called
+        self._told = False
         self._active: ModelCall | None = None
         self._thread = 0
         # The latest, for as long as its graph is.
@@ -58,10 +59,10 @@ class ModelCalls:
             return plain(*arguments, **keywords)
         check_context("the model")
         check_arguments("the model", (arguments, keywords))
-        if not torch.compiler.is_dynamo_compiling():
-            self._called()
         self.release()
-        self.seen = True
+        self.seen, self._told = True, False
+        if not torch.compiler.is_dynamo_compiling():
+            self._tell()
         self._active = ModelCall(self._options, (arguments, keywords), self._offsets)
         self._thread = _thread()
         try:
@@ -76,6 +77,12 @@ class ModelCalls:
         self._alive.add(call)
         if call is self._active:
             # Where the call was traced by a compiler, a layer is the first to be run as it is.
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tell of the call under way, once."""
+        if not self._told:
+            self._told = True
             self._called()
 
     def release(self) -> None:

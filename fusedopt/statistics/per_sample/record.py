@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from ...memory.dtypes import compute_dtype
+from ...memory.storage import local_tensors
+from .. import shards
 from ..grad_version import GradVersion, weakly
 from . import factors
 from .expected import Expected, Foreign, deviation
 from .sample_count import SampleCount
+
+Commit = Callable[["Record", list[SampleCount]], None]
 
 
 class Record:
@@ -42,9 +46,7 @@ class Record:
         altered: whether a gradient was changed by hand before another was added to it.
     """
 
-    def __init__(
-        self, parameter: Tensor, name: str, commit: Callable[[Record, list[SampleCount]], None]
-    ) -> None:
+    def __init__(self, parameter: Tensor, name: str, commit: Commit) -> None:
         self.parameter = parameter
         self.name = name
         self.squares: Tensor | None = None
@@ -79,6 +81,16 @@ class Record:
         if parameter.requires_grad:
             self.watch()
 
+    @property
+    def leaf(self) -> Tensor | None:
+        """The tensor that layers compute with, whose gradient autograd makes."""
+        return self.parameter
+
+    @property
+    def mesh(self) -> Any:
+        """The processes that have shards of the parameter; None for one that is whole."""
+        return None
+
     def pending(self) -> Tensor | None:
         """Return what this backward pass has made so far, to be added to."""
         backward = torch._C._current_graph_task_id()
@@ -103,7 +115,9 @@ class Record:
 
     def watch(self) -> None:
         """See the gradient as it arrives, behind hooks that others have registered since."""
-        parameter: Any = self.parameter
+        parameter: Any = self.leaf
+        if parameter is None:
+            return
         registered = parameter._backward_hooks
         if self._memory != parameter._cdata:
             if self._memory != -1:
@@ -117,9 +131,9 @@ class Record:
             if registered and next(reversed(registered)) == self._check_hook.id:
                 return
             self.remove()
-        self._check_hook = self.parameter.register_hook(weakly(self._check))
+        self._check_hook = parameter.register_hook(weakly(self._check))
         arrived = weakly(self._arrived)
-        self._arrived_hook = self.parameter.register_post_accumulate_grad_hook(arrived)
+        self._arrived_hook = parameter.register_post_accumulate_grad_hook(arrived)
 
     def _check(self, gradient: Tensor) -> None:
         """Compare what reaches the parameter with what the layers handed over."""
@@ -147,7 +161,10 @@ class Record:
         gradient = self.parameter.grad
         if gradient is None or (self._zero is not None and self._zero.holds(gradient)):
             return True
-        return not bool(gradient.any())
+        return not self._is_nonzero(gradient)
+
+    def _is_nonzero(self, gradient: Tensor) -> bool:
+        return bool(gradient.any())
 
     def take_zero(self, like: Record) -> None:
         """Gather zeros for a gradient that was cleared in place, and not reached since.
@@ -235,6 +252,10 @@ class Record:
         dtype = compute_dtype([parameter.dtype])
         return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
+    def is_to_be_counted(self) -> bool:
+        """Whether the samples of all processes are to be counted with squares that are shared."""
+        return self.parameter.requires_grad
+
     def stepped(self) -> None:
         """Note that a step has used the squares."""
         self._version, self._stepped = GradVersion(self.parameter.grad), True
@@ -265,7 +286,7 @@ class Record:
             return gradient is None
         # Written after a step: zeroed in place, by the model's zero_grad or by hand. Written before
         # one: an error that step() finds, unless it was zeroed; this once the host looks.
-        return self._stepped or not bool(gradient.any())
+        return self._stepped or not self._is_nonzero(gradient)
 
     def is_changed(self) -> bool:
         """Whether the gradient was written or replaced since it arrived."""
@@ -305,9 +326,18 @@ def settle_deviations(records: Sequence[Record]) -> None:
 def measure(records: Iterable[Record]) -> None:
     """Note the norms of gradients as they are now, so that a factor on them can be followed."""
     own = [r for r in records if r.parameter.grad is not None and r.squares is not None]
-    gradients = [r.parameter.grad for r in own]
-    for record, norms in zip(own, factors.norms(gradients), strict=True):  # type: ignore[arg-type]
+    for record, norms in zip(own, _norms(own, _gradients(own)), strict=True):
         record.norms = norms
+
+
+def _gradients(records: Iterable[Record]) -> list[Tensor]:
+    """Return the gradients that there are, or this process' shards of them."""
+    found = [r.parameter.grad for r in records if r.parameter.grad is not None]
+    return local_tensors(found)
+
+
+def _norms(records: Sequence[Record], gradients: Sequence[Tensor]) -> list[Tensor]:
+    return shards.whole_norms(factors.norms(gradients), [r.parameter for r in records])
 
 
 @torch.no_grad()
@@ -318,10 +348,10 @@ def follow(records: Sequence[Record]) -> bool:
         False where that is not one factor for all; nothing has changed then.
     """
     before = [r.norms for r in records if r.norms is not None and r.may_be_followed()]
-    gradients = [r.parameter.grad for r in records if r.parameter.grad is not None]
+    gradients = _gradients(records)
     if len(before) < len(records) or len(gradients) < len(records):
         return False
-    after = factors.norms(gradients)
+    after = _norms(records, gradients)
     factor = factors.common_factor(before, after, gradients)
     if factor is not None and not all(r.is_same_tensor() for r in records):
         factor = 1.0 if abs(factor - 1.0) <= factors.TOLERANCE else None
@@ -331,5 +361,27 @@ def follow(records: Sequence[Record]) -> bool:
         record.accept()
         record.norms = norms
         if factor != 1.0 and record.squares is not None:
-            record.squares.mul_(factor**2)
+            local_tensors([record.squares])[0].mul_(factor**2)
     return True
+
+
+@torch.no_grad()
+def look_at_shards(records: Iterable[Record]) -> list[Record]:
+    """Follow what was done to gradients that are sharded, and return those that are zero now.
+
+    What torch's optimizers and ``clip_grad_norm_`` write to many DTensors at once leaves no version
+    count changed, so that they are read.
+    """
+    own = [r for r in records if r.mesh is not None and r.is_shared and r.norms is not None]
+    if not own or follow(own):
+        return []
+    gradients = _gradients(own)
+    if len(gradients) < len(own):
+        # Some were set to None, which needs no look.
+        return []
+    norms = torch.stack([pair[0] for pair in _norms(own, gradients)])
+    if not bool(norms.any()):
+        return own
+    for record in own:
+        record.altered = True
+    return []

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...memory.storage import local_tensors
 from ..replicas import Averages
 from . import causes
-from .across import add_up
-from .record import Record, follow, measure, settle_deviations
+from .across import add_up, count
+from .managed import Managed, managed
+from .record import Record, follow, look_at_shards, measure, settle_deviations
 from .sample_count import SampleCount
 
 
@@ -34,7 +36,25 @@ class Records:
         # What has arrived, by backward pass: one that failed never comes to its end, and one within
         # another (reentrant checkpoints) has an end of its own.
         self._arrived: dict[int, list[Record]] = {}
-        self._of = {id(p): Record(p, name, self._commit) for name, p in model.named_parameters()}
+        # Whether the model has been called since gradients were last reduced into shards.
+        self._called = False
+        # Shards whose gradients have been reduced in the backward pass under way.
+        self._reduced: list[Record] = []
+        found = managed(model)
+        self._of = {
+            id(p): self._record(p, n, found.get(id(p))) for n, p in model.named_parameters()
+        }
+        # Of shards by the whole parameters, which are made later.
+        self._of_leaf: dict[int, Record] = {}
+
+    def _record(self, parameter: Tensor, name: str, known: Managed | None) -> Record:
+        if known is None:
+            return Record(parameter, name, self._commit)
+        # Imports what a torch without distributed lacks.
+        from .sharded import ShardedRecord
+
+        expects = partial(getattr, self, "_called")
+        return ShardedRecord(parameter, name, self._commit, known, expects, self._is_reduced)
 
     def __iter__(self) -> Iterator[Record]:
         """Go through all of them, whether or not anything was gathered."""
@@ -42,8 +62,12 @@ class Records:
 
     def of(self, parameter: Tensor) -> Record:
         """Return where a parameter's squares are gathered; raise RuntimeError if it is unknown."""
-        record = self._of.get(id(parameter))
-        if record is None:
+        record = self._of.get(id(parameter)) or self._of_leaf.get(id(parameter))
+        if record is not None and record.leaf is parameter:
+            return record
+        self._of_leaf = {id(r.leaf): r for r in self if r.mesh is not None}
+        record = self._of_leaf.get(id(parameter))
+        if record is None or record.leaf is not parameter:
             raise RuntimeError(self._unknown(parameter))
         return record
 
@@ -75,6 +99,7 @@ class Records:
                 if id(p) in self._of:
                     self._of[id(p)].take_zero(known[0])
         settle_deviations(known)
+        look_at_shards(known)
         # One factor on all gradients of the step; of some alone is more likely to be a mistake.
         if known and all(r.is_changed() for r in known):
             follow(known)
@@ -93,7 +118,7 @@ class Records:
             record.accept()
             record.altered = False
             if record.squares is not None:
-                record.squares.mul_(factor**2)
+                local_tensors([record.squares])[0].mul_(factor**2)
         measure(self)
 
     def reset(self, parameters: Sequence[Tensor] | None, zero: bool = False) -> None:
@@ -143,13 +168,31 @@ class Records:
     def _measure(self, backward: int) -> None:
         """Run at the end of a backward pass: see ``factors``."""
         with self._lock:
-            arrived = self._arrived.pop(backward)
+            # Shards are measured where they are counted.
+            arrived = [r for r in self._arrived.pop(backward) if r.mesh is None]
         if not self._averages.expected:
             measure(arrived)
             return
         # What DistributedDataParallel has queued since goes first.
         engine = torch.autograd.Variable._execution_engine
         engine.queue_callback(partial(self._average, arrived))  # type: ignore[attr-defined]
+
+    def _is_reduced(self, record: Record) -> None:
+        """Note a shard whose squares have been added up over processes."""
+        self._reduced.append(record)
+        if len(self._reduced) == 1:
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._count)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _count(self) -> None:
+        """Run at the end of a backward pass that has reduced gradients into shards."""
+        reduced, self._reduced, self._called = self._reduced, [], False
+        meshes = {r.mesh: None for r in reduced}
+        for mesh in meshes:
+            own = [r for r in self if r.mesh == mesh and r.is_to_be_counted()]
+            count(own, self._total, mesh)
+            measure(own)
 
     @torch.no_grad()
     def _average(self, arrived: list[Record]) -> None:
@@ -172,7 +215,12 @@ class Records:
 
     def called(self) -> None:
         """Note a call of the model, in the midst of which this is."""
+        self._called = True
         self._averages.called()
+        # What is added now would hide it.
+        cleared = look_at_shards(self)
+        if cleared:
+            self.reset([r.parameter for r in cleared], zero=True)
 
     @torch.no_grad()
     def all_reduce(self, group: Any) -> None:
@@ -181,18 +229,32 @@ class Records:
 
     def _add_up(self, records: Sequence[Record], group: Any) -> Sequence[Record]:
         # The same parameters in the same order everywhere, whichever of them were used here.
-        records = [r for r in records if r.parameter.requires_grad]
+        records = [r for r in records if r.parameter.requires_grad and r.mesh is None]
         if all(r.is_shared for r in records):
             return []
         add_up(records, self._total, group)
         return records
 
     def divisor(self) -> float:
-        """Return what the sum over processes of their gradients was divided by."""
-        return next((r.divisor for r in self.gathered() if r.divisor is not None), 1.0)
+        """Return what the sum over processes of their gradients was divided by.
+
+        Raises:
+            RuntimeError: where it is not the same for all.
+        """
+        found = {r.divisor for r in self.gathered() if r.divisor is not None}
+        if len(found) > 1:
+            raise RuntimeError(
+                f"gradients of parameters were divided by {sorted(found)} when processes reduced"
+                " them, so that with loss_reduction='sum' they are of several losses: give"
+                " set_gradient_divide_factor() one number for all modules"
+            )
+        return found.pop() if found else 1.0
 
     def check_ranks(self) -> None:
         """Raise RuntimeError where squares of several processes are to be added up first."""
+        for record in self.gathered():
+            if record.mesh is not None and record.local:
+                raise RuntimeError(causes.not_reduced(record.name))
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return

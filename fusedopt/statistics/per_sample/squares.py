@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import backends
+from ...memory.storage import local_tensors
 from ..base import MissingSquares, Statistics
 from . import causes
 from .fallback import functional, warning
@@ -224,7 +225,7 @@ class PerSampleSquares(Statistics):
         if not (record.altered or record.is_changed()):
             return None
         gradient = parameter.grad
-        finite = gradient is None or bool(gradient.isfinite().all())
+        finite = gradient is None or bool(local_tensors([gradient])[0].isfinite().all())
         return causes.changed(record.name) if finite else causes.not_finite(record.name)
 
     def used(self, parameters: Sequence[Tensor]) -> None:
