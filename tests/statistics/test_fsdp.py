@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,8 +28,14 @@ from observed import Everything
 from per_sample import DEVICE
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 from fusedopt import PerSampleSquares
@@ -126,7 +133,7 @@ def are_sharded_as_parameters(model: nn.Module, statistics: Any) -> bool:
 
 
 def reduced_without_a_call(rank: int) -> None:
-    """Catches whole squares on shards, a missing 1/F^2, a mean of counts, replicas counted twice."""
+    """Catches whole squares on shards, a missing 1/F^2, a mean of counts, and replicas twice."""
     expected = whole(3)
     for name, mesh in meshes().items():
         for reshard in (True, False):
@@ -147,9 +154,9 @@ def accumulation(rank: int) -> None:
         orders += [("shards", "none", "all"), ("none", "shards", "all")]
     for name, mesh in meshes().items():
         for order in orders:
-            if "shards" in order and name == "shards":
+            if (len(meshes()) == 2) == (name == "shards"):
                 continue
-            for set_to_none in (True, False):
+            for set_to_none in (True, False) if order == orders[0] else (True,):
                 model = sharded(make(), mesh)
                 optimizer = adam(model, PerSampleSquares(model))
                 found = parts(rank, model, optimizer, order, set_to_none)
@@ -274,6 +281,59 @@ def clipping_by_torch_is_followed(rank: int) -> None:
     assert_same(*map(parameters, reversed(models)), WITHIN, "after a step")
 
 
+class Branches(nn.Module):
+    """Another branch for each process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(3, 2) for _ in range(3))
+        self.shared = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, branch: int) -> Tensor:
+        return self.shared(torch.tanh(self.branches[branch](x)))
+
+
+def parameters_that_some_do_not_use(rank: int) -> None:
+    """Processes that have no gradient take part with zeros, in gradients as in squares."""
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)).double()
+    models = [fully_shard(make(Branches), mesh=meshes()["shards"]), make(Branches)]
+    models[0].set_reduce_scatter_unused_params(True)
+    statistics = [PerSampleSquares(model) for model in models]
+    optimizers = [adam(*pair) for pair in zip(models, statistics, strict=True)]
+    for _ in range(2):
+        local_loss(models[0](share_of(x, rank, SIZES[2]), rank), 2, 8).backward()
+        for other in range(2):
+            local_loss(models[1](share_of(x, other, SIZES[2]), other), 1, 8).backward()
+        # Zeros are gradients, too: those of the third branch are everywhere.
+        for p in models[1].branches[2].parameters():
+            p.grad = None
+        alone(statistics[1])
+        found = [findings(*pair) for pair in zip(models, statistics, strict=True)]
+        zeros = {n: v for n, v in found[0].items() if "branches.2" in n}
+        assert all(not v.any() for n, v in zeros.items() if "squares" in n)
+        assert_same({n: v for n, v in found[0].items() if n not in zeros}, found[1], WITHIN, "")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(*map(parameters, models), WITHIN, "after two steps")
+
+
+def a_process_without_samples(rank: int) -> None:
+    models = [sharded(make(), meshes()["shards"]), make()]
+    statistics = [PerSampleSquares(model) for model in models]
+    local_loss(models[0](share_of(ids(0), rank, (8, 0))), 2, 8).backward()
+    local_loss(models[1](ids(0)), 1, 8).backward()
+    alone(statistics[1])
+    assert_same(*(findings(*pair) for pair in zip(models, statistics, strict=True)), WITHIN, "")
+
+
+def offloaded_shards(rank: int) -> None:
+    policy = CPUOffloadPolicy(pin_memory=False)
+    model = sharded(make(), meshes()["shards"], offload_policy=policy)
+    found = parts(rank, model, adam(model, PerSampleSquares(model)), steps=2)
+    same(found, whole(2), "offloaded")
+
+
 @contextmanager
 def refused(pattern: str) -> Iterator[None]:
     with pytest.raises(RuntimeError, match=pattern):
@@ -330,12 +390,28 @@ def what_is_refused(rank: int) -> None:
     model = fully_shard(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), mesh=mesh)
     with refused("observe the module that fully_shard was called with"):
         PerSampleSquares(model[0])
+    # Modules that would have to be run again for each sample; other kinds of sharding.
+    model = Gain()
+    model.layer = fully_shard(nn.Linear(4, 4), mesh=mesh)
+    with refused(r"run again.*\(gain\) into a module of their own"):
+        PerSampleSquares(fully_shard(model, mesh=mesh))
+    two = init_device_mesh("cpu", (world, 1), mesh_dim_names=("data", "tensor"))
+    model = nn.Sequential(nn.Linear(4, 4))
+    parallelize_module(model[0], two["tensor"], ColwiseParallel())
+    with refused(r"'0\.weight'.*for tensor or expert parallelism"):
+        PerSampleSquares(fully_shard(model, mesh=two["data"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    with refused("flattened into one.*fully_shard"):
+        PerSampleSquares(model)
 
 
 SCENARIOS = {
     2: (
         reduced_without_a_call, accumulation, gradients_divided_otherwise, activation_checkpoints,
         other_placements, narrow_parameters, clipping_by_torch_is_followed, what_is_refused,
+        parameters_that_some_do_not_use, a_process_without_samples, offloaded_shards,
     ),
     3: (reduced_without_a_call, clipping_by_torch_is_followed),
     4: (reduced_without_a_call, accumulation, gradients_divided_otherwise, other_placements),

@@ -181,24 +181,24 @@ def test_pitfall_g_micro_batches_on_sharded_parameters(mesh: Any, b: int) -> Non
 
 @gloo
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_pitfall_g_fully_sharded_model(mesh: Any) -> None:
-    """fully_shard itself: refused by one, and the other gives the plain model's steps."""
+@pytest.mark.parametrize("kind", ["samples", "micro-batches"])
+def test_pitfall_g_fully_sharded_model(mesh: Any, kind: str) -> None:
+    """fully_shard itself: both give the plain model's steps."""
     from torch.distributed.fsdp import fully_shard
 
     (plain,) = to(torch.float64, mlp())
     sharded = copy.deepcopy(plain)
     fully_shard(sharded, mesh=mesh)
-    with pytest.raises(RuntimeError, match="MicroBatchSquares"):
-        PerSampleSquares(sharded)
     x = randn(8, 4)
     for model in (plain, sharded):
-        statistics = MicroBatchSquares()
+        statistics = MicroBatchSquares() if kind == "micro-batches" else PerSampleSquares(model)
         optimizer = adam_without_decay(model.parameters(), statistics, virtual_batch_size=2)
         for _ in range(2):
             for part in x.chunk(4):
                 (squared_error()(model(part)).sum() / 4).backward()
-                statistics.accumulate(optimizer)
-            assert statistics.samples == 4
+                if isinstance(statistics, MicroBatchSquares):
+                    statistics.accumulate(optimizer)
+            assert statistics.samples == (4 if kind == "micro-batches" else 8)
             optimizer.step()
             optimizer.zero_grad()
     for p, q in zip(plain.parameters(), sharded.parameters(), strict=True):

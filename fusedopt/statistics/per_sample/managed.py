@@ -37,17 +37,14 @@ class Managed:
         return getattr(self.inner, "_unsharded_param", None)
 
     @property
-    def holds_whole_gradient(self) -> bool:
-        """Whether there is a gradient that is yet to be reduced."""
+    def holds_unreduced_gradient(self) -> bool:
+        """Whether there is a gradient that is yet to be reduced, or to be over replicas."""
         leaf = self.leaf
-        return (leaf is not None and leaf.grad is not None) or (
-            self.inner.unsharded_accumulated_grad is not None
+        return (
+            (leaf is not None and leaf.grad is not None)
+            or self.inner.unsharded_accumulated_grad is not None
+            or getattr(self.group, "_partial_reduce_output", None) is not None
         )
-
-    @property
-    def holds_partial_gradient(self) -> bool:
-        """Whether there is one that is yet to be reduced over replicas."""
-        return getattr(self.group, "_partial_reduce_output", None) is not None
 
     @property
     def reduces(self) -> bool:

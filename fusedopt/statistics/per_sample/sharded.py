@@ -69,6 +69,11 @@ class ShardedRecord(Record):
         """How shards lie on the mesh."""
         return self.parameter.placements  # type: ignore[attr-defined, no-any-return]
 
+    @property
+    def _is_waiting(self) -> bool:
+        """Whether there are squares that are yet to be reduced."""
+        return self._whole is not None or self._partial is not None
+
     def watch(self) -> None:
         """See whole gradients as they arrive, and shards of them once they are reduced."""
         if self._reduced_hook is None:
@@ -85,14 +90,14 @@ class ShardedRecord(Record):
         self._reduced_hook = None
 
     def _check(self, gradient: Tensor) -> None:
-        lost = self._whole is not None and not self.managed.holds_whole_gradient
+        lost = self._is_waiting and not self.managed.holds_unreduced_gradient
         if lost and self.squares is not None:
             raise RuntimeError(
                 f"a gradient of {self.name!r} that was not reduced yet is gone, as by"
                 " reset_iter_state(), and squares of it are not: call optimizer.zero_grad()"
             )
         if lost:
-            self._whole = None
+            self._whole = self._partial = None
         if self._reduced_in == torch._C._current_graph_task_id():
             # Shards that are reduced together are views, which count the writes to all of them.
             self.accept()
@@ -100,7 +105,7 @@ class ShardedRecord(Record):
         self.restarts |= lost
 
     def _is_zero(self) -> bool:
-        unknown = self._whole is None and self.managed.holds_whole_gradient
+        unknown = not self._is_waiting and self.managed.holds_unreduced_gradient
         return not unknown and super()._is_zero()
 
     def _is_nonzero(self, gradient: Tensor) -> bool:
@@ -192,12 +197,9 @@ class ShardedRecord(Record):
 
     def reset(self, start: int) -> None:
         """Forget the squares; count samples from ``start`` on."""
-        managed, before = self.managed, self.start
-        waits = (self._whole is not None and managed.holds_whole_gradient) or (
-            self._partial is not None and managed.holds_partial_gradient
-        )
+        before = self.start
         super().reset(start)
-        if waits:
+        if self._is_waiting and self.managed.holds_unreduced_gradient:
             # Clearing the shard's gradient leaves what is yet to be added to it.
             self.start, self.local = before, True
         else:
