@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ..memory.dtypes import compute_dtype
 from ..memory.layout import real_view
@@ -32,11 +32,23 @@ class MicroBatchSquares(Statistics):
 
     ``p.grad`` accumulates over micro-batches as ever. ``virtual_batch_size`` counts micro-batches.
     With several processes a micro-batch is that of all of them together: each has to be reduced, so
-    that ``DistributedDataParallel.no_sync()`` must not be used.
+    that ``DistributedDataParallel.no_sync()`` must not be used. With ``each_rank=True`` it is each
+    process' own, of which gradients and squares are added up once a step::
+
+        with model.no_sync():
+            for x, y in micro_batches:
+                (criterion(model(x), y) / len(micro_batches)).backward()
+                statistics.accumulate(optimizer)
+        statistics.all_reduce(optimizer)
+        optimizer.step()
+
+    Args:
+        each_rank: whether each process' gradient is a micro-batch of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, each_rank: bool = False) -> None:
         super().__init__("mean")
+        self.each_rank = each_rank
         self._states: dict[int, _Parameter] = {}
         self._replicas = Replicas()
 
@@ -62,10 +74,16 @@ class MicroBatchSquares(Statistics):
                 "no parameter has a gradient: call backward before accumulate(), under FSDP with"
                 " gradient synchronisation on"
             )
-        self._replicas.check(own)
+        self._replicas.check(own, self.each_rank)
+        if self.each_rank:
+            _check_whole(own)
         if any(id(p) in self._states and self._states[id(p)].is_cleared() for p in own):
             # By the model's zero_grad, or by hand.
             self.reset(own)
+        if any(id(p) in self._states and self._states[id(p)].is_shared for p in own):
+            raise RuntimeError(
+                "accumulate() after all_reduce(): call step() and zero_grad() before"
+            )
         states = [self._states.get(id(p)) for p in own if p.grad is not None]
         if all(state is not None and state.is_complete() for state in states):
             raise RuntimeError(
@@ -79,13 +97,52 @@ class MicroBatchSquares(Statistics):
             if p.grad is not None:
                 self._states[id(p)].accumulate()
 
+    @torch.no_grad()
+    def all_reduce(self, group: Any = None) -> None:
+        """Average the gradients of all processes, and add up their squares, before ``step()``.
+
+        For ``each_rank=True``: the gradients of all optimizers that this is given to, of which each
+        process has those of its own micro-batches. A second call changes nothing. Costs an
+        all-reduce of the gradients, and one of 4 bytes a parameter.
+
+        Args:
+            group: the process group; the default one.
+
+        Raises:
+            RuntimeError: without ``each_rank=True``, where gradients are reduced already.
+        """
+        if not self.each_rank:
+            raise RuntimeError(
+                "MicroBatchSquares() takes gradients that processes have reduced, and squares of"
+                " these: for each process' own pass each_rank=True"
+            )
+        own = [p for p in self._all_parameters() if p.requires_grad]
+        for p in own:
+            self._states.setdefault(id(p), _kind(p)(p))
+        states = [self._states[id(p)] for p in own]
+        if not all(state.is_shared for state in states):
+            self.check([s.parameter for s in states if s.parameter.grad is not None], shared=False)
+            _share(states, group)
+
     def sum_of_squares(self, parameter: Tensor) -> Tensor | None:
         """Return the sum over micro-batches of squared gradients."""
         state = self._states.get(id(parameter))
         return None if state is None else state.squares
 
-    def check(self, parameters: Sequence[Tensor]) -> None:
-        """Raise where there are gradients that were not squared."""
+    def check(self, parameters: Sequence[Tensor], shared: bool = True) -> None:
+        """Raise where there are gradients that were not squared.
+
+        Args:
+            parameters: with gradients.
+            shared: whether they are to be those of all processes.
+        """
+        alone = self.each_rank and shared and _processes() > 1
+        states = [self._states.get(id(p)) for p in parameters]
+        if alone and not all(state is None or state.is_shared for state in states):
+            raise RuntimeError(
+                "each process has its own micro-batches alone: call statistics.all_reduce() between"
+                " the last accumulate() and step()"
+            )
         for p in parameters:
             state = self._states.get(id(p))
             if state is None or not state.is_complete():
@@ -109,6 +166,49 @@ class MicroBatchSquares(Statistics):
                 state.remove()
 
 
+def _processes() -> int:
+    started = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if started else 1
+
+
+def _check_whole(parameters: Sequence[Tensor]) -> None:
+    """Raise where gradients are reduced before they could be squared."""
+    if any(hasattr(p, "placements") for p in parameters):
+        raise RuntimeError(
+            "each_rank=True needs each process' own gradients, and those of sharded parameters"
+            " (DTensors) are reduced before they could be squared: leave it out, and a micro-batch"
+            " is that of all processes together, or use PerSampleSquares"
+        )
+
+
+def _share(states: Sequence[_Parameter], group: Any) -> None:
+    """Average gradients over processes, and add up squares and numbers of micro-batches."""
+    ranks = distributed.get_world_size(group)
+    numbers = [[s.count, int(s.parameter.grad is not None)] for s in states]
+    totals = torch.tensor(numbers).to(states[0].parameter.device)
+    distributed.all_reduce(totals, group=group)
+    for state, (count, used) in zip(states, totals.tolist(), strict=True):
+        parameter = state.parameter
+        if used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if state.squares is None:
+                state.squares = state.zeros()
+            for tensor, divisor in ((parameter.grad, ranks), (state.squares, ranks**2)):
+                _add_up(tensor, group)
+                tensor.div_(divisor)
+            state.take()
+        state.count, state.is_shared = count, True
+
+
+def _add_up(tensor: Tensor, group: Any) -> None:
+    """Add up over processes, in whose memory a tensor may lie otherwise."""
+    own = tensor.contiguous()
+    distributed.all_reduce(own, group=group)
+    if own is not tensor:
+        tensor.copy_(own)
+
+
 _CHANGED = (
     "a gradient was written by hand between micro-batches, so that the last one cannot be told from"
     " the sum: change gradients after the last micro-batch only, and to clip, pass"
@@ -123,6 +223,8 @@ class _Parameter:
         self.parameter = parameter
         self.squares: Tensor | None = None
         self.count = 0
+        # Whether they are those of all processes: see all_reduce.
+        self.is_shared = False
         self._stepped = False
 
     def is_cleared(self) -> bool:
@@ -136,6 +238,17 @@ class _Parameter:
     def is_complete(self) -> bool:
         """Whether the gradient is as ``accumulate`` left it."""
         raise NotImplementedError
+
+    def take(self) -> None:
+        """Take the gradient as it is now for what the squares belong to."""
+        raise NotImplementedError
+
+    def zeros(self) -> Tensor:
+        """Return squares of no micro-batch."""
+        parameter = self.parameter
+        real = compute_dtype([real_view(parameter.detach()).dtype])
+        dtype = real.to_complex() if parameter.is_complex() else real
+        return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
     def stepped(self) -> None:
         """Note that a step has used the squares."""
@@ -199,6 +312,11 @@ class _Whole(_Parameter):
         if self._sum is not None:
             gradient = self._sum.add_(gradient)
             self.parameter.grad, self._sum = gradient, None
+        self.take()
+
+    def take(self) -> None:
+        gradient = self.parameter.grad
+        assert gradient is not None
         self._seen = gradient, gradient._version
 
     def is_complete(self) -> bool:
@@ -252,6 +370,11 @@ class _Summed(_Parameter):
         if self.is_complete():
             return
         self._add(gradient if self._copy is None else gradient - self._copy)
+        self.take()
+
+    def take(self) -> None:
+        gradient = self.parameter.grad
+        assert gradient is not None
         self._copy, self._seen = gradient.clone(), GradVersion(gradient)
 
     def is_complete(self) -> bool:

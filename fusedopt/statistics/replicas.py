@@ -20,10 +20,12 @@ class Replicas:
         self._modules: list[weakref.ref[Any]] = []
         self._known: set[int] = set()
 
-    def check(self, parameters: Collection[Tensor]) -> None:
-        """Raise RuntimeError where the last call was within ``no_sync()``.
+    def check(self, parameters: Collection[Tensor], each_rank: bool) -> None:
+        """Raise RuntimeError where the last call has left gradients of others than is meant.
 
-        What it left in ``p.grad`` is this process's own, and the processes would go on apart.
+        Args:
+            parameters: whose gradients.
+            each_rank: whether each process' own are meant, or those of all together.
         """
         if not (distributed.is_available() and distributed.is_initialized()):
             return
@@ -32,13 +34,20 @@ class Replicas:
         for reference in self._modules:
             module = reference()
             # Set by each forward pass, and still there when no_sync() is over.
-            if module is not None and not module.require_forward_param_sync:
+            if module is None or module.require_forward_param_sync != each_rank:
+                continue
+            if each_rank:
                 raise RuntimeError(
-                    "MicroBatchSquares squares gradients of all processes together, and"
-                    " DistributedDataParallel.no_sync() has left each with its own, so that the"
-                    " processes would drift apart. Leave no_sync() out: every micro-batch is"
-                    " reduced"
+                    "MicroBatchSquares(each_rank=True) squares each process' own gradients, and"
+                    " DistributedDataParallel has averaged these: run forward and backward within"
+                    " its no_sync(), and call statistics.all_reduce() before step()"
                 )
+            raise RuntimeError(
+                "MicroBatchSquares squares gradients of all processes together, and"
+                " DistributedDataParallel.no_sync() has left each with its own, so that the"
+                " processes would drift apart. Leave no_sync() out: every micro-batch is reduced."
+                " Or take each process' gradient for a micro-batch: each_rank=True"
+            )
 
     def _find(self, parameters: Collection[Tensor]) -> None:
         """Look for the modules once: parameters do not know them."""
