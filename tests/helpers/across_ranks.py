@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import Manager
@@ -16,6 +17,8 @@ from ranks import in_ranks
 from torch import Tensor, nn
 
 Scenario = Callable[[int], None]
+# Seconds after which processes end themselves, with a stack: many times what they take.
+LIMIT = 400
 
 
 def run_all(world: int, directory: Path, scenarios: Sequence[Scenario]) -> dict[str, str]:
@@ -40,6 +43,7 @@ def run_all(world: int, directory: Path, scenarios: Sequence[Scenario]) -> dict[
 
 
 def _one_by_one(rank: int, scenarios: Sequence[Scenario], results: Any) -> None:
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     dist.barrier()
     for scenario in scenarios:
         key = scenario.__name__, rank
