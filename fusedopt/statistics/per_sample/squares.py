@@ -52,6 +52,10 @@ class PerSampleSquares(Statistics):
     and MultiheadAttention are known; shared weights, tied embeddings and modules used several times
     are exact. The parameters of any other module go through ``torch.func``, with a warning.
 
+    Over several processes, under ``DistributedDataParallel`` and ``fully_shard``, squares and samples
+    are those of the whole batch, as gradients are, and squares are sharded as parameters are. Every
+    process then has to ask whatever one asks.
+
     An observed module is of a subclass of its class, under the same name: ``isinstance`` holds,
     ``type(module) is nn.Linear`` does not. Initialise, wrap and group by type before.
 
@@ -66,7 +70,7 @@ class PerSampleSquares(Statistics):
 
     Raises:
         RuntimeError: for a module whose samples are coupled (BatchNorm in training mode), a model
-            that is observed already, or sharded parameters.
+            that is observed already, or parameters that are sharded other than by ``fully_shard``.
         ValueError: for an unknown option.
     """
 
