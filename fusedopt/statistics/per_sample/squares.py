@@ -52,9 +52,9 @@ class PerSampleSquares(Statistics):
     and MultiheadAttention are known; shared weights, tied embeddings and modules used several times
     are exact. The parameters of any other module go through ``torch.func``, with a warning.
 
-    Over several processes, under ``DistributedDataParallel`` and ``fully_shard``, squares and samples
-    are those of the whole batch, as gradients are, and squares are sharded as parameters are. Every
-    process then has to ask whatever one asks.
+    Over several processes, under ``DistributedDataParallel`` and ``fully_shard``, squares and
+    samples are those of the whole batch, as gradients are, and squares are sharded as parameters
+    are. Every process then has to ask whatever one asks.
 
     An observed module is of a subclass of its class, under the same name: ``isinstance`` holds,
     ``type(module) is nn.Linear`` does not. Initialise, wrap and group by type before.
