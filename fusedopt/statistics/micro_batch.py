@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-from ..memory.dtypes import compute_dtype
-from ..memory.layout import real_view
+from .added import Added, added_to
 from .base import MissingSquares, Statistics
-from .grad_version import GradVersion, weakly
 from .replicas import Replicas
 
 
@@ -32,12 +30,24 @@ class MicroBatchSquares(Statistics):
 
     ``p.grad`` accumulates over micro-batches as ever. ``virtual_batch_size`` counts micro-batches.
     With several processes a micro-batch is that of all of them together: each has to be reduced, so
-    that ``DistributedDataParallel.no_sync()`` must not be used.
+    that ``DistributedDataParallel.no_sync()`` must not be used. With ``each_rank=True`` it is each
+    process' own, of which gradients and squares are added up once a step::
+
+        with model.no_sync():
+            for x, y in micro_batches:
+                (criterion(model(x), y) / len(micro_batches)).backward()
+                statistics.accumulate(optimizer)
+        statistics.all_reduce(optimizer)
+        optimizer.step()
+
+    Args:
+        each_rank: whether each process' gradient is a micro-batch of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, each_rank: bool = False) -> None:
         super().__init__("mean")
-        self._states: dict[int, _Parameter] = {}
+        self.each_rank = each_rank
+        self._states: dict[int, Added] = {}
         self._replicas = Replicas()
 
     def count_of(self, parameter: Tensor) -> int:
@@ -62,10 +72,16 @@ class MicroBatchSquares(Statistics):
                 "no parameter has a gradient: call backward before accumulate(), under FSDP with"
                 " gradient synchronisation on"
             )
-        self._replicas.check(own)
+        self._replicas.check(own, self.each_rank)
+        if self.each_rank:
+            _check_whole(own)
         if any(id(p) in self._states and self._states[id(p)].is_cleared() for p in own):
             # By the model's zero_grad, or by hand.
             self.reset(own)
+        if any(id(p) in self._states and self._states[id(p)].is_shared for p in own):
+            raise RuntimeError(
+                "accumulate() after all_reduce(): call step() and zero_grad() before"
+            )
         states = [self._states.get(id(p)) for p in own if p.grad is not None]
         if all(state is not None and state.is_complete() for state in states):
             raise RuntimeError(
@@ -73,19 +89,60 @@ class MicroBatchSquares(Statistics):
                 " backward pass"
             )
         for p in own:
-            if id(p) not in self._states:
-                self._states[id(p)] = _kind(p)(p)
-            self._states[id(p)].count += 1
+            state = self._state_of(p)
+            state.count += 1
             if p.grad is not None:
-                self._states[id(p)].accumulate()
+                state.accumulate()
+
+    def _state_of(self, parameter: Tensor) -> Added:
+        if id(parameter) not in self._states:
+            self._states[id(parameter)] = added_to(parameter)
+        return self._states[id(parameter)]
+
+    @torch.no_grad()
+    def all_reduce(self, group: Any = None) -> None:
+        """Average the gradients of all processes, and add up their squares, before ``step()``.
+
+        For ``each_rank=True``: the gradients of all optimizers that this is given to, of which each
+        process has those of its own micro-batches. A second call changes nothing. Costs an
+        all-reduce of the gradients, and one of 4 bytes a parameter.
+
+        Args:
+            group: the process group; the default one.
+
+        Raises:
+            RuntimeError: without ``each_rank=True``, where gradients are reduced already.
+        """
+        if not self.each_rank:
+            raise RuntimeError(
+                "MicroBatchSquares() takes gradients that processes have reduced, and squares of"
+                " these: for each process' own pass each_rank=True"
+            )
+        own = [p for p in self._all_parameters() if p.requires_grad]
+        states = [self._state_of(p) for p in own]
+        if not all(state.is_shared for state in states):
+            self.check([s.parameter for s in states if s.parameter.grad is not None], shared=False)
+            _share(states, group)
 
     def sum_of_squares(self, parameter: Tensor) -> Tensor | None:
         """Return the sum over micro-batches of squared gradients."""
         state = self._states.get(id(parameter))
         return None if state is None else state.squares
 
-    def check(self, parameters: Sequence[Tensor]) -> None:
-        """Raise where there are gradients that were not squared."""
+    def check(self, parameters: Sequence[Tensor], shared: bool = True) -> None:
+        """Raise where there are gradients that were not squared.
+
+        Args:
+            parameters: with gradients.
+            shared: whether they are to be those of all processes.
+        """
+        alone = self.each_rank and shared and _processes() > 1
+        states = [self._states.get(id(p)) for p in parameters]
+        if alone and not all(state is None or state.is_shared for state in states):
+            raise RuntimeError(
+                "each process has its own micro-batches alone: call statistics.all_reduce() between"
+                " the last accumulate() and step()"
+            )
         for p in parameters:
             state = self._states.get(id(p))
             if state is None or not state.is_complete():
@@ -109,182 +166,44 @@ class MicroBatchSquares(Statistics):
                 state.remove()
 
 
-_CHANGED = (
-    "a gradient was written by hand between micro-batches, so that the last one cannot be told from"
-    " the sum: change gradients after the last micro-batch only, and to clip, pass"
-    " clip=fusedopt.GlobalNorm(max_norm) to the optimizer"
-)
+def _processes() -> int:
+    started = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if started else 1
 
 
-class _Parameter:
-    """The squares of one parameter, and what is known of the micro-batches so far."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
-        self.squares: Tensor | None = None
-        self.count = 0
-        self._stepped = False
-
-    def is_cleared(self) -> bool:
-        """Whether the gradient was set to None, or to zero after a step: a new batch has begun."""
-        raise NotImplementedError
-
-    def accumulate(self) -> None:
-        """Square what has been added to the gradient since the last call."""
-        raise NotImplementedError
-
-    def is_complete(self) -> bool:
-        """Whether the gradient is as ``accumulate`` left it."""
-        raise NotImplementedError
-
-    def stepped(self) -> None:
-        """Note that a step has used the squares."""
-        self._stepped = True
-
-    def remove(self) -> None:
-        """Let go of the parameter."""
-
-    def _add(self, gradient: Tensor) -> None:
-        # Complex numbers are pairs of reals, each with a square of its own.
-        real = real_view(gradient)
-        squares = real.to(compute_dtype([real.dtype])).square()
-        squares = torch.view_as_complex(squares) if gradient.is_complex() else squares
-        self.squares = squares if self.squares is None else self.squares.add_(squares)
+def _check_whole(parameters: Sequence[Tensor]) -> None:
+    """Raise where gradients are reduced before they could be squared."""
+    if any(hasattr(p, "placements") for p in parameters):
+        raise RuntimeError(
+            "each_rank=True needs each process' own gradients, and those of sharded parameters"
+            " (DTensors) are reduced before they could be squared: leave it out, and a micro-batch"
+            " is that of all processes together, or use PerSampleSquares"
+        )
 
 
-class _Whole(_Parameter):
-    """A parameter that autograd accumulates into.
-
-    It adds a micro-batch's gradient to ``p.grad``, from which that could be had back only as a
-    difference of sums. So the sum so far is moved aside before the addition: ``p.grad`` then holds
-    the new micro-batch alone, until ``accumulate`` adds the two.
-    """
-
-    def __init__(self, parameter: Tensor) -> None:
-        super().__init__(parameter)
-        self._sum: Tensor | None = None
-        self._seen: tuple[Tensor, int] | None = None
-        self._cleared = False
-        self._node, self._hook = _before_addition(parameter, self._set_aside)
-
-    def _set_aside(self, _: Any) -> None:
-        """Run before autograd adds a gradient."""
-        gradient = self.parameter.grad
-        if self._seen is None:
-            return
-        if self.is_complete():
-            self._sum, self.parameter.grad = gradient, None
-        elif gradient is None or self._stepped:
-            self._cleared = True
-        else:
-            raise RuntimeError(_CHANGED)
-        self._seen = None
-
-    def is_cleared(self) -> bool:
-        return self._cleared
-
-    def accumulate(self) -> None:
-        gradient = self.parameter.grad
-        assert gradient is not None
-        if self.is_complete():
-            # Nothing new for this parameter: no contribution of this micro-batch.
-            return
-        if self._seen is None:
-            self._add(gradient)
-        elif gradient is not self._seen[0] and self._seen[0]._version == self._seen[1]:
-            # Replaced by hand, as in p.grad = p.grad + new: the old sum is still there.
-            self._add(gradient - self._seen[0])
-        else:
-            raise RuntimeError(_CHANGED)
-        if self._sum is not None:
-            gradient = self._sum.add_(gradient)
-            self.parameter.grad, self._sum = gradient, None
-        self._seen = gradient, gradient._version
-
-    def is_complete(self) -> bool:
-        gradient = self.parameter.grad
-        seen = self._seen
-        return seen is not None and gradient is seen[0] and gradient._version == seen[1]
-
-    def remove(self) -> None:
-        self._hook.remove()
+def _share(states: Sequence[Added], group: Any) -> None:
+    """Average gradients over processes, and add up squares and numbers of micro-batches."""
+    ranks = distributed.get_world_size(group)
+    numbers = [[s.count, int(s.parameter.grad is not None)] for s in states]
+    totals = torch.tensor(numbers).to(states[0].parameter.device)
+    distributed.all_reduce(totals, group=group)
+    for state, (count, used) in zip(states, totals.tolist(), strict=True):
+        parameter = state.parameter
+        if used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if state.squares is None:
+                state.squares = state.zeros()
+            for tensor, divisor in ((parameter.grad, ranks), (state.squares, ranks**2)):
+                _add_up(tensor, group)
+                tensor.div_(divisor)
+            state.take()
+        state.count, state.is_shared = count, True
 
 
-def _before_addition(parameter: Tensor, hook: Callable[..., None]) -> tuple[Any, Any]:
-    """Call a hook before autograd adds to ``parameter.grad``; return the node and the handle."""
-    # On the node that adds to p.grad: hooks on the tensor also run for torch.autograd.grad.
-    with torch.enable_grad():
-        view: Any = parameter.view_as(parameter)
-    node = view.grad_fn.next_functions[0][0]
-    return node, node.register_prehook(weakly(hook))
-
-
-def _kind(parameter: Tensor) -> type[_Parameter]:
-    """Choose by who writes the gradient."""
-    if hasattr(parameter, "placements"):
-        return _Summed
-    # DistributedDataParallel with gradient_as_bucket_view=True.
-    gradient = parameter.grad
-    return _Bucketed if gradient is not None and gradient._is_view() else _Whole
-
-
-class _Summed(_Parameter):
-    """A parameter whose gradient is written behind autograd's back.
-
-    No hook runs before that addition, so a copy of the sum is kept, and differences are taken.
-    """
-
-    def __init__(self, parameter: Tensor) -> None:
-        super().__init__(parameter)
-        self._copy: Tensor | None = None
-        self._seen: GradVersion | None = None
-
-    def is_cleared(self) -> bool:
-        gradient = self.parameter.grad
-        if self._seen is None or gradient is None or self.is_complete():
-            return self._seen is not None and gradient is None
-        # Another tensor; or zeroed in place, which only after a step is not a mistake.
-        return self._stepped or not self._seen.is_same_tensor(gradient)
-
-    def accumulate(self) -> None:
-        gradient = self.parameter.grad
-        assert gradient is not None
-        if self.is_complete():
-            return
-        self._add(gradient if self._copy is None else gradient - self._copy)
-        self._copy, self._seen = gradient.clone(), GradVersion(gradient)
-
-    def is_complete(self) -> bool:
-        gradient = self.parameter.grad
-        return gradient is not None and self._seen is not None and self._seen.holds(gradient)
-
-
-class _Bucketed(_Summed):
-    """A parameter whose gradient is a view of memory that ``DistributedDataParallel`` reduces.
-
-    The gradient must stay where it is, and may become another view of the same sum, once buckets
-    are made anew after the first backward pass.
-    """
-
-    def __init__(self, parameter: Tensor) -> None:
-        super().__init__(parameter)
-        self._cleared = False
-        self._node, self._hook = _before_addition(parameter, self._look)
-
-    def _look(self, _: Any) -> None:
-        """Run before a gradient is added: is the sum so far still there?"""
-        gradient = self.parameter.grad
-        if self._seen is None or self.is_complete():
-            return
-        if gradient is None or self._stepped:
-            self._cleared = True
-        elif self._copy is not None and not torch.equal(gradient, self._copy):
-            if bool(gradient.any()):
-                raise RuntimeError(_CHANGED)
-            self._cleared = True
-
-    def is_cleared(self) -> bool:
-        return self._cleared
-
-    def remove(self) -> None:
-        self._hook.remove()
+def _add_up(tensor: Tensor, group: Any) -> None:
+    """Add up over processes, in whose memory a tensor may lie otherwise."""
+    own = tensor.contiguous()
+    distributed.all_reduce(own, group=group)
+    if own is not tensor:
+        tensor.copy_(own)

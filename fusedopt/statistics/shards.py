@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,33 @@ def total(parts: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tenso
         for group in groups[key]:
             torch.distributed.all_reduce(own, group=group)
     return torch.stack(list(sums.values())).sum(0)
+
+
+def whole_norms(norms: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norm and another sum of whole tensors, of those of this process' shards.
+
+    Args:
+        norms: ``[2]`` for each tensor: the norm of the local elements, and a sum over them.
+        tensors: whose they are, or what is sharded as they are.
+
+    Returns:
+        The same for the whole tensors; one collective for each sharding.
+    """
+    found = list(norms)
+    places: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        mesh, sharded = _sharding(tensor)
+        if sharded:
+            places.setdefault((mesh, sharded), []).append(place)
+    for (mesh, sharded), own in places.items():
+        sums = torch.stack([found[place].double() for place in own])
+        sums[:, 0].square_()
+        for dim in sharded:
+            torch.distributed.all_reduce(sums, group=mesh.get_group(dim))
+        sums[:, 0].sqrt_()
+        for place, pair in zip(own, sums.unbind(), strict=True):
+            found[place] = pair
+    return found
 
 
 def _sharding(tensor: Any) -> tuple[Any, tuple[int, ...]]:

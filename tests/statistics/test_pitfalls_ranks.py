@@ -7,7 +7,6 @@ them give numbers that look right.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from multiprocessing import Manager
 from pathlib import Path
@@ -62,15 +61,14 @@ def _rank(rank: int, tied: bool, results: Any) -> None:
     torch.manual_seed(0)
     model = LanguageModel(tied=tied).double()
     x = randint(7, 8, 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=tied)
     statistics = PerSampleSquares(model)
     optimizer = adam_without_decay(model.parameters(), statistics, virtual_batch_size=2)
     mine = x[4 * rank : 4 * rank + 4].chunk(2)
-    with parallel.no_sync():
-        (parallel(mine[0]).square().sum() / 4).backward()
-    (parallel(mine[1]).square().sum() / 4).backward()
+    for part in mine:
+        (model(part).square().sum() / 4).backward()
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+        p.grad.div_(2)
     before = [p.detach().clone() for p in model.parameters()]
     try:
         optimizer.step()
@@ -85,7 +83,7 @@ def _rank(rank: int, tied: bool, results: Any) -> None:
     after = {n: p.detach().clone() for n, p in model.named_parameters()}
     # A second step: what was reduced once is not taken for this one.
     optimizer.zero_grad()
-    parallel(mine[0]).square().mean().backward()
+    model(mine[0]).square().mean().backward()
     try:
         optimizer.step()
         again = "it was not"
@@ -101,8 +99,8 @@ def _rank(rank: int, tied: bool, results: Any) -> None:
 def test_pitfall_f_two_processes(tied: bool, tmp_path: Path) -> None:
     """Two ranks with two accumulation steps each are one process with all eight samples.
 
-    Catches a forgotten 1/R**2, squares of the reduced gradient, counts of one rank alone, and a
-    step that runs on unreduced squares.
+    Gradients are averaged by hand. Catches a forgotten 1/R**2, squares of the reduced gradient,
+    counts of one rank alone, and a step that runs on unreduced squares.
     """
     with Manager() as manager:
         results = manager.dict()
@@ -183,24 +181,24 @@ def test_pitfall_g_micro_batches_on_sharded_parameters(mesh: Any, b: int) -> Non
 
 @gloo
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_pitfall_g_fully_sharded_model(mesh: Any) -> None:
-    """fully_shard itself: refused by one, and the other gives the plain model's steps."""
+@pytest.mark.parametrize("kind", ["samples", "micro-batches"])
+def test_pitfall_g_fully_sharded_model(mesh: Any, kind: str) -> None:
+    """fully_shard itself: both give the plain model's steps."""
     from torch.distributed.fsdp import fully_shard
 
     (plain,) = to(torch.float64, mlp())
     sharded = copy.deepcopy(plain)
     fully_shard(sharded, mesh=mesh)
-    with pytest.raises(RuntimeError, match="MicroBatchSquares"):
-        PerSampleSquares(sharded)
     x = randn(8, 4)
     for model in (plain, sharded):
-        statistics = MicroBatchSquares()
+        statistics = MicroBatchSquares() if kind == "micro-batches" else PerSampleSquares(model)
         optimizer = adam_without_decay(model.parameters(), statistics, virtual_batch_size=2)
         for _ in range(2):
             for part in x.chunk(4):
                 (squared_error()(model(part)).sum() / 4).backward()
-                statistics.accumulate(optimizer)
-            assert statistics.samples == 4
+                if isinstance(statistics, MicroBatchSquares):
+                    statistics.accumulate(optimizer)
+            assert statistics.samples == (4 if kind == "micro-batches" else 8)
             optimizer.step()
             optimizer.zero_grad()
     for p, q in zip(plain.parameters(), sharded.parameters(), strict=True):

@@ -62,8 +62,10 @@ class ParamTap:
         self._unplaced = unplaced
         record.watch()
         record.gated = True
-        alias, self.order_token = _Enter.apply(record.parameter, self)  # type: ignore[no-untyped-call]
-        self.tensor: Tensor = record.parameter.detach() if mode is Mode.FUSED else alias
+        parameter = record.leaf
+        assert parameter is not None
+        alias, self.order_token = _Enter.apply(parameter, self)  # type: ignore[no-untyped-call]
+        self.tensor: Tensor = parameter.detach() if mode is Mode.FUSED else alias
 
     def close(self) -> None:
         """Let go of the graph: no further use follows in this call of the model."""
@@ -99,13 +101,15 @@ class ParamTap:
             return gradient
         self.call.finish(id(self.record), self.record.name)
         fused = self.mode is Mode.FUSED
-        dtype = self.record.parameter.dtype if fused else None
+        parameter = self.record.leaf
+        assert parameter is not None
+        dtype = parameter.dtype if fused else None
         tolerance = max(getattr(use, "tolerance", 0.0) for use in uses)
         if self.mode is Mode.BESIDE and tolerance > 0.0:
             # To be held against what autograd makes.
-            dtype = compute_dtype([self.record.parameter.dtype])
+            dtype = compute_dtype([parameter.dtype])
         pending = self.record.pending()
-        target = Target(self.record.parameter, self.call.samples, dtype, pending)
+        target = Target(parameter, self.call.samples, dtype, pending)
         made, squares, total = reduce_uses(uses, target)
         if not fused and dtype is not None and total is None:
             total = made

@@ -13,6 +13,12 @@ from .record import Record
 NOT_PART = (
     "it is not part of the model that PerSampleSquares observes: give it an optimizer of its own"
 )
+NOT_ADDED_UP = (
+    "there are several processes, and each has seen its own samples alone. Where"
+    " DistributedDataParallel averages gradients, squares are added up by themselves, after a"
+    " backward pass outside of no_sync(); where you average them, call statistics.all_reduce()"
+    " between backward and step()"
+)
 FOREIGN = {
     Foreign.OUTSIDE: (
         "is used outside of its module as well (by a function, or a penalty in the loss), or a hook"
@@ -32,6 +38,16 @@ FOREIGN = {
         " zero_grad() before"
     ),
 }
+
+
+def not_reduced(name: str) -> str:
+    """Say that FSDP2 has whole gradients, beside shards."""
+    return (
+        f"the last gradient of {name!r} has not been reduced into that of the shard. Where"
+        " set_requires_gradient_sync(False) was called, turn it on for the last micro-batch of a"
+        " step; otherwise a module that fully_shard was not called with uses the parameter: call"
+        " it with all modules that do, in one list"
+    )
 
 
 def changed(name: str) -> str:

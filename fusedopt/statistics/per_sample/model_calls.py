@@ -24,6 +24,7 @@ class ModelCalls:
         batch_first: whether the batch is the first dimension of sequences.
         record_of: where a parameter's squares are gathered.
         backend_of: where squares are made of what a tensor's device holds.
+        called: told of each call, in its midst.
     """
 
     def __init__(
@@ -32,13 +33,16 @@ class ModelCalls:
         batch_first: bool,
         record_of: Callable[[Tensor], Record],
         backend_of: Callable[[Tensor], str],
+        called: Callable[[], None],
     ) -> None:
         self.seen = False
         self._alive: weakref.WeakSet[ModelCall] = weakref.WeakSet()
-        see = self._alive.add
+        see = self._see
         self._options = CallOptions(
             sample, batch_first, record_of, backend_of, self.paused, see, set()
         )
+        self._called = called
+        self._told = False
         self._active: ModelCall | None = None
         self._thread = 0
         # The latest, for as long as its graph is.
@@ -60,7 +64,9 @@ class ModelCalls:
         check_context("the model")
         check_arguments("the model", (arguments, keywords))
         self.release()
-        self.seen = True
+        self.seen, self._told = True, False
+        if not torch.compiler.is_dynamo_compiling():
+            self._tell()
         self._active = ModelCall(self._options, (arguments, keywords), self._offsets)
         self._thread = _thread()
         try:
@@ -70,6 +76,19 @@ class ModelCalls:
             self._kept = None if call.is_tapped else call
             call.release()
             self._last = weakref.ref(call)
+
+    def _see(self, call: ModelCall) -> None:
+        """Note a call that a backward pass may reach."""
+        self._alive.add(call)
+        if call is self._active:
+            # Where the call was traced by a compiler, a layer is the first to be run as it is.
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tell of the call under way, once."""
+        if not self._told:
+            self._told = True
+            self._called()
 
     def release(self) -> None:
         """Let go of the graphs of all calls."""

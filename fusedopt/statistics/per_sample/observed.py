@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
-from .fallback import trained_parameters
+from .fallback import functional, trained_parameters
 from .instrument import is_observed
 from .layer_call import LayerCall
 from .layers import coupled_message
+from .managed import is_managing, refusal
 from .model_calls import ModelCalls
 from .ownership import is_container, own_parameters, set_by_hooks
 from .recognised import run_attention, runs_of
@@ -57,7 +58,7 @@ def check_model(model: nn.Module) -> None:
                 " which was put on the module and not on its class, so that its calls are not"
                 " seen: make PerSampleSquares before the module is wrapped"
             )
-        problem = _unsupported(module)
+        problem = _unsupported(module) or _unsharded_again(module)
         if problem:
             raise RuntimeError(f"{name} ({type(module).__name__}): {problem}")
     for name, p in model.named_parameters():
@@ -66,12 +67,9 @@ def check_model(model: nn.Module) -> None:
                 f"parameter {name!r} is complex: its per-sample squares are not known. Use"
                 " MicroBatchSquares or GradSampleSquares, which take it for pairs of reals"
             )
-        if hasattr(p, "placements"):
-            raise RuntimeError(
-                f"parameter {name!r} is sharded (a DTensor), and its gradient is never whole"
-                " where squares could be made: use MicroBatchSquares, which squares the"
-                " gradients of micro-batches as they are"
-            )
+        problem = refusal(model, p) if hasattr(p, "placements") else None
+        if problem is not None:
+            raise RuntimeError(f"parameter {name!r} {problem}")
 
 
 def _is_coupled(module: nn.Module) -> bool:
@@ -93,6 +91,28 @@ def observable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             or isinstance(module, nn.MultiheadAttention)
         ):
             yield name, module
+
+
+def _unsharded_again(module: nn.Module) -> str | None:
+    """Say why a module that FSDP takes part in cannot be observed."""
+    if distributed.is_available():
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        if isinstance(module, FullyShardedDataParallel):
+            return (
+                "its parameters are flattened into one, of which no layer has squares: use"
+                " torch.distributed.fsdp.fully_shard, or MicroBatchSquares"
+            )
+    within = (child for child in module.modules() if child is not module and is_managing(child))
+    if runs_of(module) is functional and trained_parameters(module) and any(True for _ in within):
+        own = ", ".join(trained_parameters(module))
+        return (
+            f"it is not a layer whose per-sample squares are known, so that it would be run again"
+            f" for each sample, which modules in it that fully_shard was called with cannot be."
+            f" Move its own parameters ({own}) into a module of their own and call that, or use"
+            " MicroBatchSquares"
+        )
+    return None
 
 
 def _unsupported(module: nn.Module) -> str | None:

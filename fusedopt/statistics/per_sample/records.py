@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...memory.dtypes import compute_dtype
-from .record import Record, follow, measure, settle_deviations
+from ...memory.storage import local_tensors
+from ..replicas import Averages
+from . import causes
+from .across import add_up, count
+from .managed import Managed, managed
+from .record import Record, follow, look_at_shards, measure, settle_deviations
 from .sample_count import SampleCount
 
 
@@ -21,21 +25,36 @@ class Records:
     Args:
         model: whose they are.
         unknown: says why a parameter has none.
-
-    Attributes:
-        ranks: over how many processes squares have been added up.
     """
 
     def __init__(self, model: nn.Module, unknown: Callable[[Tensor], str]) -> None:
         self._unknown = unknown
         # Samples of all backward passes there have been.
         self._total = 0
-        self.ranks = 1
+        self._averages = Averages(model)
         self._lock = threading.RLock()
         # What has arrived, by backward pass: one that failed never comes to its end, and one within
         # another (reentrant checkpoints) has an end of its own.
         self._arrived: dict[int, list[Record]] = {}
-        self._of = {id(p): Record(p, name, self._commit) for name, p in model.named_parameters()}
+        # Whether the model has been called since gradients were last reduced into shards.
+        self._called = False
+        # Shards whose gradients have been reduced in the backward pass under way.
+        self._reduced: list[Record] = []
+        found = managed(model)
+        self._of = {
+            id(p): self._record(p, n, found.get(id(p))) for n, p in model.named_parameters()
+        }
+        # Of shards by the whole parameters, which are made later.
+        self._of_leaf: dict[int, Record] = {}
+
+    def _record(self, parameter: Tensor, name: str, known: Managed | None) -> Record:
+        if known is None:
+            return Record(parameter, name, self._commit)
+        # Imports what a torch without distributed lacks.
+        from .sharded import ShardedRecord
+
+        expects = partial(getattr, self, "_called")
+        return ShardedRecord(parameter, name, self._commit, known, expects, self._is_reduced)
 
     def __iter__(self) -> Iterator[Record]:
         """Go through all of them, whether or not anything was gathered."""
@@ -43,8 +62,12 @@ class Records:
 
     def of(self, parameter: Tensor) -> Record:
         """Return where a parameter's squares are gathered; raise RuntimeError if it is unknown."""
-        record = self._of.get(id(parameter))
-        if record is None:
+        record = self._of.get(id(parameter)) or self._of_leaf.get(id(parameter))
+        if record is not None and record.leaf is parameter:
+            return record
+        self._of_leaf = {id(r.leaf): r for r in self if r.mesh is not None}
+        record = self._of_leaf.get(id(parameter))
+        if record is None or record.leaf is not parameter:
             raise RuntimeError(self._unknown(parameter))
         return record
 
@@ -64,7 +87,7 @@ class Records:
         record = self.find(parameter)
         if record is None or record.squares is None:
             return 0
-        return record.reduced_count or self._total - record.start
+        return record.reduced() + self._total - record.start
 
     def follow_changes(self, parameters: Iterable[Tensor]) -> None:
         """Bring what is known of gradients up to date with what was done to them since."""
@@ -74,8 +97,9 @@ class Records:
             # Layers that this step does not use, behind zero_grad(set_to_none=False).
             for p in parameters:
                 if id(p) in self._of:
-                    self._of[id(p)].take_zero(known[0].start)
+                    self._of[id(p)].take_zero(known[0])
         settle_deviations(known)
+        look_at_shards(known)
         # One factor on all gradients of the step; of some alone is more likely to be a mistake.
         if known and all(r.is_changed() for r in known):
             follow(known)
@@ -94,7 +118,7 @@ class Records:
             record.accept()
             record.altered = False
             if record.squares is not None:
-                record.squares.mul_(factor**2)
+                local_tensors([record.squares])[0].mul_(factor**2)
         measure(self)
 
     def reset(self, parameters: Sequence[Tensor] | None, zero: bool = False) -> None:
@@ -144,52 +168,95 @@ class Records:
     def _measure(self, backward: int) -> None:
         """Run at the end of a backward pass: see ``factors``."""
         with self._lock:
-            arrived = self._arrived.pop(backward)
-        measure(arrived)
+            # Shards are measured where they are counted.
+            arrived = [r for r in self._arrived.pop(backward) if r.mesh is None]
+        if not self._averages.expected:
+            measure(arrived)
+            return
+        # What DistributedDataParallel has queued since goes first.
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(partial(self._average, arrived))  # type: ignore[attr-defined]
+
+    def _is_reduced(self, record: Record) -> None:
+        """Note a shard whose squares have been added up over processes."""
+        self._reduced.append(record)
+        if len(self._reduced) == 1:
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._count)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _count(self) -> None:
+        """Run at the end of a backward pass that has reduced gradients into shards."""
+        reduced, self._reduced, self._called = self._reduced, [], False
+        meshes = {r.mesh: None for r in reduced}
+        for mesh in meshes:
+            own = [r for r in self if r.mesh == mesh and r.is_to_be_counted()]
+            count(own, self._total, mesh)
+            measure(own)
+
+    @torch.no_grad()
+    def _average(self, arrived: list[Record]) -> None:
+        """Add up squares of gradients that have been averaged since they arrived."""
+        changed = {id(r): r for r in arrived}
+        for module in self._averages.finished(within=bool(self._arrived)):
+            own = set(map(id, module._module_parameters))
+            records = [r for r in self if id(r.parameter) in own]
+            changed |= {id(r): r for r in self._add_up(records, module.process_group)}
+        measure(changed.values())
 
     def _restart(self, arriving: Record, start: int) -> None:
         """Forget what belongs to gradients that were set to None or zero."""
         others = [r for r in self if r is not arriving]
         cleared = [r for r in others if r.is_cleared()]
-        if any(r.reduced_count and r not in cleared for r in others):
-            raise RuntimeError("backward after all_reduce(): call optimizer.step() and zero_grad()")
         if cleared or arriving.restarts:
             # What has nothing yet belongs to the batch that now begins.
             for r in (*cleared, *(r for r in self if r.squares is None)):
                 r.reset(start)
 
+    def called(self) -> None:
+        """Note a call of the model, in the midst of which this is."""
+        self._called = True
+        self._averages.called()
+        # What is added now would hide it.
+        cleared = look_at_shards(self)
+        if cleared:
+            self.reset([r.parameter for r in cleared], zero=True)
+
     @torch.no_grad()
     def all_reduce(self, group: Any) -> None:
         """Add up the squares of all processes, whose gradients have been averaged."""
-        distributed = torch.distributed
-        ranks = self.ranks = distributed.get_world_size(group)
+        measure(self._add_up(list(self), group))
+
+    def _add_up(self, records: Sequence[Record], group: Any) -> Sequence[Record]:
         # The same parameters in the same order everywhere, whichever of them were used here.
-        records = [r for r in self if r.parameter.requires_grad]
-        # Done already, or nothing is trained.
-        if all(r.reduced_count for r in records):
-            return
-        counts = torch.tensor([self._total - r.start for r in records], dtype=torch.int64)
-        counts = counts.to(records[0].parameter.device)
-        distributed.all_reduce(counts, group=group)
-        for record, count in zip(records, counts.tolist(), strict=True):
-            if record.squares is None:
-                dtype = compute_dtype([record.parameter.dtype])
-                record.squares = torch.zeros_like(record.parameter, dtype=dtype)
-            distributed.all_reduce(record.squares, group=group)
-            record.squares.div_(ranks**2)
-            record.reduced_count = count
-            # The processes' gradients have been averaged in place.
-            record.accept()
-        measure(records)
+        records = [r for r in records if r.parameter.requires_grad and r.mesh is None]
+        if all(r.is_shared for r in records):
+            return []
+        add_up(records, self._total, group)
+        return records
+
+    def divisor(self) -> float:
+        """Return what the sum over processes of their gradients was divided by.
+
+        Raises:
+            RuntimeError: where it is not the same for all.
+        """
+        found = {r.divisor for r in self.gathered() if r.divisor is not None}
+        if len(found) > 1:
+            raise RuntimeError(
+                f"gradients of parameters were divided by {sorted(found)} when processes reduced"
+                " them, so that with loss_reduction='sum' they are of several losses: give"
+                " set_gradient_divide_factor() one number for all modules"
+            )
+        return found.pop() if found else 1.0
 
     def check_ranks(self) -> None:
         """Raise RuntimeError where squares of several processes are to be added up first."""
+        for record in self.gathered():
+            if record.mesh is not None and record.local:
+                raise RuntimeError(causes.not_reduced(record.name))
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return
-        reduced = all(r.reduced_count for r in self.gathered())
-        if distributed.get_world_size() > 1 and not reduced:
-            raise RuntimeError(
-                "there are several processes, and each has seen its own samples alone: call"
-                " statistics.all_reduce() between backward and step()"
-            )
+        if distributed.get_world_size() > 1 and not all(r.is_shared for r in self.gathered()):
+            raise RuntimeError(self._averages.problem or causes.NOT_ADDED_UP)

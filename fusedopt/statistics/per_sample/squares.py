@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import backends
+from ...memory.storage import local_tensors
 from ..base import MissingSquares, Statistics
 from . import causes
 from .fallback import functional, warning
@@ -51,6 +52,10 @@ class PerSampleSquares(Statistics):
     and MultiheadAttention are known; shared weights, tied embeddings and modules used several times
     are exact. The parameters of any other module go through ``torch.func``, with a warning.
 
+    Over several processes, under ``DistributedDataParallel`` and ``fully_shard``, squares and
+    samples are those of the whole batch, as gradients are, and squares are sharded as parameters
+    are. Every process then has to ask whatever one asks.
+
     An observed module is of a subclass of its class, under the same name: ``isinstance`` holds,
     ``type(module) is nn.Linear`` does not. Initialise, wrap and group by type before.
 
@@ -65,7 +70,7 @@ class PerSampleSquares(Statistics):
 
     Raises:
         RuntimeError: for a module whose samples are coupled (BatchNorm in training mode), a model
-            that is observed already, or sharded parameters.
+            that is observed already, or parameters that are sharded other than by ``fully_shard``.
         ValueError: for an unknown option.
     """
 
@@ -95,7 +100,9 @@ class PerSampleSquares(Statistics):
         ]
         check_model(model)
         self._records = Records(model, self._unknown)
-        self._calls = ModelCalls(sample, batch_first, self._records.of, self._backend_of)
+        self._calls = ModelCalls(
+            sample, batch_first, self._records.of, self._backend_of, self._records.called
+        )
         self._observe()
 
     @property
@@ -181,9 +188,7 @@ class PerSampleSquares(Statistics):
 
     def weight(self, count: int) -> float:
         """Return the weight s that makes rows gradients of samples."""
-        return (
-            super().weight(count) if self.loss_reduction == "mean" else float(self._records.ranks)
-        )
+        return super().weight(count) if self.loss_reduction == "mean" else self._records.divisor()
 
     def name_of(self, parameter: Tensor) -> str:
         """Name a parameter in messages."""
@@ -197,7 +202,7 @@ class PerSampleSquares(Statistics):
 
     def parameters(self) -> Sequence[Tensor]:
         """List the parameters that something was gathered for."""
-        return [r.parameter for r in self._records.gathered()]
+        return [r.parameter for r in self._records.gathered() if r.has_arrived]
 
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise where the samples of these parameters cannot be used."""
@@ -225,7 +230,7 @@ class PerSampleSquares(Statistics):
         if not (record.altered or record.is_changed()):
             return None
         gradient = parameter.grad
-        finite = gradient is None or bool(gradient.isfinite().all())
+        finite = gradient is None or bool(local_tensors([gradient])[0].isfinite().all())
         return causes.changed(record.name) if finite else causes.not_finite(record.name)
 
     def used(self, parameters: Sequence[Tensor]) -> None:
@@ -255,10 +260,10 @@ class PerSampleSquares(Statistics):
     def all_reduce(self, group: Any = None) -> None:
         """Add up the samples of all processes, between backward and ``step()``.
 
-        For gradients that are averaged over processes, as ``DistributedDataParallel`` does: a
-        sample's contribution then is its local one over the number of processes. Costs an
-        all-reduce of 4 bytes a parameter, tensor by tensor. A second call before the gradients are
-        cleared changes nothing.
+        For gradients that you average over processes: a sample's contribution then is its local one
+        over the number of processes. ``DistributedDataParallel`` needs no call. Costs an all-reduce
+        of 4 bytes a parameter, tensor by tensor. A second call without a backward pass between
+        changes nothing.
 
         Args:
             group: the process group; the default one.
