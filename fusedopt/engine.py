@@ -16,7 +16,7 @@ from .step.options import check_numbers, complete, explained
 from .step.plan import Plan
 from .step.request import Request, gather, with_factors
 from .step.states import create_states, remove_states
-from .step.wrappers import check_flat
+from .step.wrappers import check_flat, check_in_backward
 
 
 class Engine:
@@ -96,6 +96,7 @@ class Engine:
         for group in optimizer.param_groups:
             optimizer.check_group(group)
         check_flat(optimizer)
+        check_in_backward(optimizer)
         check_gradients(optimizer, params, inputs, request.per_sample)
         check_states(optimizer, params, group_of)
         check_present(optimizer, params, group_of, self._present)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..memory.dtypes import compute_dtype
 from ..memory.layout import real_view
+from ..tracing import untraced
 from .base import MissingSquares, Statistics
 from .grad_version import GradVersion, weakly
 from .replicas import Replicas
@@ -45,6 +46,7 @@ class MicroBatchSquares(Statistics):
         state = self._states.get(id(parameter))
         return 0 if state is None else state.count
 
+    @untraced
     @torch.no_grad()
     def accumulate(self, optimizer: Any) -> None:
         """Square the gradients that backward has made since the last call.

@@ -66,3 +66,20 @@ def check_flat(optimizer: Any) -> None:
                 " GlobalNorm does not sum over processes yet: it would clip by the norm of that"
                 " part. Pass clip=None and call model.clip_grad_norm_(max_norm) before step()"
             )
+
+
+def check_in_backward(optimizer: Any) -> None:
+    """Raise RuntimeError where backward takes the steps, one parameter at a time, and clips.
+
+    ``torch.distributed.optim._apply_optimizer_in_backward`` makes an optimizer for each parameter.
+    """
+    if optimizer.clip is None:
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if any(one is optimizer for one in getattr(p, "_in_backward_optimizers", ())):
+                raise RuntimeError(
+                    "_apply_optimizer_in_backward gives each parameter an optimizer of its own,"
+                    " which would clip by the norm of that parameter: the gradients of all are"
+                    " never there at the same time. Pass clip=None"
+                )

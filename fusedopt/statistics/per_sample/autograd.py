@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...tracing import untraced
 from .record import Record
 from .reduce import reduce as reduce_uses
 from .sample_count import SampleCount
@@ -119,6 +120,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse ``create_graph=True``: what is handed on has no derivative that would be right."""
     once = once_differentiable(backward)
 
+    @untraced
     def run(ctx: Any, *gradients: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...memory.dtypes import compute_dtype
+from ...tracing import untraced
 from .record import Record, follow, measure, settle_deviations
 from .sample_count import SampleCount
 
@@ -141,6 +142,7 @@ class Records:
                 engine.queue_callback(partial(self._measure, backward))  # type: ignore[attr-defined]
             self._arrived[backward].append(record)
 
+    @untraced
     def _measure(self, backward: int) -> None:
         """Run at the end of a backward pass: see ``factors``."""
         with self._lock:
