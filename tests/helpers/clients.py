@@ -68,7 +68,7 @@ def decoupled(
     return fusedopt.BatchDecoupledAdam(
         model.parameters() if parameters is None else parameters,
         **ADAMW.own,
-        statistics=fusedopt.PerSampleSquares(model),
+        statistics=fusedopt.PerSampleSquares(model, backend="reference"),
         **options,
     )
 
