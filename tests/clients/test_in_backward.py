@@ -48,7 +48,7 @@ def test_as_with_torchs_optimizer(pair: Pair) -> None:
 def test_with_squares_of_samples(virtual: int) -> None:
     """A step in the hook of a gradient, whose squares have just arrived."""
     released, plain = network(), network()
-    statistics = fusedopt.PerSampleSquares(released)
+    statistics = fusedopt.PerSampleSquares(released, backend="reference")
     options = {**ADAMW.own, "statistics": statistics, "virtual_batch_size": virtual}
     _apply(fusedopt.BatchDecoupledAdam, released, options)
     optimizer = decoupled(plain, virtual_batch_size=virtual)
