@@ -1,4 +1,5 @@
-# Everything runs in .venv, which is made on first use. `make` alone lists the targets.
+# Everything runs in .venv, which is made on first use, and tests of clients in .venv-ecosystem. `make`
+# alone lists the targets.
 
 # The interpreter that makes .venv; afterwards .venv/bin/python is used.
 PYTHON ?= python3
@@ -12,12 +13,13 @@ BUILD ?= build
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-UNFINISHED := $(VENV)/.unfinished
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+# Trainers and libraries around an optimizer, which .venv goes without.
+CLIENTS := .venv-ecosystem
+CLIENTS_STAMP := $(CLIENTS)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test gpu bench bench-per-sample experiments regression codegen native table \
-  lint format clean
+.PHONY: help env demo test test-ecosystem gpu bench bench-per-sample experiments regression codegen \
+  native table lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,14 +31,25 @@ env: $(STAMP) ## Create or update .venv with the versions in constraints.txt
 # unfinished first install makes that retry start from an empty environment, since pip takes a package
 # whose files were half written for an installed one. An environment made otherwise is updated in place.
 # torch comes by itself and first: its pin decides the build, and nothing later may replace it.
+define environment # folder, constraints, extra, packages to be installed without what they ask for
+	@if [ -e $(1)/.unfinished ]; then rm -rf $(1); fi
+	@if [ ! -e $(1)/bin/python ]; then \
+	  mkdir -p $(1) && touch $(1)/.unfinished && $(PYTHON) -m venv $(1); fi
+	$(call pip,$(1),$(2)) torch setuptools
+	$(call pip,$(1),$(2)) --no-build-isolation -e '.[$(3)]'
+	$(if $(4),$(call pip,$(1),$(2)) --no-deps $(4))
+	@rm -f $(1)/.unfinished
+	@touch $(1)/.installed
+endef
+pip = $(1)/bin/python -m pip --disable-pip-version-check install -c $(2)
+
 $(STAMP): pyproject.toml constraints.txt
-	@if [ -e $(UNFINISHED) ]; then rm -rf $(VENV); fi
-	@if [ ! -e $(BIN)/python ]; then \
-	  mkdir -p $(VENV) && touch $(UNFINISHED) && $(PYTHON) -m venv $(VENV); fi
-	$(PIP) torch setuptools
-	$(PIP) --no-build-isolation -e '.[dev]'
-	@rm -f $(UNFINISHED)
-	@touch $@
+	$(call environment,$(VENV),constraints.txt,dev)
+
+# BackPACK asks for torchvision, imports it for an example alone, and a build of it that does not go with torch's
+# breaks whatever does, such as transformers.
+$(CLIENTS_STAMP): pyproject.toml constraints.txt constraints-ecosystem.txt
+	$(call environment,$(CLIENTS),constraints-ecosystem.txt,ecosystem,backpack-for-pytorch)
 
 demo: $(STAMP) ## Train a small GPT with torch.optim.AdamW and with fusedopt.AdamW
 	$(BIN)/python -m fusedopt demo $(ARGS)
@@ -45,6 +58,10 @@ demo: $(STAMP) ## Train a small GPT with torch.optim.AdamW and with fusedopt.Ada
 # loadgroup keeps tests that share an expensive fixture on one worker.
 test: $(STAMP) ## Run the whole test suite in parallel
 	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
+
+# Nothing is downloaded but packages: models are tiny ones, from their configurations.
+test-ecosystem: $(CLIENTS_STAMP) ## Test under Hugging Face, Lightning, Opacus and BackPACK themselves
+	$(CLIENTS)/bin/pytest -n auto --dist loadgroup tests/ecosystem $(ARGS)
 
 # Without .venv: the Python of a machine with a GPU has a PyTorch for it, and Triton.
 gpu: ## On a machine with a GPU, in seven minutes: verify, benchmarks, tuning, tests, sanitizer; results in OUT
@@ -90,6 +107,7 @@ format: $(STAMP) ## Format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove .venv, build output and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+clean: ## Remove environments, build output and caches
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

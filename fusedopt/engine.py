@@ -20,7 +20,7 @@ from .step.plan import Plan
 from .step.request import Request, gather, with_factors
 from .step.span import Span, in_several_processes, span_of
 from .step.states import create_states, remove_states
-from .step.wrappers import flat_group
+from .step.wrappers import check_in_backward, flat_group
 
 
 class Engine:
@@ -129,6 +129,7 @@ class Engine:
         check_numbers(optimizer, optimizer.param_groups)
         for group in optimizer.param_groups:
             optimizer.check_group(group)
+        check_in_backward(optimizer)
         check_gradients(optimizer, params, inputs, request.per_sample)
         check_states(optimizer, params, group_of)
         check_present(optimizer, params, group_of, self._present)

@@ -21,6 +21,7 @@ from .statistics.base import Statistics
 from .step.checks import check_source, check_statistics, check_virtual_batch_size
 from .step.counts import new_step
 from .step.wrappers import watch
+from .tracing import untraced
 
 
 class FusedOptimizer(Optimizer):
@@ -225,7 +226,7 @@ class FusedOptimizer(Optimizer):
         self._update()
         return loss
 
-    @torch._disable_dynamo  # a launch through addresses cannot be traced  # type: ignore
+    @untraced
     def _update(self) -> None:
         self._engine.step(self, *self._load_scaler())
 
@@ -258,6 +259,7 @@ class FusedOptimizer(Optimizer):
             self.scaler_on_device = True
         return grad_scale, found_inf
 
+    @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and what statistics have gathered beside them.
 

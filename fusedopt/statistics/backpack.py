@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tracing import untraced
 from .base import MissingSquares, Statistics
 from .grad_version import GradVersion
 from .spent import STALE, Arrivals, Spent
@@ -58,6 +59,7 @@ class BackpackSquares(Statistics):
         squares: Tensor | None = getattr(parameter, "sum_grad_squared", None)
         return squares
 
+    @untraced
     @torch.no_grad()
     def accumulate(self, optimizer: Any) -> None:
         """Add what the last backward pass left to what earlier ones did.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..memory.storage import local_tensors
 from ..source import MissingInput, RuleInputs, Source
+from ..tracing import untraced
 from . import shards
 
 REDUCTIONS = ("mean", "sum")
@@ -70,6 +71,7 @@ class Statistics(Source):
         self._warned = False
 
     @property
+    @untraced
     def samples(self) -> int:
         """Number of samples gathered since the last ``zero_grad``."""
         parameters = self.parameters()
@@ -166,6 +168,7 @@ class Statistics(Source):
         """Return what turns the sum of the rows into the mean of the samples' gradients."""
         return self.weight(count) / count
 
+    @untraced
     def mean_square(self, parameter: Tensor) -> Tensor:
         """Return the mean over samples of the squared gradient of a parameter.
 
@@ -182,6 +185,7 @@ class Statistics(Source):
         count = self.count([parameter])
         return self._squares(parameter) * (self.weight(count) ** 2 / count)
 
+    @untraced
     def signal_to_noise(self, parameter: Tensor) -> Tensor:
         """Return the gradient signal-to-noise ratio of each element.
 
@@ -200,6 +204,7 @@ class Statistics(Source):
         squared_mean = self._mean(parameter, mean_square.dtype, count).square()
         return squared_mean / (mean_square - squared_mean).clamp_(min=0)
 
+    @untraced
     @torch.no_grad()
     def noise_scale(self, decay: float | None = None) -> NoiseScale:
         """Return the gradient noise scale, from the same buffers that the optimizer reads.

@@ -5,21 +5,24 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from ..tracing import untraced
+
 
 def weakly(method: Callable[..., None]) -> Callable[..., None]:
     """Return a hook for a tensor that its owner holds: a cycle through autograd is for ever."""
-    reference = weakref.WeakMethod(method)
+    return partial(_call, weakref.WeakMethod(method))
 
-    def hook(*arguments: Any) -> None:
-        bound = reference()
-        if bound is not None:
-            bound(*arguments)
 
-    return hook
+@untraced
+def _call(reference: Any, *arguments: Any) -> None:
+    bound = reference()
+    if bound is not None:
+        bound(*arguments)
 
 
 class GradVersion:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from ..tracing import untraced
 from .added import Added, added_to
 from .base import MissingSquares, Statistics
 from .replicas import Replicas
@@ -55,6 +56,7 @@ class MicroBatchSquares(Statistics):
         state = self._states.get(id(parameter))
         return 0 if state is None else state.count
 
+    @untraced
     @torch.no_grad()
     def accumulate(self, optimizer: Any) -> None:
         """Square the gradients that backward has made since the last call.

@@ -51,3 +51,20 @@ def flat_group(params: Sequence[Tensor]) -> Any:
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         return distributed.group.WORLD
     return None
+
+
+def check_in_backward(optimizer: Any) -> None:
+    """Raise RuntimeError where backward takes the steps, one parameter at a time, and clips.
+
+    ``torch.distributed.optim._apply_optimizer_in_backward`` makes an optimizer for each parameter.
+    """
+    if optimizer.clip is None:
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if any(one is optimizer for one in getattr(p, "_in_backward_optimizers", ())):
+                raise RuntimeError(
+                    "_apply_optimizer_in_backward gives each parameter an optimizer of its own,"
+                    " which would clip by the norm of that parameter: the gradients of all are"
+                    " never there at the same time. Pass clip=None"
+                )

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = ["bench", "cmake", "docs", "examples", "experiments", "kernels", "native", "tests"]
 PRIVATE += ["tools"]
 # What a tree without git leaves out of a copy; with git, .gitignore decides.
-GENERATED = [".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"]
+GENERATED = [".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache"]
 
 for _tool in ("pip", "setuptools"):
     if importlib.util.find_spec(_tool) is None:
@@ -229,10 +229,11 @@ def test_sdist_holds_the_project(sdist, checkout):
         members = archive.getnames()
     names = {name.partition("/")[2] for name in members}
     files = {"LICENSE", "README.md", "CONTRIBUTING.md", "Makefile", "constraints.txt"}
-    files |= {"CMakeLists.txt", "setup.py", "docs/batch_size.md"}
+    files |= {"constraints-ecosystem.txt", "CMakeLists.txt", "setup.py", "docs/batch_size.md"}
     folders = "fusedopt", "kernels", "tests", "bench", "experiments", "tools"
     assert files.union(*(python_files(checkout, name) for name in folders)) <= names
-    assert not {".venv", ".git", "build", "dist"} & {name.split("/")[0] for name in names}
+    left_out = {".venv", ".venv-ecosystem", ".git", "build", "dist"}
+    assert not left_out & {name.split("/")[0] for name in names}
 
 
 @pytest.mark.parametrize("lost", [("kernels", "examples"), ("kernels",), ("examples",)])

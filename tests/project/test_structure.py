@@ -16,6 +16,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 # From the bottom up: a package imports those above it in this list, and itself.
 LAYERS = (
+    "tracing",
     "memory",
     "kernels",
     "compilations",

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...memory.dtypes import compute_dtype
+from ...tracing import untraced
 from .record import Record
 from .reduce import reduce as reduce_uses
 from .sample_count import SampleCount
@@ -128,6 +129,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse ``create_graph=True``: what is handed on has no derivative that would be right."""
     once = once_differentiable(backward)
 
+    @untraced
     def run(ctx: Any, *gradients: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...tracing import untraced
 from .unknown import NOT_TRACED
 
 _KEY = "_fusedopt_observer"
@@ -100,7 +101,7 @@ def _new(kind: type, *arguments: Any) -> Any:
 class _ForwardObserved:
     """Mixed into the class of a module whose forward is replaced."""
 
-    @torch._disable_dynamo  # taps are Python objects of one backward pass  # type: ignore
+    @untraced
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Run the observer's forward."""
         observer: Observer = self.__dict__[_KEY]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...memory.storage import local_tensors
+from ...tracing import untraced
 from ..replicas import Averages
 from . import causes
 from .across import add_up, count
@@ -165,6 +166,7 @@ class Records:
                 engine.queue_callback(partial(self._measure, backward))  # type: ignore[attr-defined]
             self._arrived[backward].append(record)
 
+    @untraced
     def _measure(self, backward: int) -> None:
         """Run at the end of a backward pass: see ``factors``."""
         with self._lock:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ... import backends
 from ...memory.storage import local_tensors
+from ...tracing import untraced
 from ..base import MissingSquares, Statistics
 from . import causes
 from .fallback import functional, warning
@@ -237,6 +238,7 @@ class PerSampleSquares(Statistics):
         """Note that a step has used what was gathered for some parameters."""
         self._records.used(parameters)
 
+    @untraced
     @torch.no_grad()
     def rescale(self, factor: float | Tensor) -> None:
         """Follow a change of all gradients, made by hand between backward and ``step()``.
@@ -257,6 +259,7 @@ class PerSampleSquares(Statistics):
         """Forget what was gathered for parameters whose gradients are None or zero now."""
         self._records.reset(parameters, zero=True)
 
+    @untraced
     def all_reduce(self, group: Any = None) -> None:
         """Add up the samples of all processes, between backward and ``step()``.
 
