@@ -17,9 +17,15 @@ from torch import Tensor
 _SPEC = operator.attrgetter("_spec")
 
 
+_class: Any = None
+
+
 def dtensor_class() -> Any:
     """Return DTensor, or None where nobody has imported it, so that there is none."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    global _class
+    if _class is None:
+        _class = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return _class
 
 
 def holds_dtensors(tensors: Sequence[Tensor]) -> bool:
@@ -68,12 +74,12 @@ def sharded_like(t: Any, local: Tensor) -> Tensor:
 
 def specs_of(tensors: Sequence[Any]) -> list[Any]:
     """List how DTensors are placed, mesh included; None for other tensors, nothing for none."""
-    kinds = set(map(type, tensors))
-    if dtensor_class() not in kinds:
+    kinds, dtensor = set(map(type, tensors)), dtensor_class()
+    if dtensor not in kinds:
         return []
     if len(kinds) == 1:
         return list(map(_SPEC, tensors))
-    return [t._spec if is_dtensor(t) else None for t in tensors]
+    return [t._spec if type(t) is dtensor else None for t in tensors]
 
 
 def are_same_specs(now: Sequence[Any], then: Sequence[Any]) -> bool:
