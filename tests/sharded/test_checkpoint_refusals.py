@@ -36,10 +36,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def _made(name: str, seed: int = 0, steps: int = 3) -> tuple[nn.Module, Any]:
     model = build("fsdp", seed)
+    # Kernels would run in Triton's interpreter, for minutes.
     optimizer = getattr(fusedopt, name)(
-        model.named_parameters(), lr=0.01, clip=fusedopt.GlobalNorm(1.0), **OPTIONS[name]
+        model.named_parameters(), lr=0.01, backend="reference", **OPTIONS[name]
     )
-    optimizer.clip = None
     train(model, optimizer, range(steps), "fsdp")
     return model, optimizer
 

@@ -126,6 +126,9 @@ FROM_DATA = ("sharded", "micro-batches")
 def _made(name: str, whose: Any, layout: str, seed: int = 0, **other: Any) -> tuple[nn.Module, Any]:
     model = build(layout, seed)
     options = {**OPTIONS[name], **other}
+    if whose is OURS:
+        # Kernels would run in Triton's interpreter, for minutes.
+        options["backend"] = "reference"
     if name == "BatchDecoupledAdam":
         options["statistics"] = fusedopt.MicroBatchSquares()
     return model, getattr(whose, name)(model.named_parameters(), **options)
