@@ -55,7 +55,7 @@ def test_files(quick: tuple[Path, dict[str, Any]]) -> None:
     # Some types only: neither this nor what is so tiny replaces another result.
     when = re.sub(r"[-:]|\+.*", "", result["environment"]["date"]).replace("T", "-")
     stem = f"{module('harness.environment').slug(result['environment'])}-quick-partial-{when}"
-    names = {f"{stem}.json", f"{stem}-bars.png", f"{stem}-roofline.png"}
+    names = {f"{stem}{end}" for end in (".json", "-bars.png", "-roofline.png", "-sharded.png")}
     assert {file.name for file in folder.iterdir()} == names
     for name in names - {f"{stem}.json"}:
         assert (folder / name).read_bytes().startswith(PNG)
@@ -413,7 +413,9 @@ def test_sets() -> None:
     run = module("step.run")
     core = sets.groups("core", sets.Filters(), ["optimi", "torchao", "heavyball", "bitsandbytes"])
     assert {group.case.name for group in core} == set(module("step.models").CASES)
-    others = sum(run.SECONDS[part] for part in step.PARTS if part not in ("step", "per-sample"))
+    parts = run._settings(options(Path(), parts=[], quick=False), "cuda", "core")["parts"]
+    assert set(parts) < set(step.PARTS)
+    others = sum(run.SECONDS[part] for part in parts if part != "step")
     assert sets.estimate(core, 25, 0.4) + others < 180
     full = sets.groups("full", sets.Filters(types=["bf16"], contenders=["fusedopt"], clip=True))
     assert {group.types for group in full} == {"bf16"}

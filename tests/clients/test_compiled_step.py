@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from clients import (
     network,
     values,
 )
+from ranks import in_ranks
 from torch import Tensor, nn
 
 import fusedopt
@@ -72,7 +74,13 @@ def test_as_torchs_optimizer_without_it(pair: Pair, compiler: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_with_inductor() -> None:
+def test_with_inductor(tmp_path: Path) -> None:
+    # In a process of its own: its compiler imports setuptools, which has to come before whatever
+    # another test has imported of distutils.
+    in_ranks(1, tmp_path, _with_inductor)
+
+
+def _with_inductor(rank: int) -> None:
     theirs, ours = network(), network()
     _train(theirs, torch.optim.AdamW(theirs.parameters(), **ADAMW.options), None)
     optimizer = fusedopt.AdamW(
