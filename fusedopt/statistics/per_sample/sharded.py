@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, Partial
 
 from ...memory.dtypes import compute_dtype
+from ...memory.layout import share_memory
 from ...memory.storage import local_tensors
 from ..grad_version import weakly
 from .managed import Managed, is_on_gpu
@@ -173,7 +174,7 @@ class ShardedRecord(Record):
         added = DTensor.from_local(whole.contiguous(), self.mesh, sums, run_check=False)
         own = local_tensors([added.redistribute(placements=target)])[0]
         # What is made of one process alone may be what it was made of.
-        own = own.clone() if own.data_ptr() == whole.data_ptr() else own
+        own = own.clone() if share_memory(own, whole) else own
         return own if self._partial is None else own.add_(self._partial)
 
     def _as_shard(self, local: Tensor) -> Tensor:
