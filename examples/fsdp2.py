@@ -45,6 +45,7 @@ def main() -> None:
             dist.all_reduce(mean)
             if rank == 0:
                 print(f"step {step:4d}  loss {mean.item() / dist.get_world_size():.4f}")
+    dist.barrier()  # a rank that ends while another still speaks with it takes that one along
     dist.destroy_process_group()
 
 

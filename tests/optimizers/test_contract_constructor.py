@@ -471,3 +471,16 @@ def test_named_parameters_in_groups() -> None:
         optimizer.add_param_group({"params": [("c", new_params([(2,)])[0])]})
         with pytest.raises(ValueError):
             optimizer.add_param_group({"params": new_params([(2,)])})
+
+
+@pytest.mark.parametrize("name", ["backend", "clip", "statistics"])
+def test_what_is_one_for_all_groups(name: str) -> None:
+    """Catches a clip in a group that is never looked at."""
+    p, q = new_params([(2,), (3,)])
+    given = {"params": [p], name: fusedopt.GlobalNorm(1.0)}
+    with pytest.raises(ValueError, match=f"{name} is one for all groups"):
+        fusedopt.SGD([given], lr=1.0)
+    optimizer = fusedopt.SGD([q], lr=1.0)
+    with pytest.raises(ValueError, match=f"{name} is one for all groups"):
+        optimizer.add_param_group(given)
+    assert len(optimizer.param_groups) == 1

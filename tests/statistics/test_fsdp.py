@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
+import fusedopt
 from fusedopt import PerSampleSquares
 
 pytestmark = pytest.mark.skipif(
@@ -281,6 +282,24 @@ def clipping_by_torch_is_followed(rank: int) -> None:
     assert_same(*map(parameters, reversed(models)), WITHIN, "after a step")
 
 
+def numbers_that_are_none(rank: int) -> None:
+    """Gradients of nan are as they were made: the norm says what they are, and no factor."""
+    world = dist.get_world_size()
+    clip = fusedopt.GlobalNorm(1.0, error_if_nonfinite=True)
+    for options, raises in (({"clip": clip}, True), ({}, False)):
+        model = sharded(make(), meshes()["shards"])
+        optimizer = adam(model, PerSampleSquares(model), **options)
+        loss = local_loss(model(share_of(ids(0), rank, SIZES[world])), world, 8)
+        (loss * (float("nan") if rank == 1 else 1.0)).backward()
+        if raises:
+            with pytest.raises(RuntimeError, match="total norm"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        found = parameters(model).values()
+        assert any(bool(x.isnan().any()) for x in found) is not raises
+
+
 class Branches(nn.Module):
     """Another branch for each process."""
 
@@ -412,6 +431,7 @@ SCENARIOS = {
         reduced_without_a_call, accumulation, gradients_divided_otherwise, activation_checkpoints,
         other_placements, narrow_parameters, clipping_by_torch_is_followed, what_is_refused,
         parameters_that_some_do_not_use, a_process_without_samples, offloaded_shards,
+        numbers_that_are_none,
     ),
     3: (reduced_without_a_call, clipping_by_torch_is_followed),
     4: (reduced_without_a_call, accumulation, gradients_divided_otherwise, other_placements),

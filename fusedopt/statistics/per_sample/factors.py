@@ -101,8 +101,9 @@ def common_factor(
     old, new = _on_host(before), _on_host(after)
     squares = [sum(norm**2 for norm, _ in pairs) for pairs in (old, new)]
     if not (all(map(math.isfinite, squares)) and squares[1] > 0.0):
-        # All zero, before as after, is any factor at all; zero after is no multiple.
-        return 1.0 if squares == [0.0, 0.0] else None
+        # All zero, before as after, is any factor at all; zero after is no multiple. What is not
+        # finite, and otherwise as it was, was not multiplied: one that is finite would show it.
+        return 1.0 if squares == [0.0, 0.0] or _are_same(old, new) else None
     if squares[0] == 0.0:
         return None
     factor = 1.0 if old == new else math.sqrt(squares[1] / squares[0])
@@ -113,6 +114,12 @@ def common_factor(
         if not abs(new_signed - factor * signed) <= SIGNED * allowed:
             return None
     return factor
+
+
+def _are_same(old: list[list[float]], new: list[list[float]]) -> bool:
+    """Whether all numbers are as they were, nan for nan."""
+    pairs = zip(old, new, strict=True)
+    return all(a == b or (a != a and b != b) for x, y in pairs for a, b in zip(x, y, strict=True))
 
 
 def _rounding(dtype: torch.dtype) -> float:
