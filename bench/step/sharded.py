@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -112,14 +114,27 @@ def _seconds(step: Step) -> float:
     return time.perf_counter() - begin
 
 
+def _rows(placement: str, count: int, quick: bool) -> list[dict[str, Any]]:
+    # Registers the backend.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
+    make = placements()[placement]
+    names = [name for name in CONTENDERS if name == OURS or count <= THEIRS]
+    return [row(name, placement, count, make, 2 if quick else 15) for name in names]
+
+
 def measure(quick: bool) -> Iterator[dict[str, Any]]:
-    """Time both over every placement and number of tensors."""
-    makers = placements()
+    """Time both over every placement and number of tensors, each in a process of its own.
+
+    What was freed before decides where thousands of small tensors lie, and how many caches miss.
+    """
+    spawn = multiprocessing.get_context("spawn")
     for count in (4, 12) if quick else COUNTS:
-        for placement, make in makers.items():
-            for contender in CONTENDERS:
-                if contender == OURS or count <= THEIRS:
-                    yield row(contender, placement, count, make, 2 if quick else 15)
+        for placement in (PLAIN, ONE, THREE):
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                yield from pool.submit(_rows, placement, count, quick).result()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,11 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.step.sharded", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few tensors; no measurement")
     options = parser.parse_args(arguments)
-    # Registers the backend.
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.set_num_threads(1)
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
     for found in measure(options.quick):
         print(json.dumps(found), flush=True)
     return 0
