@@ -27,7 +27,8 @@ def write(result: Entry, file: File) -> None:
     save(bars(result), file.path("-bars.png"))
     save(roofline(result), file.path("-roofline.png"))
     if result["sharded"]:
-        heading = partial(_heading, result)
+        note = "launch and collective are left out"
+        heading = partial(_heading, {**result, "note": note})
         save(sharded(result["sharded"], heading), file.path("-sharded.png"))
 
 
