@@ -156,9 +156,10 @@ class FusedOptimizer(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        of_all = [name for name in ("backend", "clip", "statistics") if name in param_group]
-        if of_all:
-            raise ValueError(f"{of_all[0]} is one for all groups: pass it to the optimizer")
+        for name in ("backend", "clip", "statistics"):
+            # Wrappers put all arguments of the constructor into groups.
+            if param_group.get(name, getattr(self, name)) != getattr(self, name):
+                raise ValueError(f"{name} is one for all groups: pass it to the optimizer")
         if param_group.get("differentiable"):
             raise ValueError("differentiable=True is not supported: a fused step has no derivative")
         check_virtual_batch_size(param_group.get("virtual_batch_size"))
