@@ -373,10 +373,10 @@ def is_initialising(optimizer: Any) -> bool:
     gradients that are not zero: there, distributed checkpoint has to be the caller.
     """
     rule = optimizer.rule
+    if optimizer.state or not (rule.counts_steps or any(map(rule.states, optimizer.param_groups))):
+        return False
     feeds = optimizer.statistics is not None or len(rule.degrees) > 1
     if not feeds and not is_creating():
-        return False
-    if optimizer.state or not (rule.counts_steps or any(map(rule.states, optimizer.param_groups))):
         return False
     gradients = list(_gradients(optimizer))
     # Nothing may be read during a capture.

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .dtensor import dtensor_class
+from .dtensor import dtensor_class, local_of
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+# Types whose address is that of their values, unless what torch dispatches on says otherwise.
+PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -40,33 +41,40 @@ def local_tensors(tensors: list[Tensor]) -> list[Tensor]:
     DTensors are replaced by their shards, results of collectives by what has arrived, and wrappers
     by the tensor that holds their values; what has no such tensor stays, to be refused.
     """
-    kinds = set(map(type, tensors))
-    if kinds <= _PLAIN:
-        return tensors
-    dtensor = dtensor_class()
-    if kinds <= {*_PLAIN, dtensor}:
-        local: list[Any]
-        local = [t._local_tensor if type(t) is dtensor else t for t in tensors]  # type: ignore
-        if set(map(type, local)) <= _PLAIN:
-            return local
-    return [t if type(t) in _PLAIN else _local(t) for t in tensors]
+    local = _without_wrappers(tensors)
+    return list(map(_unwrapped, tensors)) if local is None else local
 
 
 def unwrapped(inputs: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[Any]]:
     """Replace tensors as ``local_tensors`` does, and return what of wrappers decides how.
 
-    Of DTensors of plain tensors that is nothing: how they are placed is asked for by itself.
+    Of DTensors of plain tensors that is nothing: how they are placed is asked for by itself. Where
+    nothing is replaced, ``inputs`` itself is returned.
     """
-    local = [local_tensors(tensors) for tensors in inputs]
+    local = list(map(_without_wrappers, inputs))
     if all(map(operator.is_, local, inputs)):
         return inputs, []
+    found = [own for own in local if own is not None]
+    if len(found) == len(inputs):
+        return found, []
+    wrappings = [None if type(t) in PLAIN else _wrapping(t) for ts in inputs for t in ts]
+    return list(map(local_tensors, inputs)), wrappings
+
+
+def _without_wrappers(tensors: list[Tensor]) -> list[Tensor] | None:
+    """Do so for plain tensors, which stay, and DTensors of such; None where there are others."""
+    kinds = set(map(type, tensors))
+    if kinds <= PLAIN:
+        return tensors
     dtensor = dtensor_class()
-    ordinary = {*_PLAIN, dtensor}
-    if all(set(map(type, tensors)) <= ordinary for tensors in inputs) and all(
-        set(map(type, tensors)) <= _PLAIN for tensors in local
-    ):
-        return local, []
-    return local, [None if type(t) in _PLAIN else _wrapping(t) for ts in inputs for t in ts]
+    if not kinds <= {*PLAIN, dtensor}:
+        return None
+    local = [local_of(t) if type(t) is dtensor else t for t in tensors]
+    return local if set(map(type, local)) <= PLAIN else None
+
+
+def _unwrapped(t: Tensor) -> Tensor:
+    return t if type(t) in PLAIN else _local(t)
 
 
 def _local(t: Tensor) -> Tensor:
@@ -84,7 +92,7 @@ def _wrapping(t: Tensor) -> Any:
 
 
 def _wraps(t: Tensor) -> bool:
-    return type(t) not in _PLAIN and is_traceable_wrapper_subclass(t) and not t.is_nested
+    return type(t) not in PLAIN and is_traceable_wrapper_subclass(t) and not t.is_nested
 
 
 def _holder(t: Tensor) -> Tensor | None:
@@ -108,7 +116,7 @@ def refusal(t: Tensor) -> str | None:
     Args:
         t: dense, as it was found: a DTensor, for example, and not its shard.
     """
-    if type(t) not in _PLAIN:
+    if type(t) not in PLAIN:
         local = t.to_local() if hasattr(t, "to_local") else t
         local = local.wait() if hasattr(local, "wait") else local
         if _wraps(local):

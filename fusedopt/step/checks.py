@@ -16,7 +16,7 @@ from ..kernels.rule import Rule
 from ..memory.dtensor import is_dtensor, placed_alike
 from ..memory.dtypes import STORABLE, real_dtype
 from ..memory.layout import are_apart, byte_range, is_plain, overlaps_itself, share_memory
-from ..memory.storage import local_tensors, refusal
+from ..memory.storage import PLAIN, local_tensors, refusal
 from ..source import MissingInput, Source
 from ..statistics.base import Statistics
 
@@ -156,9 +156,17 @@ def check_gradients(
     optimizer: Any,
     params: Sequence[Tensor],
     inputs: Sequence[Sequence[Tensor]],
+    local_inputs: Sequence[Sequence[Tensor]],
     per_sample: bool,
 ) -> None:
     """Raise for a parameter, gradient or other input that cannot be used.
+
+    Args:
+        optimizer: that is to step.
+        params: as of ``Request``, as what follows.
+        inputs: as they were found.
+        local_inputs: what of them lies in this process.
+        per_sample: whether they are gradients of samples.
 
     Raises:
         RuntimeError: sparse gradients, gradients on another device or of another shape, an
@@ -167,8 +175,8 @@ def check_gradients(
     """
     is_ordinary = _Ordinary()
     own = local_tensors(list(params))
-    for name, tensors in zip(_input_names(optimizer, inputs, per_sample), inputs, strict=True):
-        local = local_tensors(list(tensors))
+    names = _input_names(optimizer, inputs, per_sample)
+    for name, tensors, local in zip(names, inputs, local_inputs, strict=True):
         for p, tensor, *parts in zip(params, tensors, own, local, strict=True):
             if not per_sample and is_ordinary(p, tensor, *parts):
                 continue
@@ -214,7 +222,8 @@ class _Ordinary:
 
     def _is_sound(self, t: Tensor) -> bool:
         return (
-            _keys(t) in self._known
+            type(t) in PLAIN
+            and _keys(t) in self._known
             and t.dtype in STORABLE
             and t.is_contiguous()
             and t.untyped_storage().nbytes() >= t.storage_offset() * t.element_size() + t.nbytes

@@ -177,11 +177,13 @@ def gather(
             " optimizer.statistics to where the squares come from"
         )
     tensors = found.tensors
-    specs = list(map(specs_of, tensors))
+    local, wrappings = unwrapped(tensors)
+    # Where nothing stands for something else, nothing is placed.
+    specs = [] if local is tensors else list(map(specs_of, tensors))
     if any(specs) and not (found.per_sample or _are_placed(params, specs, known)):
         tensors = [placed_as(params, x) for x in tensors]
         specs = list(map(specs_of, tensors))
-    local, wrappings = unwrapped(tensors)
+        local, wrappings = unwrapped(tensors)
     if found_inf is not None:
         if statistics is not None:
             found_inf = _or_not_finite(found_inf, local[1])

@@ -136,3 +136,37 @@ def test_a_parameter_or_state_without_memory_is_refused(kind, backend):
     with pytest.raises(RuntimeError, match=rf"'exp_avg'.*{message}"):
         ours.step()
     assert p.tolist() == before
+
+
+class Watched(torch.Tensor):
+    """A subclass with memory of its own, which sees every operation."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        with torch._C._DisableTorchDispatch():
+            return function(*args, **(kwargs or {}))
+
+
+class Opaque(torch.Tensor):
+    """A wrapper of nothing, on which torch dispatches in the same way."""
+
+    @staticmethod
+    def __new__(cls, numel: int):
+        return torch.Tensor._make_wrapper_subclass(cls, (numel,), dtype=torch.float32)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError("nothing is to be read of it")
+
+
+@both_backends
+def test_one_that_has_memory_does_not_speak_for_one_that_has_not(backend):
+    """Catches a close look at the first alone."""
+    first = torch.Tensor._make_subclass(Watched, torch.ones(3))
+    second = Opaque(3)
+    for p in (first, second):
+        p.grad = torch.ones(3)
+    optimizer = fusedopt.SGD([first, second], lr=0.5, backend=backend)
+    with pytest.raises(RuntimeError, match=r"\[1\].*Opaque, which has no memory of its own"):
+        optimizer.step()
+    assert torch.equal(first.as_subclass(torch.Tensor), torch.ones(3))
