@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import faulthandler
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from multiprocessing import Manager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from observed import adam_over
@@ -17,8 +18,23 @@ from ranks import in_ranks
 from torch import Tensor, nn
 
 Scenario = Callable[[int], None]
-# Seconds after which processes end themselves, with a stack: many times what they take.
-LIMIT = 400
+# Seconds for all scenarios of a world: many times what they take.
+LIMIT = 400.0
+
+
+def outcomes_of(
+    scenarios: Mapping[int, Sequence[Scenario]], folders: pytest.TempPathFactory
+) -> Callable[[int], dict[str, str]]:
+    """Return what tells by the number of processes what each scenario raised.
+
+    They are run when first asked for.
+    """
+
+    @cache
+    def of(world: int) -> dict[str, str]:
+        return run_all(world, folders.mktemp("ranks"), scenarios[world])
+
+    return of
 
 
 def run_all(world: int, directory: Path, scenarios: Sequence[Scenario]) -> dict[str, str]:
@@ -34,7 +50,7 @@ def run_all(world: int, directory: Path, scenarios: Sequence[Scenario]) -> dict[
     with Manager() as manager:
         results = manager.dict()
         try:
-            in_ranks(world, directory, _one_by_one, scenarios, results)
+            in_ranks(world, directory, _one_by_one, scenarios, results, limit=LIMIT)
         except Exception as error:
             if not any(results.values()):
                 raise error
@@ -43,7 +59,6 @@ def run_all(world: int, directory: Path, scenarios: Sequence[Scenario]) -> dict[
 
 
 def _one_by_one(rank: int, scenarios: Sequence[Scenario], results: Any) -> None:
-    faulthandler.dump_traceback_later(LIMIT, exit=True)
     dist.barrier()
     for scenario in scenarios:
         key = scenario.__name__, rank

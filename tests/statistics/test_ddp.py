@@ -19,8 +19,8 @@ from across_ranks import (
     ids,
     local_loss,
     losses,
+    outcomes_of,
     parameters,
-    run_all,
 )
 from across_ranks import share as share_of
 from observed import Everything
@@ -317,15 +317,7 @@ SCENARIOS = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What each scenario raised, by the number of processes: run when first asked for."""
-    found: dict[int, dict[str, str]] = {}
-
-    def of(world: int) -> dict[str, str]:
-        if world not in found:
-            found[world] = run_all(world, tmp_path_factory.mktemp("ranks"), SCENARIOS[world])
-        return found[world]
-
-    return of
+    return outcomes_of(SCENARIOS, tmp_path_factory)
 
 
 @pytest.mark.parametrize(
