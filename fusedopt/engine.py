@@ -130,7 +130,8 @@ class Engine:
         for group in optimizer.param_groups:
             optimizer.check_group(group)
         check_in_backward(optimizer)
-        check_gradients(optimizer, params, inputs, request.local_inputs, request.per_sample)
+        local = request.local_params, request.local_inputs
+        check_gradients(optimizer, params, local[0], inputs, local[1], request.per_sample)
         check_states(optimizer, params, group_of)
         check_present(optimizer, params, group_of, self._present)
         check_memory(optimizer, params, inputs, group_of, request.per_sample)

@@ -155,6 +155,7 @@ def check_privacy(optimizer: Any, params: Sequence[Tensor]) -> None:
 def check_gradients(
     optimizer: Any,
     params: Sequence[Tensor],
+    local_params: Sequence[Tensor],
     inputs: Sequence[Sequence[Tensor]],
     local_inputs: Sequence[Sequence[Tensor]],
     per_sample: bool,
@@ -164,6 +165,7 @@ def check_gradients(
     Args:
         optimizer: that is to step.
         params: as of ``Request``, as what follows.
+        local_params: what of them lies in this process.
         inputs: as they were found.
         local_inputs: what of them lies in this process.
         per_sample: whether they are gradients of samples.
@@ -174,10 +176,9 @@ def check_gradients(
         TypeError: element types that are not floating point.
     """
     is_ordinary = _Ordinary()
-    own = local_tensors(list(params))
     names = _input_names(optimizer, inputs, per_sample)
     for name, tensors, local in zip(names, inputs, local_inputs, strict=True):
-        for p, tensor, *parts in zip(params, tensors, own, local, strict=True):
+        for p, tensor, *parts in zip(params, tensors, local_params, local, strict=True):
             if not per_sample and is_ordinary(p, tensor, *parts):
                 continue
             # Of samples, one stands for all: they share strides.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Plan:
         self._all_states = list(request.state.values())
         self._columns = _columns(self._names, self._states)
         self._tensors = self._state_tensors()
-        local_params = local_tensors(params)
+        local_params = request.local_params
         local_inputs = request.local_inputs
         local_states = local_tensors(self._tensors)
         self._param_print = Fingerprint(local_params)
@@ -75,9 +76,10 @@ class Plan:
         self._wrappings = request.wrappings
 
         places: dict[tuple[torch.device, bool], list[int]] = {}
+        # Name by name, as they are listed.
+        listed = iter(local_states)
         rest = {
-            name: iter(local_tensors([state[name] for state in states]))
-            for name, states in self._columns.items()
+            name: iter(list(islice(listed, len(states)))) for name, states in self._columns.items()
         }
         states_of = [tuple([next(rest[name]) for name in names]) for names in self._names]
         for position, (p, index) in enumerate(zip(local_params, group_of, strict=True)):
@@ -146,7 +148,7 @@ class Plan:
             return False
         if not unchanged:
             return False
-        local_params = local_tensors(params)
+        local_params = request.local_params
         addresses = list(map(Tensor.data_ptr, local_params))
         return (
             addresses == self._param_print.addresses

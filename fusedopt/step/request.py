@@ -14,7 +14,7 @@ from torch import Tensor
 from ..clipping import GlobalNorm
 from ..kernels.rule import Rule
 from ..memory.dtensor import placed_as, specs_of
-from ..memory.storage import unwrapped
+from ..memory.storage import local_tensors, unwrapped
 from ..source import RuleInputs, Source
 from .checks import check_one_group, check_samples, follow_unscaling, is_on_device
 from .counts import State
@@ -85,6 +85,11 @@ class Request:
     statistics: Source | None
     scaler_on_device: bool
     span: Span | None
+
+    @cached_property
+    def local_params(self) -> list[Tensor]:
+        """What of the parameters lies in this process' memory."""
+        return local_tensors(self.params)
 
     @cached_property
     def on_device(self) -> list[bool]:
