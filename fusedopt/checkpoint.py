@@ -310,7 +310,7 @@ def check_present(
     optimizer: Any,
     parameters: Iterable[Tensor],
     group_of: Iterable[int],
-    present: Mapping[Tensor, frozenset[str]],
+    present: Present,
 ) -> None:
     """Raise before a step for a state that is partly there.
 
@@ -318,12 +318,14 @@ def check_present(
         optimizer: that is to step.
         parameters: that take part.
         group_of: for each, the index of its group.
-        present: what ``present_states`` returned last.
+        present: what was there when it was last looked at.
 
     Raises:
         IncompleteState: naming the parameter and the key.
         ValueError: for a step count that is no number.
     """
+    if not optimizer.state:
+        return
     # Not what an option switched on since asks for: that starts at zero, unless it was there.
     rule = optimizer.rule
     # A rule of a user's own need not have examples.
@@ -333,31 +335,58 @@ def check_present(
     for p, index in zip(parameters, group_of, strict=True):
         if p in optimizer.state:
             who = _Place(optimizer, p)
-            due = base | present.get(p, frozenset())
+            due = base | present.names(p)
             names = tuple(name for name in names_of[index] if name in due)
             _check_complete(rule, names, optimizer.state[p], who)
 
 
-def present_states(
-    optimizer: Any, before: Mapping[Tensor, frozenset[str]]
-) -> dict[Tensor, frozenset[str]]:
-    """Return for each parameter with a state which entries that its options ask for are there.
+class Present:
+    """Which entries that its options ask for the state of each parameter had when last looked at.
 
     What is missing later, though its option is still on, was taken away in between.
-
-    Args:
-        optimizer: whose states are looked at.
-        before: what this returned last: a state may have lost an entry, and not have stepped since.
     """
-    found: dict[Tensor, frozenset[str]] = {}
-    for group in optimizer.param_groups:
-        names = optimizer.rule.states(group)
-        for p in group["params"] if isinstance(group["params"], (list, tuple)) else ():
-            state = optimizer.state.get(p)
-            if isinstance(state, Mapping) and state:
-                old = before.get(p, ())
-                found[p] = frozenset(n for n in names if n in old or state.get(n) is not None)
-    return found
+
+    def __init__(self) -> None:
+        self._names: dict[Tensor, frozenset[str]] = {}
+        self._noted: list[tuple[list[Tensor], list[tuple[str, ...]], list[int]]] = []
+
+    def names(self, p: Tensor) -> frozenset[str]:
+        """Return the entries of a parameter's state."""
+        for params, names_of, group_of in self._noted:
+            sets = list(map(frozenset, names_of))
+            self._names.update(zip(params, [sets[index] for index in group_of], strict=True))
+        self._noted.clear()
+        return self._names.get(p, frozenset())
+
+    def note(
+        self, params: list[Tensor], names_of: list[tuple[str, ...]], group_of: list[int]
+    ) -> None:
+        """Note that the states of parameters have all that their groups ask for.
+
+        Looked through when asked for, which is seldom: hashing a tensor is a call into Python.
+
+        Args:
+            params: the parameters.
+            names_of: for each group, the entries.
+            group_of: for each parameter, the index of its group.
+        """
+        self._noted.append((params, names_of, group_of))
+
+    def forget(self, p: Tensor, names: Iterable[str]) -> None:
+        """Leave out entries of a parameter's state."""
+        self._names[p] = self.names(p) - set(names)
+
+    def look(self, optimizer: Any) -> None:
+        """Look at all states; one that has lost an entry need not have stepped since."""
+        found: dict[Tensor, frozenset[str]] = {}
+        for group in optimizer.param_groups:
+            names = frozenset(optimizer.rule.states(group))
+            for p in group["params"] if isinstance(group["params"], (list, tuple)) else ():
+                state = optimizer.state.get(p)
+                if isinstance(state, Mapping) and state:
+                    old = self.names(p)
+                    found[p] = frozenset(n for n in names if n in old or state.get(n) is not None)
+        self._names = found
 
 
 def is_initialising(optimizer: Any) -> bool:
@@ -415,4 +444,4 @@ def initialise(optimizer: Any) -> None:
         with_gradient = [p for p in group["params"] if p.grad is not None]
         params += with_gradient
         group_of += [index] * len(with_gradient)
-    create_states(optimizer, params, group_of)
+    create_states(optimizer, params, local_tensors(params), group_of)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import check_present, initialise, is_initialising, present_states
+from .checkpoint import Present, check_present, initialise, is_initialising
 from .memory.device import is_capturing
 from .step.checks import check_gradients, check_memory, check_states
 from .step.device_group import DeviceGroup
@@ -34,8 +34,7 @@ class Engine:
     def __init__(self) -> None:
         self.plan: Plan | None = None
         self.captured: list[Plan] = []
-        # Which entries each state had when it was last looked at: see check_present.
-        self._present: dict[Tensor, frozenset[str]] = {}
+        self._present = Present()
         # The processes to clip with, and what they were found for.
         self._span: Span | None = None
         self._span_of: tuple[Any, ...] | None = None
@@ -63,7 +62,7 @@ class Engine:
             return
         plan = self.plan
         known = None if plan is None else plan.known
-        span = self._find_span(optimizer)
+        span = self._find_span(optimizer, anew=plan is None)
         request = gather(optimizer, grad_scale, found_inf, known, span)
         if request is None:
             if span is not None:
@@ -91,14 +90,14 @@ class Engine:
         # Autograd then notices a parameter that changed between forward and backward.
         torch.autograd.graph.increment_version(request.params)
 
-    def _find_span(self, optimizer: Any) -> Span | None:
-        """Find the processes to clip with; anew where groups have changed, or with a new plan."""
+    def _find_span(self, optimizer: Any, anew: bool) -> Span | None:
+        """Find the processes to clip with; at least where groups have changed."""
         clip = optimizer.clip
         if clip is None or not in_several_processes():
             return None
         groups = optimizer.param_groups
         found = (clip.group, optimizer.wrapper_group, [len(group["params"]) for group in groups])
-        if self.plan is None or found != self._span_of:
+        if anew or found != self._span_of:
             params = [p for group in groups for p in group["params"]]
             recognised = optimizer.wrapper_group or flat_group(params)
             self._span, self._span_of = span_of(params, clip.group, recognised), found
@@ -130,32 +129,37 @@ class Engine:
         for group in optimizer.param_groups:
             optimizer.check_group(group)
         check_in_backward(optimizer)
-        local = request.local_params, request.local_inputs
-        check_gradients(optimizer, params, local[0], inputs, local[1], request.per_sample)
+        local_params, local_inputs = request.local_params, request.local_inputs
+        per_sample = request.per_sample
+        check_gradients(optimizer, params, local_params, inputs, local_inputs, per_sample)
         check_states(optimizer, params, group_of)
         check_present(optimizer, params, group_of, self._present)
-        check_memory(optimizer, params, inputs, group_of, request.per_sample)
-        created = create_states(optimizer, params, group_of)
-        self.drop()
-        request.span = self._find_span(optimizer)
+        apart = check_memory(
+            optimizer, params, local_params, inputs, local_inputs, group_of, per_sample
+        )
+        states, created = create_states(optimizer, params, local_params, group_of)
+        if self.plan is not None:
+            self.drop()
+            # Nobody told of what has changed: it may be the meshes.
+            request.span = self._find_span(optimizer, anew=True)
         try:
-            self.plan = Plan(request, created)
+            self.plan = Plan(request, states, created, apart)
         except Exception:
             self._forget(optimizer, zip(params, created, strict=True))
             raise
-        self.look_at_states(optimizer)
+        self._present.note(params, [optimizer.rule.states(g) for g in request.groups], group_of)
         return self.plan
 
     def look_at_states(self, optimizer: Any) -> None:
         """Note which entries each state has: what is missing later was taken away."""
-        self._present = present_states(optimizer, self._present)
+        self._present.look(optimizer)
 
     def _forget(self, optimizer: Any, created: Iterable[tuple[Tensor, Sequence[str]]]) -> None:
         """Remove states that were created for a step which did not come about."""
         for p, names in created:
             if names:
                 remove_states(optimizer, p, names)
-            self._present[p] = self._present.get(p, frozenset()) - set(names)
+            self._present.forget(p, names)
 
     def drop(self) -> None:
         """Let go of the plan; a captured one is kept aside."""
@@ -167,7 +171,7 @@ class Engine:
     def reset(self) -> None:
         """Forget what was known of the states: others are loaded."""
         self.drop()
-        self._present = {}
+        self._present = Present()
 
     def push(self, optimizer: Any) -> None:
         """Make hyper-parameters that are Python numbers current for captured CUDA graphs."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from fusedopt.backends import ParamEntry, prepare
+from fusedopt.backends import Entries, prepare
 from fusedopt.coefficients import HostTable
 from fusedopt.kernels import launch_config
 from fusedopt.kernels.launch_config import LaunchConfig
@@ -45,32 +46,35 @@ class Trial:
         self.device = device
         generator = torch.Generator(device).manual_seed(0)
         n_inputs = len(entry.rule.degrees)
-        self.slots = []
-        for position, size in enumerate(sizes):
-            param, *others = (
+        self.sizes = sizes
+        params, *others = (
+            [
                 _values(size, DTYPES[kind], i, n_inputs, entry.rule.degrees, generator)
-                for i, kind in enumerate(entry.dtypes)
-            )
-            inputs, states = tuple(others[:n_inputs]), tuple(others[n_inputs:])
-            options = entry.rule.options(entry.group)
-            self.slots.append(ParamEntry(position, param, inputs, states, options))
+                for size in sizes
+            ]
+            for i, kind in enumerate(entry.dtypes)
+        )
+        inputs, states = others[:n_inputs], others[n_inputs:]
+        options = entry.rule.options(entry.group)
+        self.tensors = Entries(range(len(sizes)), params, inputs, states, options)
 
     def update(self, candidate: LaunchConfig) -> Callable[[], None]:
         """Return what updates all tensors once, at the third step of a training."""
         rule = self.entry.rule
         with forced(candidate):
-            part = prepare("triton", rule, self.device, self.slots)
-        table = HostTable(rule, self.device, [0] * len(self.slots))
-        table.partition([3.0] * len(self.slots))
+            part = prepare("triton", rule, self.device, [self.tensors])
+        table = HostTable(rule, self.device, [0] * len(self.sizes))
+        table.partition([3.0] * len(self.sizes))
         table.refresh([self.entry.group])
         control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=self.device)
-        inputs = [[slot.inputs[k] for slot in self.slots] for k in range(len(rule.degrees))]
+        inputs = self.tensors.inputs
         part.move_inputs(inputs)
         return lambda: part.update(inputs, table, control)
 
     def written(self) -> list[Tensor]:
         """Return parameters and states."""
-        return [tensor for slot in self.slots for tensor in (slot.param, *slot.states)]
+        rows = zip(self.tensors.params, *self.tensors.states, strict=True)
+        return list(chain.from_iterable(rows))
 
 
 def _values(

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.rule import Rule
-from .entry import Executor, Inputs, ParamEntry
+from .entry import Entries, Executor, Inputs
 
 __all__ = [
     "BACKENDS",
+    "Entries",
     "Executor",
     "Inputs",
-    "ParamEntry",
     "check_name",
     "choose",
     "prepare",
@@ -29,13 +29,21 @@ BACKENDS = ("auto", "triton", "reference")
 
 
 def prepare(
-    backend: str, rule: Rule, device: torch.device, entries: Sequence[ParamEntry]
+    backend: str, rule: Rule, device: torch.device, entries: Sequence[Entries], apart: bool = False
 ) -> Executor:
-    """Prepare entries of one device for a backend that ``choose`` has named."""
+    """Prepare entries of one device for a backend that ``choose`` has named.
+
+    Args:
+        backend: the name.
+        rule: the update.
+        device: where the tensors live.
+        entries: what to update.
+        apart: whether no two of the tensors are known to reach into each other's memory.
+    """
     if backend == "triton":
         from .triton import TritonExecutor
 
-        return TritonExecutor(rule, device, entries)
+        return TritonExecutor(rule, device, entries, apart)
     from .reference import ReferenceExecutor
 
     return ReferenceExecutor(rule, device, entries)

@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..coefficients import Table
-from ..memory.dtypes import compute_dtype, real_dtypes
+from ..memory.dtypes import real_dtypes
 
 # For each input of the rule (the gradient first), the tensors of all entries.
 Inputs = Sequence[Sequence[Tensor]]
 
+_DTYPE = operator.attrgetter("dtype")
 
-@dataclass(slots=True)
-class ParamEntry:
-    """What one parameter brings to a step."""
 
-    position: int  # index into the lists of inputs
-    param: Tensor
-    inputs: tuple[Tensor, ...]
-    states: tuple[Tensor, ...]
+@dataclass
+class Entries:
+    """What parameters with the same options and states bring to a step: a column for each kind.
+
+    In a column stands a tensor for each parameter, in the same order. Tens of thousands of
+    parameters are looked at column by column, a trait at a time.
+
+    Attributes:
+        positions: of the parameters in the lists of inputs that a step hands in.
+        params: the parameters.
+        inputs: a column for each input.
+        states: a column for each state.
+        options: of the rule.
+        per_sample_inputs: whether the inputs are gradients of samples, ``[batch, *param.shape]``
+            each, that are still to be reduced to what the rule takes.
+    """
+
+    positions: Sequence[int]
+    params: Sequence[Tensor]
+    inputs: Sequence[Sequence[Tensor]]
+    states: Sequence[Sequence[Tensor]]
     options: tuple[bool, ...]
-    # Whether the inputs are gradients of samples, ``[batch, *param.shape]`` each, that are still to
-    # be reduced to what the rule takes.
     per_sample_inputs: bool = False
 
-    @property
-    def operands(self) -> tuple[Tensor, ...]:
-        """Parameter, inputs and states, in the order of the address table."""
-        return (self.param, *self.inputs, *self.states)
+    @cached_property
+    def columns(self) -> list[Sequence[Tensor]]:
+        """Parameters, inputs and states, in the order of the address table."""
+        return [self.params, *self.inputs, *self.states]
 
-    @property
-    def compute(self) -> torch.dtype:
-        """Type that the arithmetic is done in."""
-        return compute_dtype(real_dtypes(tuple([t.dtype for t in self.operands])))
+    @cached_property
+    def dtypes(self) -> list[tuple[torch.dtype, ...]]:
+        """For each parameter, the real types of its operands."""
+        types = list(zip(*(map(_DTYPE, column) for column in self.columns), strict=True))
+        real = {own: real_dtypes(own) for own in set(types)}
+        return [real[own] for own in types]
 
 
 class Executor(Protocol):

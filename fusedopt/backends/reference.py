@@ -6,6 +6,7 @@ read from memory once, not once an operation.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,21 +17,21 @@ from ..coefficients import Table
 from ..kernels.rule import Rule
 from ..memory.dtypes import compute_dtype, decode, encode, real_dtype
 from ..memory.layout import is_dense, real_view, same_order
-from .entry import Inputs, ParamEntry
+from .entry import Entries, Inputs
 
 # Elements that each thread takes of a piece: what a step touches of them fits a second-level cache.
 PIECE_OF_THREAD = 1 << 17
 
 
 class _Memory:
-    """What of an entry is read and written in place: the parameter and its states."""
+    """What of one parameter's entry is read and written in place: itself and its states."""
 
-    def __init__(self, entry: ParamEntry) -> None:
-        self.position = entry.position
-        self.options = entry.options
-        self.per_sample_inputs = entry.per_sample_inputs
-        self.compute = entry.compute
-        self.tensors = [real_view(t) for t in (entry.param, *entry.states)]
+    def __init__(self, entries: Entries, row: int, dtypes: Sequence[torch.dtype]) -> None:
+        self.position = entries.positions[row]
+        self.options = entries.options
+        self.per_sample_inputs = entries.per_sample_inputs
+        self.compute = compute_dtype(dtypes)
+        self.tensors = [real_view(column[row]) for column in (entries.params, *entries.states)]
         param = self.tensors[0]
         self.cuttable = (
             param.numel() > PIECE_OF_THREAD
@@ -57,10 +58,17 @@ class _Memory:
 class ReferenceExecutor:
     """The entries of one device; see ``fusedopt.backends.Executor``."""
 
-    def __init__(self, rule: Rule, device: torch.device, entries: Sequence[ParamEntry]) -> None:
+    def __init__(self, rule: Rule, device: torch.device, entries: Sequence[Entries]) -> None:
         self.rule = rule
         self.device = device
-        self.memories = [_Memory(entry) for entry in entries if entry.param.numel() > 0]
+        memories = [
+            _Memory(own, row, dtypes)
+            for own in entries
+            for row, dtypes in enumerate(own.dtypes)
+            if own.params[row].numel()
+        ]
+        # Parameters that share memory are updated in the order in which they were given.
+        self.memories = sorted(memories, key=operator.attrgetter("position"))
 
     def move_inputs(self, inputs: Inputs) -> None:
         pass

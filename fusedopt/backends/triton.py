@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,92 +21,34 @@ from ..kernels.launch import TRITON_DTYPES, device_architecture, launch, settle
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
 from ..memory.device import upload
-from ..memory.dtypes import real_dtypes
-from ..memory.layout import (
-    ALIGNMENT,
-    are_apart,
-    are_in_one_order,
-    byte_range,
-    is_dense,
-    is_plain,
-    real_view,
-    same_order,
-    stacked_buffer,
-    stacked_order,
-    staging_buffer,
-)
-from ..memory.storage import addresses as addresses_of
-from .entry import Inputs, ParamEntry
-
-
-class BucketKey(NamedTuple):
-    """What tensors must share to be updated by the same launch."""
-
-    dtypes: tuple[torch.dtype, ...]
-    options: tuple[bool, ...]
-    aligned: bool
-    launch_order: int  # parameters that share memory are updated one after the other
-    counts: tuple[int, ...] | None = None  # samples in each input, where inputs are samples
-
-
-class Operands:
-    """An entry's operands as the kernel sees them: in place, or through a staging buffer."""
-
-    __slots__ = ("n_inputs", "originals", "position", "tensors")
-
-    def __init__(self, entry: ParamEntry) -> None:
-        self.position = entry.position
-        self.n_inputs = len(entry.inputs)
-        self.tensors = list(entry.operands)
-        self.originals: dict[int, Tensor] = {}
-        if not entry.per_sample_inputs and are_in_one_order(self.tensors):
-            return
-        dense = is_dense(entry.param)
-        for i, tensor in enumerate(entry.operands):
-            samples = entry.per_sample_inputs and 1 <= i <= self.n_inputs
-            fits = stacked_order if samples else same_order
-            if not (dense and fits(entry.param, tensor) and is_plain(tensor)):
-                self.originals[i] = tensor
-                buffer = stacked_buffer if samples else staging_buffer
-                self.tensors[i] = buffer(entry.param, tensor)
-
-    def staged_inputs(self) -> Iterator[tuple[int, Tensor]]:
-        """Which inputs go through a buffer, and the buffer."""
-        for i in self.originals:
-            if 1 <= i <= self.n_inputs:
-                yield i - 1, self.tensors[i]
-
-    def staged_memory(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parameter and states that go through a buffer, each with it."""
-        for i, tensor in self.originals.items():
-            if not 1 <= i <= self.n_inputs:
-                yield tensor, self.tensors[i]
-
-    def key(self, entry: ParamEntry, launch_order: int) -> BucketKey:
-        """Return what the entry must share with others to be launched with them."""
-        return BucketKey(
-            dtypes=real_dtypes(tuple([t.dtype for t in self.tensors])),
-            options=entry.options,
-            aligned=not any([t.data_ptr() % ALIGNMENT for t in self.tensors])
-            and not (entry.per_sample_inputs and real_view(entry.param).numel() % ALIGNMENT),
-            launch_order=launch_order,
-            counts=tuple(len(x) for x in entry.inputs) if entry.per_sample_inputs else None,
-        )
+from ..memory.layout import are_apart, byte_range
+from ..memory.storage import chained
+from .entry import Entries, Inputs
+from .operands import BucketKey, Operands
 
 
 class TritonExecutor:
-    """The entries of one device; see ``fusedopt.backends.Executor``."""
+    """The entries of one device; see ``fusedopt.backends.Executor``.
 
-    def __init__(self, rule: Rule, device: torch.device, entries: Sequence[ParamEntry]) -> None:
+    Args:
+        rule: the update.
+        device: where the tensors live.
+        entries: what to update.
+        apart: whether no two of the tensors are known to reach into each other's memory.
+    """
+
+    def __init__(
+        self, rule: Rule, device: torch.device, entries: Sequence[Entries], apart: bool
+    ) -> None:
         self.device = device
-        buckets: dict[BucketKey, list[Operands]] = defaultdict(list)
-        orders = _launch_orders(entries)
-        for entry in entries:
-            if entry.param.numel() > 0:
-                operands = Operands(entry)
-                buckets[operands.key(entry, orders[entry.position])].append(operands)
-        ordered = sorted(buckets.items(), key=lambda item: item[0].launch_order)
-        self.buckets = [Bucket(rule, device, key, members) for key, members in ordered]
+        orders = None if apart else _launch_orders(entries)
+        buckets = [
+            (key, own, rows)
+            for own in map(Operands, entries)
+            for key, rows in own.rows_by_key(orders).items()
+        ]
+        buckets.sort(key=lambda bucket: bucket[0].launch_order)
+        self.buckets = [Bucket(rule, device, *bucket) for bucket in buckets]
         self._partials: Tensor | None = None
         # Sources of copies that a CUDA graph repeats.
         self._captured: list[Tensor] = []
@@ -166,25 +109,28 @@ class Bucket:
     """Tensors of one launch: their address table and the map from programs to chunks."""
 
     def __init__(
-        self, rule: Rule, device: torch.device, key: BucketKey, members: Sequence[Operands]
+        self,
+        rule: Rule,
+        device: torch.device,
+        key: BucketKey,
+        operands: Operands,
+        rows: Sequence[int],
     ) -> None:
         self.device = device
         self.key = key
         settle(rule.update)
-        self.positions = [m.position for m in members]
-        self.width = len(members)
-        # For each input, the columns whose tensors go through a buffer.
-        n_inputs = len(key.counts or rule.degrees)
-        self._staged_inputs: list[dict[int, Tensor]] = [{} for _ in range(n_inputs)]
-        for column, member in enumerate(members):
-            for k, buffer in member.staged_inputs():
-                self._staged_inputs[k][column] = buffer
-        self._staged_memory = [pair for m in members for pair in m.staged_memory()]
-        self._numels = [real_view(m.tensors[0]).numel() for m in members]
+        self.positions = [operands.positions[row] for row in rows]
+        self.width = len(rows)
+        # For each input, the columns of the table whose tensors go through a buffer.
+        self._staged_inputs, self._staged_memory = operands.staged(rows)
+        self._numels = [operands.numels[row] for row in rows]
         self._row_of = [0] * self.width
         self._dealt: Sequence[int] | None = None
-        addresses = [addresses_of(row) for row in zip(*(m.tensors for m in members), strict=True)]
-        host_table = _host([self._numels, self._row_of, *addresses])
+        addresses = operands.addresses
+        if self.width != addresses.shape[1]:
+            addresses = addresses[:, _host(list(rows))]
+        header = _host([self._numels, self._row_of])
+        host_table = torch.cat([header, addresses])
         self.table = torch.empty(host_table.shape, dtype=torch.int64, device=device)
         upload(self.table, host_table)
         shape = _launch_config(rule, device, key)
@@ -207,7 +153,7 @@ class Bucket:
             )
             self._extra = (device_vector(key.counts, device),)
 
-    @property
+    @cached_property
     def norm_programs(self) -> int:
         """Number of partial norms."""
         return sum(-(-n // norms.NORM_BLOCK) for n in self._numels)
@@ -311,20 +257,24 @@ def _host(values: list[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
-def _launch_orders(entries: Sequence[ParamEntry]) -> dict[int, int]:
+def _launch_orders(entries: Sequence[Entries]) -> dict[int, int] | None:
     """Number the launches so that tensors sharing memory are never written by the same one.
 
     Two parameters over the same storage would race within a launch; torch updates them in turn.
+
+    Returns:
+        The number for each position; None where no memory is shared.
     """
-    orders = {entry.position: 0 for entry in entries}
-    if are_apart([tensor for entry in entries for tensor in (entry.param, *entry.states)]):
-        return orders
+    written = [(own, column) for own in entries for column in (own.params, *own.states)]
+    if are_apart(chained([column for _, column in written])):
+        return None
+    orders = {position: 0 for own in entries for position in own.positions}
     ranges = []
-    for entry in entries:
-        for tensor in (entry.param, *entry.states):
+    for own, column in written:
+        for position, tensor in zip(own.positions, column, strict=True):
             start, stop = byte_range(tensor)
             if stop > start:
-                ranges.append((start, stop, entry.position))
+                ranges.append((start, stop, position))
     clashes: dict[int, set[int]] = defaultdict(set)
     open_ranges: list[tuple[int, int]] = []
     for start, stop, position in sorted(ranges):

@@ -52,7 +52,10 @@ def placements_of(t: Any) -> tuple[Any, ...]:
 def placed_alike(a: Any, b: Any) -> bool:
     """Whether two DTensors of equal shape are cut over the same mesh in the same way."""
     a, b = a._spec, b._spec
-    return bool(a.placements == b.placements and a.mesh == b.mesh and a.shape == b.shape)
+    if a is b:
+        return True
+    meshes = a.mesh is b.mesh or a.mesh == b.mesh
+    return bool(meshes and a.placements == b.placements and a.shape == b.shape)
 
 
 def local_of(t: Any) -> Tensor:
@@ -118,7 +121,7 @@ def placed_as(params: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
     for p, t in zip(params, tensors, strict=True):
         if type(t) is kind and type(p) is kind:
             own, spec = p._spec, t._spec
-            if spec.placements != own.placements and spec.mesh == own.mesh:
+            if spec is not own and spec.placements != own.placements and spec.mesh == own.mesh:
                 t = t.redistribute(own.mesh, own.placements)
         found.append(t)
     return found

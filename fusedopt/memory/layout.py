@@ -30,6 +30,8 @@ except ImportError:
 ALIGNMENT = 16  # bytes: the widest access of a thread
 
 
+_BLOCK = 512
+
 _SHAPE = operator.attrgetter("shape")
 _SIZE = operator.attrgetter("nbytes")
 _TYPE_AND_PLACE = operator.attrgetter("dtype", "device")
@@ -47,24 +49,47 @@ class Fingerprint:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.addresses = addresses_of(tensors)
         self._alignment = _alignment(self.addresses)
-        self._traits = _traits(tensors)
-        self._alike = _guard(tensors)
+        self._alike = [_guard(some) for some in _blocks(tensors)]
+        self._modes = _modes()
 
-    def fits(self, tensors: Sequence[Tensor], addresses: list[int]) -> bool:
-        """Whether a launch prepared for the old tensors is right for these, but for addresses.
+    def match(self, tensors: Sequence[Tensor]) -> list[int] | None:
+        """Return where tensors are; None where a launch for the old ones is not right for them.
 
         Args:
             tensors: as many as before.
-            addresses: where they are now.
+
+        Raises:
+            RuntimeError: for sparse tensors.
         """
+        addresses: list[int] = []
+        for some, are_alike in zip(_blocks(tensors), self._alike, strict=True):
+            addresses += map(Tensor.data_ptr, some)
+            if not are_alike(*some) and not self._match_without_modes(some, are_alike):
+                return None
         if addresses != self.addresses:
             if _alignment(addresses) != self._alignment:
-                return False
+                return None
             # Memory may have been freed; an empty tensor, whose address is 0, never moves there.
             if addresses.count(0) != self.addresses.count(0):
-                return False
-        # The guard also says no where a mode of torch is on that was off before, or off again.
-        return self._alike(*tensors) or _traits(tensors) == self._traits
+                return None
+        return addresses
+
+    def _match_without_modes(self, some: Sequence[Tensor], are_alike: Callable[..., bool]) -> bool:
+        # A guard also says no where a mode of torch is on that was off before, or off again.
+        if [x.raw_repr() for x in _modes()] == [x.raw_repr() for x in self._modes]:
+            return False
+        with torch._C._ForceDispatchKeyGuard(*self._modes):
+            return are_alike(*some)
+
+
+def _modes() -> tuple[Any, Any]:
+    """Return what this thread's modes add to what torch dispatches on, and what they take away."""
+    return torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def _blocks(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """Cut a list into pieces whose tensors stay in the processor's cache when looked at twice."""
+    return [tensors[i : i + _BLOCK] for i in range(0, len(tensors), _BLOCK)]
 
 
 def _alignment(addresses: Sequence[int]) -> list[bool]:
@@ -72,9 +97,10 @@ def _alignment(addresses: Sequence[int]) -> list[bool]:
 
 
 def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Return a quick test for tensors of the same types, shapes, strides and flags."""
+    """Return a test for tensors of the same types, shapes, strides and flags."""
     if TensorGuards is None:
-        return lambda *_: False
+        traits = _traits(tensors)
+        return lambda *others: _traits(others) == traits
     guards = TensorGuards(
         *tensors,
         dynamic_dims_sizes=list(map(list, map(_SHAPE, tensors))),

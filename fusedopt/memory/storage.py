@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .dtensor import dtensor_class, local_of
+from .dtensor import dtensor_class
 
 # Types whose address is that of their values, unless what torch dispatches on says otherwise.
 PLAIN = {Tensor, torch.nn.Parameter}
@@ -61,6 +62,11 @@ def unwrapped(inputs: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[Any]
     return list(map(local_tensors, inputs)), wrappings
 
 
+def chained(columns: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """List the tensors of all columns one after the other."""
+    return columns[0] if len(columns) == 1 else list(chain.from_iterable(columns))
+
+
 def _without_wrappers(tensors: list[Tensor]) -> list[Tensor] | None:
     """Do so for plain tensors, which stay, and DTensors of such; None where there are others."""
     kinds = set(map(type, tensors))
@@ -69,7 +75,8 @@ def _without_wrappers(tensors: list[Tensor]) -> list[Tensor] | None:
     dtensor = dtensor_class()
     if not kinds <= {*PLAIN, dtensor}:
         return None
-    local = [local_of(t) if type(t) is dtensor else t for t in tensors]
+    # As ``dtensor.local_of``, without a call each.
+    local = [t._local_tensor if type(t) is dtensor else t for t in tensors]  # type: ignore[attr-defined]
     return local if set(map(type, local)) <= PLAIN else None
 
 

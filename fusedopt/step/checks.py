@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +14,15 @@ from torch.optim import Optimizer
 from .. import backends
 from ..coefficients import lives_on_device
 from ..kernels.rule import Rule
-from ..memory.dtensor import is_dtensor, placed_alike
+from ..memory.dtensor import placed_alike
 from ..memory.dtypes import STORABLE, real_dtype
 from ..memory.layout import are_apart, byte_range, is_plain, overlaps_itself, share_memory
-from ..memory.storage import PLAIN, local_tensors, refusal
+from ..memory.storage import chained, local_tensors, refusal
 from ..source import MissingInput, Source
 from ..statistics.base import Statistics
+from .ordinary import find_doubtful
 
+_DEVICE = operator.attrgetter("device")
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
@@ -175,12 +178,13 @@ def check_gradients(
             expanded parameter, a backend that cannot run.
         TypeError: element types that are not floating point.
     """
-    is_ordinary = _Ordinary()
     names = _input_names(optimizer, inputs, per_sample)
     for name, tensors, local in zip(names, inputs, local_inputs, strict=True):
-        for p, tensor, *parts in zip(params, tensors, local_params, local, strict=True):
-            if not per_sample and is_ordinary(p, tensor, *parts):
-                continue
+        doubtful: Iterable[int] = range(len(params))
+        if not per_sample:
+            doubtful = find_doubtful(params, tensors, local_params, local)
+        for i in doubtful:
+            p, tensor = params[i], tensors[i]
             # Of samples, one stands for all: they share strides.
             problem = _problem(p, tensor[0] if per_sample else tensor, name)
             if problem is not None:
@@ -189,51 +193,8 @@ def check_gradients(
             sharding = _sharding_problem(p, tensor)
             if sharding is not None:
                 raise RuntimeError(f"{describe(optimizer, p)}: {sharding}")
-            is_ordinary.learn(*parts)
-    for device in dict.fromkeys(p.device for p in params):
+    for device in dict.fromkeys(map(_DEVICE, params)):
         backends.choose(device, optimizer.backend)
-
-
-class _Ordinary:
-    """Tells without a close look that nothing can be wrong with most parameters and gradients.
-
-    What torch dispatches on says whether a tensor is sparse, nested, lazily negated, fake, or
-    exists within a transform alone. What a close look has found to be right is right again.
-    """
-
-    def __init__(self) -> None:
-        self._known: set[int] = set()
-
-    def learn(self, *tensors: Tensor) -> None:
-        """Note the kinds of tensors that were found to be right."""
-        self._known.update(map(_keys, tensors))
-
-    def __call__(self, p: Tensor, gradient: Tensor, *local: Tensor) -> bool:
-        own, x = local
-        if own is not p or x is not gradient:
-            both = is_dtensor(p) and is_dtensor(gradient)
-            if not (both and placed_alike(p, gradient)):
-                return False
-        return (
-            own.shape == x.shape
-            and own.device == x.device
-            and self._is_sound(own)
-            and self._is_sound(x)
-        )
-
-    def _is_sound(self, t: Tensor) -> bool:
-        return (
-            type(t) in PLAIN
-            and _keys(t) in self._known
-            and t.dtype in STORABLE
-            and t.is_contiguous()
-            and t.untyped_storage().nbytes() >= t.storage_offset() * t.element_size() + t.nbytes
-        )
-
-
-def _keys(t: Tensor) -> int:
-    keys: int = torch._C._dispatch_keys(t).raw_repr()
-    return keys
 
 
 def _input_names(optimizer: Any, inputs: Sequence[Any], per_sample: bool) -> Sequence[str]:
@@ -292,6 +253,8 @@ def check_states(optimizer: Any, params: Sequence[Tensor], group_of: Sequence[in
             floating point, or without memory.
         TypeError: a state that is no tensor.
     """
+    if not optimizer.state:
+        return
     names_of = [optimizer.rule.states(group) for group in optimizer.param_groups]
     for p, index in zip(params, group_of, strict=True):
         state = optimizer.state.get(p, {})
@@ -315,15 +278,22 @@ def check_states(optimizer: Any, params: Sequence[Tensor], group_of: Sequence[in
 def check_memory(
     optimizer: Any,
     params: Sequence[Tensor],
+    local_params: Sequence[Tensor],
     inputs: Sequence[Sequence[Tensor]],
+    local_inputs: Sequence[Sequence[Tensor]],
     group_of: Sequence[int],
     per_sample: bool,
-) -> None:
+) -> bool:
     """Raise RuntimeError for a state that lies over something else that the step reads or writes.
 
     What comes of that would depend on the order in which a kernel takes elements. Parameters may
     lie over each other: they are updated one after the other.
+
+    Returns:
+        Whether nothing lies over anything else.
     """
+    if not optimizer.state and are_apart([*local_params, *chained(local_inputs)]):
+        return True
     named: list[tuple[Tensor, str | None, Tensor]] = [(p, None, p) for p in params]
     for name, tensors in zip(_input_names(optimizer, inputs, per_sample), inputs, strict=True):
         named += [(p, name, x) for p, x in zip(params, tensors, strict=True)]
@@ -342,11 +312,11 @@ def check_memory(
             named += [(p, f"state {n!r}", x) for n, x in found]
     local = local_tensors([x for _, _, x in named])
     if are_apart(local):
-        return
+        return True
     owned = [_Owned(p, kind, x) for (p, kind, _), x in zip(named, local, strict=True)]
     clash = _first_clash(owned)
     if clash is None:
-        return
+        return False
     state, other = clash if clash[0].is_state else reversed(clash)
     what = other.kind or "values"
     same = other.param is state.param

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import Inputs, ParamEntry, prepare
+from ..backends import Entries, Inputs, prepare
 from ..coefficients import Groups, HostTable, LiveTable, Table
 from ..kernels.rule import Rule
 from ..memory.streams import readers
@@ -24,6 +24,7 @@ class DeviceGroup:
         device: where the tensors live.
         on_device: whether step counts and hyper-parameters are kept on the device.
         entries: what to update; positions count within the group.
+        apart: whether no two of the tensors reach into each other's memory.
         states: the parameters' state dictionaries.
         group_of: for each entry, the index of its parameter group.
         groups: all parameter groups.
@@ -38,7 +39,8 @@ class DeviceGroup:
         backend: str,
         device: torch.device,
         on_device: bool,
-        entries: Sequence[ParamEntry],
+        entries: Sequence[Entries],
+        apart: bool,
         states: Sequence[State],
         group_of: list[int],
         groups: Groups,
@@ -48,7 +50,7 @@ class DeviceGroup:
         self.rule = rule
         self.device = device
         self.on_device = on_device
-        self.executor = prepare(backend, rule, device, entries)
+        self.executor = prepare(backend, rule, device, entries, apart)
         self.scale = GradScale(device)
         self.norm_weights: Tensor | None = None
         if weights is not None and any(weight != 1.0 for weight in weights):
@@ -67,8 +69,7 @@ class DeviceGroup:
             self.table = LiveTable(rule, device, group_of, groups)
             self.table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64, device="cpu"))
         else:
-            wide = [entry.compute == torch.float64 for entry in entries]
-            self.table = HostTable(rule, device, group_of, wide)
+            self.table = HostTable(rule, device, group_of, _are_wide(entries, len(group_of)))
 
     def owns_steps(self) -> bool:
         """Whether nobody has replaced the step counts."""
@@ -123,3 +124,13 @@ class DeviceGroup:
         yield from self.table.memory()
         if self.counter is not None:
             yield from self.counter.memory()
+
+
+def _are_wide(entries: Sequence[Entries], count: int) -> list[bool]:
+    """For each position, whether its arithmetic is done in float64."""
+    wide = [False] * count
+    for own in entries:
+        if any(torch.float64 in dtypes for dtypes in set(own.dtypes)):
+            for position, dtypes in zip(own.positions, own.dtypes, strict=True):
+                wide[position] = torch.float64 in dtypes
+    return wide

@@ -9,7 +9,7 @@ differ. Only new addresses of gradients, the common case, are taken into the old
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import Inputs, ParamEntry
+from ..backends import Entries, Inputs
 from ..clipping import GlobalNorm
 from ..memory.device import is_capturing
 from ..memory.dtensor import are_same_specs
 from ..memory.layout import Fingerprint
 from ..memory.storage import addresses as addresses_of
-from ..memory.storage import local_tensors
+from ..memory.storage import chained, local_tensors
 from .counts import State
 from .device_group import DeviceGroup
 from .norm import clip_by_norm
-from .request import Known, Request, chained, identical
+from .request import Known, Request, identical
+
+_DEVICE = operator.attrgetter("device")
 
 
 class Plan:
@@ -35,7 +37,9 @@ class Plan:
 
     Args:
         request: the step.
+        states: the parameters' state dictionaries.
         created: for each parameter, the names of the states created just now.
+        apart: whether no two tensors of the step reach into each other's memory.
 
     Attributes:
         device_groups: what runs it.
@@ -47,7 +51,13 @@ class Plan:
         samples: how many the latest step was of.
     """
 
-    def __init__(self, request: Request, created: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        states: list[State],
+        created: Sequence[Sequence[str]],
+        apart: bool,
+    ) -> None:
         groups, params, group_of = request.groups, request.params, request.group_of
         self.known = Known(params, request.specs)
         self._group_of = group_of
@@ -57,9 +67,8 @@ class Plan:
         self._settings = _settings(request)
         self._values = _values(request)
         names_of = [request.rule.states(group) for group in groups]
-        options_of = [request.rule.options(group) for group in groups]
         self._names = [names_of[index] for index in group_of]
-        self._states: list[State] = [request.state.get(p, {}) for p in params]
+        self._states = states
         self._all_params = list(request.state)
         self._all_states = list(request.state.values())
         self._columns = _columns(self._names, self._states)
@@ -76,46 +85,42 @@ class Plan:
         self._wrappings = request.wrappings
 
         places: dict[tuple[torch.device, bool], list[int]] = {}
-        # Name by name, as they are listed.
-        listed = iter(local_states)
-        rest = {
-            name: iter(list(islice(listed, len(states)))) for name, states in self._columns.items()
-        }
-        states_of = [tuple([next(rest[name]) for name in names]) for names in self._names]
-        for position, (p, index) in enumerate(zip(local_params, group_of, strict=True)):
-            places.setdefault((p.device, request.on_device[index]), []).append(position)
-
-        inputs_of = list(zip(*local_inputs, strict=True))
+        on_device = [request.on_device[index] for index in group_of]
+        for k, place in enumerate(zip(map(_DEVICE, local_params), on_device, strict=True)):
+            places.setdefault(place, []).append(k)
+        columns = self._split(local_states)
+        options_of = [request.rule.options(group) for group in groups]
         self.captured = False
         weights = None if self.span is None else self.span.weights(params)
-        coefficient_groups = request.coefficient_groups
         self.device_groups: list[DeviceGroup] = []
         self._positions: list[list[int]] = list(places.values())
-        for (device, on_device), positions in places.items():
+        for (device, live), chosen in places.items():
             self.device_groups.append(
                 DeviceGroup(
                     request.rule,
                     backends.choose(device, request.backend)[0],
                     device,
-                    on_device,
-                    [
-                        ParamEntry(
-                            position=i,
-                            param=local_params[k].detach(),
-                            inputs=inputs_of[k],
-                            states=states_of[k],
-                            options=options_of[group_of[k]],
-                            per_sample_inputs=request.per_sample,
-                        )
-                        for i, k in enumerate(positions)
-                    ],
-                    [self._states[k] for k in positions],
-                    [group_of[k] for k in positions],
-                    coefficient_groups,
-                    [bool(created[k]) for k in positions],
-                    None if weights is None else [weights[k] for k in positions],
+                    live,
+                    _entries(request, chosen, options_of, columns),
+                    apart,
+                    [states[k] for k in chosen],
+                    [group_of[k] for k in chosen],
+                    request.coefficient_groups,
+                    [bool(created[k]) for k in chosen],
+                    None if weights is None else [weights[k] for k in chosen],
                 )
             )
+
+    def _split(self, listed: Sequence[Tensor]) -> dict[str, list[Tensor | None]]:
+        """Make of what ``_state_tensors`` lists a column for each state, of all parameters."""
+        found: dict[str, list[Tensor | None]] = {}
+        rest = iter(listed)
+        for name, states in self._columns.items():
+            if len(states) == len(self._names):
+                found[name] = list(islice(rest, len(states)))
+            else:
+                found[name] = [next(rest) if name in own else None for own in self._names]
+        return found
 
     def _state_tensors(self) -> list[Tensor]:
         """List the state tensors, name by name."""
@@ -148,11 +153,8 @@ class Plan:
             return False
         if not unchanged:
             return False
-        local_params = request.local_params
-        addresses = list(map(Tensor.data_ptr, local_params))
         return (
-            addresses == self._param_print.addresses
-            and self._param_print.fits(local_params, addresses)
+            self._param_print.match(request.local_params) == self._param_print.addresses
             and list(map(Tensor.data_ptr, local_tensors(tensors))) == self._state_addresses
             and self._take_inputs(request)
         )
@@ -176,21 +178,21 @@ class Plan:
         ):
             return False
         tensors = chained(request.local_inputs)
+        moved = False
         try:
-            addresses = list(map(Tensor.data_ptr, tensors))
-            if not self._input_print.fits(tensors, addresses):
+            addresses = self._input_print.match(tensors)
+            if addresses is None:
                 return False
+            moved = addresses != self._input_print.addresses
             # A gradient that has become a state, say: the checks say which. They alone see a part.
-            if addresses != self._input_print.addresses and not (
-                self._state_places.isdisjoint(addresses)
-            ):
+            if moved and not self._state_places.isdisjoint(addresses):
                 return False
         except RuntimeError:  # sparse tensors have no address; the checks say so better
             return False
         # A replay writes the addresses that were captured, behind the host's back: from then on
         # neither side may rely on what the other has left in the table.
         self.captured = self.captured or (self.is_capturing() and self.is_on_device())
-        if addresses != self._input_print.addresses or self.captured:
+        if moved or self.captured:
             for group, own in zip(self.device_groups, self._inputs(request), strict=True):
                 group.executor.move_inputs(own)
             self._input_print.addresses = addresses
@@ -257,6 +259,45 @@ class Plan:
         return [
             [[tensors[k] for k in positions] for tensors in local] for positions in self._positions
         ]
+
+
+def _entries(
+    request: Request,
+    chosen: list[int],
+    options_of: Sequence[tuple[bool, ...]],
+    states: Mapping[str, Sequence[Tensor | None]],
+) -> list[Entries]:
+    """Bring chosen parameters of a step into columns, one set for all of the same format.
+
+    Args:
+        request: the step.
+        chosen: which of its parameters.
+        options_of: of each group.
+        states: a column for each state, of all parameters.
+    """
+    names_of = map(request.rule.states, request.groups)
+    formats = list(zip(options_of, names_of, strict=True))
+    places: dict[Any, list[int]] = {}
+    for place, k in enumerate(chosen):
+        places.setdefault(formats[request.group_of[k]], []).append(place)
+    found = []
+    for (options, names), own in places.items():
+        rows = [chosen[place] for place in own]
+        found.append(
+            Entries(
+                positions=own,
+                params=_picked(request.local_params, rows),
+                inputs=[_picked(column, rows) for column in request.local_inputs],
+                states=[_picked(states[name], rows) for name in names],
+                options=options,
+                per_sample_inputs=request.per_sample,
+            )
+        )
+    return found
+
+
+def _picked(column: Sequence[Any], rows: Sequence[int]) -> Sequence[Any]:
+    return column if len(rows) == len(column) else [column[row] for row in rows]
 
 
 def _columns(names_of: Sequence[Sequence[str]], states: Sequence[State]) -> dict[str, list[State]]:

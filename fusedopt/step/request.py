@@ -273,8 +273,3 @@ def _overflowed(
     if found_inf.device.type == "cpu" or creates_state:
         return bool(found_inf.item())
     return False
-
-
-def chained(inputs: list[list[Tensor]]) -> list[Tensor]:
-    """List the tensors of all inputs one after the other."""
-    return inputs[0] if len(inputs) == 1 else [tensor for kind in inputs for tensor in kind]

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, distributed
 
-from ..memory.dtensor import holds_dtensors, is_dtensor, mesh_of, placements_of, replicas
+from ..memory.dtensor import holds_dtensors, is_dtensor, mesh_of, replicas, specs_of
 
 # Of each default group, the groups that were made in it, by their ranks.
 _made: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
@@ -41,13 +41,16 @@ class Span:
 
     def weights(self, params: Sequence[Tensor]) -> list[float]:
         """Return for each parameter what its part counts: one over the number that hold it."""
+        if not holds_dtensors(params):
+            return [1.0 / self.alike] * len(params)
         known: dict[Any, float] = {}
         found = []
-        for p in params:
-            key = (id(mesh_of(p)), placements_of(p)) if is_dtensor(p) else None
-            if key not in known:
-                known[key] = 1.0 / self._holders(p)
-            found.append(known[key])
+        for p, spec in zip(params, specs_of(params), strict=True):
+            key = None if spec is None else (id(spec.mesh), spec.placements)
+            weight = known.get(key)
+            if weight is None:
+                weight = known[key] = 1.0 / self._holders(p)
+            found.append(weight)
         return found
 
     def _holders(self, p: Tensor) -> int:
@@ -77,7 +80,7 @@ def span_of(params: Sequence[Tensor], named: Any, recognised: Any) -> Span | Non
         ValueError: for a group that lacks processes which the meshes have.
         RuntimeError: for meshes of which none has all processes.
     """
-    ranks = _ranks([p for p in params if is_dtensor(p)]) if holds_dtensors(params) else ()
+    ranks = _ranks(params) if holds_dtensors(params) else ()
     group = named if named is not None else recognised
     if group is not None:
         lacking = set(ranks) - set(distributed.get_process_group_ranks(group))
@@ -92,10 +95,11 @@ def span_of(params: Sequence[Tensor], named: Any, recognised: Any) -> Span | Non
     return Span(_group(ranks), len(ranks))
 
 
-def _ranks(params: Sequence[Any]) -> tuple[int, ...]:
+def _ranks(params: Sequence[Tensor]) -> tuple[int, ...]:
     """List the processes that the meshes of DTensors span around this one, in order."""
     here = distributed.get_rank()
-    meshes = {id(mesh): mesh for mesh in map(mesh_of, params)}
+    found = [spec.mesh for spec in specs_of(params) if spec is not None]
+    meshes = dict(zip(map(id, found), found, strict=True))
     # Of a mesh without this process there is nothing here.
     own = [m for m in meshes.values() if here in m.mesh.reshape(-1).tolist()]
     spans = [set(mesh.mesh.reshape(-1).tolist()) for mesh in own]

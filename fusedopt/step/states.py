@@ -8,41 +8,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory.dtensor import is_dtensor, local_of, sharded_like
+from ..memory.dtensor import dtensor_class, sharded_like
 from .counts import State, new_steps
 
 
 def create_states(
-    optimizer: Any, params: Sequence[Tensor], group_of: Sequence[int]
-) -> list[list[str]]:
-    """Create the states that are missing, at zero; return their names for each parameter."""
+    optimizer: Any, params: Sequence[Tensor], local_params: Sequence[Tensor], group_of: list[int]
+) -> tuple[list[State], list[list[str]]]:
+    """Create the states that are missing, at zero.
+
+    Args:
+        optimizer: whose states.
+        params: the parameters.
+        local_params: what of them lies in this process.
+        group_of: for each parameter, the index of its group.
+
+    Returns:
+        The state dictionaries, and the names of what was created in each.
+    """
     rule = optimizer.rule
     names_of = [rule.states(group) for group in optimizer.param_groups]
+    kept = [bool(names) or rule.counts_steps for names in names_of]
+    states = _dictionaries(optimizer, params, [kept[index] for index in group_of])
+    cut = dtensor_class()
     created: list[list[str]] = []
-    missing: list[State] = []
+    uncounted: list[State] = []
     memory: list[Tensor] = []
-    for p, index in zip(params, group_of, strict=True):
-        state: State = optimizer.state[p] if names_of[index] or rule.counts_steps else {}
+    for p, local, state, index in zip(params, local_params, states, group_of, strict=True):
         absent = [n for n in names_of[index] if state.get(n) is None]
         for name in absent:
-            state[name], local = _empty_like(p)
-            memory.append(local)
+            # Of a wrapper that is no DTensor, a wrapper.
+            new = torch.empty_like(local if type(p) is cut else p)
+            memory.append(new)
+            state[name] = sharded_like(p, new) if type(p) is cut else new
         if rule.counts_steps and "step" not in state:
-            missing.append(state)
+            uncounted.append(state)
             absent.append("step")
         created.append(absent)
     if memory:
         # One launch of many tensors, not one each.
         torch._foreach_zero_(memory)
-    for state, step in zip(missing, new_steps(len(missing)), strict=True):
+    for state, step in zip(uncounted, new_steps(len(uncounted)), strict=True):
         state["step"] = step
-    return created
+    return states, created
 
 
-def _empty_like(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Make a state for a parameter; return it, and what of it lies in this process."""
-    local = torch.empty_like(local_of(p) if is_dtensor(p) else p)
-    return (sharded_like(p, local) if is_dtensor(p) else local), local
+def _dictionaries(optimizer: Any, params: Sequence[Tensor], kept: list[bool]) -> list[State]:
+    """Return the parameters' state dictionaries; where nothing is kept, they stand for themselves.
+
+    As few look-ups as can be: each hashes a tensor, which is a call into Python.
+    """
+    if optimizer.state:
+        found = list(map(optimizer.state.get, params))
+    else:
+        found = [None] * len(params)
+    states = [{} if state is None else state for state in found]
+    missing = [i for i, state in enumerate(found) if state is None and kept[i]]
+    optimizer.state.update([(params[i], states[i]) for i in missing])
+    return states
 
 
 def remove_states(optimizer: Any, p: Tensor, names: Sequence[str]) -> None:

@@ -48,7 +48,7 @@ def flat_group(params: Sequence[Tensor]) -> Any:
     It marks them and does not say which: all are taken. Parameters of ``fully_shard`` (FSDP2) are
     DTensors, which say for themselves how they are cut.
     """
-    if any(getattr(p, "_fsdp_flattened", False) for p in params):
+    if True in [getattr(p, "_fsdp_flattened", False) for p in params]:
         return distributed.group.WORLD
     return None
 
@@ -61,10 +61,10 @@ def check_in_backward(optimizer: Any) -> None:
     if optimizer.clip is None:
         return
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            if any(one is optimizer for one in getattr(p, "_in_backward_optimizers", ())):
-                raise RuntimeError(
-                    "_apply_optimizer_in_backward gives each parameter an optimizer of its own,"
-                    " which would clip by the norm of that parameter: the gradients of all are"
-                    " never there at the same time. Pass clip=None"
-                )
+        marked = [getattr(p, "_in_backward_optimizers", ()) for p in group["params"]]
+        if any(one is optimizer for own in filter(None, marked) for one in own):
+            raise RuntimeError(
+                "_apply_optimizer_in_backward gives each parameter an optimizer of its own, which"
+                " would clip by the norm of that parameter: the gradients of all are never there at"
+                " the same time. Pass clip=None"
+            )

@@ -29,7 +29,7 @@ from trajectory import (
 )
 
 from fusedopt import backends
-from fusedopt.backends import ParamEntry
+from fusedopt.backends import Entries
 from fusedopt.kernels.lang import jit, tl
 from fusedopt.kernels.rule import Rule
 from fusedopt.kernels.rules import REGISTRY
@@ -296,10 +296,10 @@ def _update_two_inputs(
     backend: str, control: Sequence[float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     values = [torch.full((5,), v, device=device) for v in (8.0, 6.0, 10.0, 1.0)]
-    slot = ParamEntry(0, values[0], (values[1], values[2]), (values[3],), ())
-    part = backends.prepare(backend, TWO_INPUTS, device, [slot])
+    entries = Entries([0], [values[0]], [[values[1]], [values[2]]], [[values[3]]], ())
+    part = backends.prepare(backend, TWO_INPUTS, device, [entries])
     factors = torch.tensor(control, dtype=torch.float64, device=device)
-    part.update([(x,) for x in slot.inputs], _Table(device), factors)
+    part.update(entries.inputs, _Table(device), factors)
     return values[0], values[3]
 
 
