@@ -1,4 +1,4 @@
-"""The PyTorch twin of ``kernels/codecs.py``: how values are kept in memory.
+"""The PyTorch twin of ``kernels/codecs/cast.py``: how values are kept in memory.
 
 The cast codec: arithmetic in float32, or in float64 where any operand is float64; stores round
 to nearest, ties to even.

@@ -120,7 +120,7 @@ def test_a_step_rounds_like_torch(backend: str, device: torch.device) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="compares the interpreter's own conversion")
 def test_interpreter_truncates() -> None:
     # Why the codec rounds by itself there. If this fails, Triton has changed and the special
-    # case in kernels/codecs.py can go.
+    # case in kernels/codecs/cast.py can go.
     values = torch.full((CHUNK,), 1 + 3 * 2**-8)
     out = torch.zeros(CHUNK, dtype=torch.bfloat16)
     _plain_store[(1,)](values, out, BLOCK=CHUNK)

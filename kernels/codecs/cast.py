@@ -1,12 +1,11 @@
-"""How a block of compute precision is kept in memory: loading and storing, nothing else.
+"""The cast: memory holds a floating type, to which a block is rounded to nearest, ties to even.
 
-The one codec so far is the cast: memory holds a floating type, the block is converted on load and
-rounded to nearest, ties to even, on store. Its twin in PyTorch is ``fusedopt/memory/dtypes.py``.
+Its twin in PyTorch is ``fusedopt/memory/dtypes.py``.
 """
 
 from __future__ import annotations
 
-from .lang import INTERPRETED, jit, tl
+from ..lang import INTERPRETED, jit, tl
 
 # The interpreter's own conversions truncate to bfloat16, and flush its subnormal numbers.
 _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
@@ -15,8 +14,19 @@ _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
 @jit
 def decode(pointers, mask, COMPUTE: tl.constexpr):
     """Load a block and widen it to the compute type."""
-    value = tl.load(pointers, mask)
-    if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
+    return widen(tl.load(pointers, mask), COMPUTE)
+
+
+@jit
+def encode(pointers, value, mask):
+    """Round a block to the type that the pointers point to, and store it."""
+    tl.store(pointers, narrow(value, pointers.dtype.element_ty), mask)
+
+
+@jit
+def widen(value, COMPUTE: tl.constexpr):
+    """Convert a block to a type that has all of its values."""
+    if _INTERPRETED and value.dtype == tl.bfloat16:
         bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         return bits.to(tl.float32, bitcast=True).to(COMPUTE)
     else:
@@ -24,12 +34,12 @@ def decode(pointers, mask, COMPUTE: tl.constexpr):
 
 
 @jit
-def encode(pointers, value, mask):
-    """Round a block to the type that the pointers point to, and store it."""
-    if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
-        tl.store(pointers, _round_to_bfloat16(value), mask)
+def narrow(value, TYPE: tl.constexpr):
+    """Round a block to a type: to nearest, ties to even."""
+    if _INTERPRETED and TYPE == tl.bfloat16:
+        return _round_to_bfloat16(value)
     else:
-        tl.store(pointers, value.to(pointers.dtype.element_ty), mask)
+        return value.to(TYPE)
 
 
 @jit
