@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import scaling
 from .batch_decoupled import BatchDecoupledAdam, BatchDecoupledRMSprop
+from .checkpoint import export_state_dict
 from .clipping import GlobalNorm
 from .kernels.rule import Rule
 from .optimizer import FusedOptimizer
@@ -28,5 +29,6 @@ __all__ = [
     "PerSampleSquares",
     "RMSprop",
     "Rule",
+    "export_state_dict",
     "scaling",
 ]

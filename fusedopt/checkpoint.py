@@ -22,6 +22,9 @@ from torch import Tensor
 
 from .clipping import GlobalNorm
 from .completion import TORCHS, is_creating
+from .formats import check_parameters, format_of, keeps_steps
+from .formats.convert import decoded, fit, is_compressed
+from .formats.tensors import problem
 from .memory.device import is_capturing
 from .memory.storage import local_tensors
 from .step.checks import describe, placement_problem
@@ -134,6 +137,94 @@ def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, A
     return loaded, clip
 
 
+def kept_states(optimizer: Any, loaded: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Return the states of a checkpoint that are not to be cast, as their groups have them kept.
+
+    Args:
+        optimizer: that loads it.
+        loaded: what ``unpacked`` returned.
+
+    Returns:
+        Parameters, each with what its state is to have.
+
+    Raises:
+        ValueError: for what cannot be kept so; the message names the parameter.
+    """
+    found = []
+    for own, saved in zip(optimizer.param_groups, loaded["param_groups"], strict=False):
+        group = {**own, **saved, "params": own["params"]}
+        check_parameters(group)
+        format = format_of(optimizer.rule, group)
+        for key, p in zip(saved["params"], own["params"], strict=False):
+            state = loaded["state"].get(key, {})
+            if format.is_plain and not is_compressed(state):
+                continue
+            kept = {
+                name: value.to(p.device)
+                for name, value in state.items()
+                if isinstance(value, Tensor) and name != "step"
+            }
+            try:
+                fit(p, kept, format, optimizer.rule)
+                for name in format.names:
+                    wrong = problem(p, name, kept[name], format) if name in kept else None
+                    if wrong is not None:
+                        raise ValueError(f"its state {name!r} of the checkpoint {wrong}")
+            except ValueError as error:
+                raise ValueError(f"{describe(optimizer, p)}: {error}") from None
+            found.append((p, kept))
+    return found
+
+
+def export_state_dict(optimizer: Any) -> dict[str, Any]:
+    """Return the state as torch's optimizer of the same name keeps it, in float32.
+
+    It loads into torch's optimizer, and into ours however that keeps its states. What compressed
+    states lose has been lost before: decoding is exact. Of a parameter's master only the parameter
+    itself is exported, with the model.
+
+    Args:
+        optimizer: one of fusedopt's.
+
+    Returns:
+        What ``state_dict()`` of torch's optimizer returns. Tensors are copies, on the same device.
+
+    Raises:
+        ValueError: for states that torch's optimizer has no name for, of another form of momentum.
+    """
+    rule = optimizer.rule
+    saved = torch.optim.Optimizer.state_dict(optimizer)
+    states: dict[Any, Any] = {}
+    for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        form = optimizer.form
+        if form is not None and group.get(form) not in (None, "torch"):
+            raise ValueError(
+                f"torch's {type(optimizer).__name__} has no {form}={group[form]!r}: its states mean"
+                " something else"
+            )
+        for name in optimizer.extra_options:
+            group.pop(name, None)
+        for key, p in zip(group["params"], own["params"], strict=True):
+            state = optimizer.state.get(p)
+            if state:
+                states[key] = _exported(p, state, rule, own)
+    return {"state": states, "param_groups": saved["param_groups"]}
+
+
+def _exported(p: Tensor, state: Mapping[str, Any], rule: Any, group: Group) -> dict[str, Any]:
+    names = rule.states(group)
+    found = {}
+    for name, value in state.items():
+        if name in names and isinstance(value, Tensor):
+            plain = decoded(p, state, name, rule)
+            dtype = torch.complex64 if p.is_complex() else torch.float32
+            wide = torch.promote_types(plain.dtype, dtype)
+            found[name] = plain.to(wide, copy=plain is value)
+        elif name == "step" and rule.counts_steps:
+            found[name] = value.clone() if isinstance(value, Tensor) else value
+    return found
+
+
 def check_form(state_dict: Any) -> None:
     """Raise for what is no optimizer's ``state_dict()``.
 
@@ -165,7 +256,7 @@ def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
 def _complete(optimizer: Any, groups: list[Group]) -> None:
     """Give saved groups the optimizer's own options where they lack them, and check the groups."""
     for index, (saved, group) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-        for name in {*optimizer.choices, *optimizer.own_options, TORCHS}:
+        for name in {*optimizer.choices, *optimizer.extra_options, TORCHS}:
             value = _carried(saved.get(name, _ABSENT))
             if value is not _ABSENT:
                 saved[name] = value
@@ -402,7 +493,8 @@ def is_initialising(optimizer: Any) -> bool:
     gradients that are not zero: there, distributed checkpoint has to be the caller.
     """
     rule = optimizer.rule
-    if optimizer.state or not (rule.counts_steps or any(map(rule.states, optimizer.param_groups))):
+    groups = optimizer.param_groups
+    if optimizer.state or not any(keeps_steps(rule, g) or format_of(rule, g).names for g in groups):
         return False
     feeds = optimizer.statistics is not None or len(rule.degrees) > 1
     if not feeds and not is_creating():

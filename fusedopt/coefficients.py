@@ -71,7 +71,15 @@ def number(value: Any) -> Any:
 
 
 class HostTable:
-    """Coefficient rows computed on the host, one for each (group, step count) that occurs."""
+    """Coefficient rows computed on the host, one for each (group, step count) that occurs.
+
+    Args:
+        rule: the update.
+        device: where the rows are read.
+        group_of: for each tensor, the index of its group.
+        wide: for each tensor, whether its arithmetic is done in float64; in float32 by default.
+        with_step: whether the step's number is one more column.
+    """
 
     def __init__(
         self,
@@ -79,19 +87,21 @@ class HostTable:
         device: torch.device,
         group_of: list[int],
         wide: Sequence[bool] | None = None,
+        with_step: bool = False,
     ) -> None:
         self.rule = rule
+        self._with_step = with_step
         self.device = device
         self.group_of = group_of
-        # Of each tensor, whether its arithmetic is done in float64; in float32 by default.
         self._wide = [False] * len(group_of) if wide is None else wide
         self.row_of: list[int] = []
-        # Of each row, the group and the step count.
-        self._keys: list[tuple[int, float]] = []
+        # Of each row, the group, the step that the rule reads, and the step's number.
+        self._keys: list[tuple[int, float, float]] = []
         self.rows: list[tuple[float, ...]] = []
         # For as many rows as there can be: launches on any stream may still read it, so that it is
         # not to be replaced.
-        shape = len(group_of), rule.n_coefficients
+        self._width = rule.n_coefficients + with_step
+        shape = len(group_of), self._width
         self.values = torch.empty(shape, dtype=torch.float64, device=device)
         self._used = self.values.view(-1)[:0]
         # Numbers get into an array in a tenth of the time that a new tensor of them takes.
@@ -102,14 +112,19 @@ class HostTable:
         """List the tensors that launches read."""
         yield self.values
 
-    def partition(self, steps: Sequence[float]) -> None:
-        """Give tensors of equal group and step count the same row."""
-        first: dict[tuple[int, float], int] = {}
-        self.row_of = [
-            first.setdefault(key, len(first)) for key in zip(self.group_of, steps, strict=True)
-        ]
+    def partition(self, steps: Sequence[float], numbers: Sequence[float] | None = None) -> None:
+        """Give tensors of equal group and step count the same row.
+
+        Args:
+            steps: for each tensor, the step that the rule reads.
+            numbers: the step's number, where it is a column.
+        """
+        numbers = numbers if self._with_step and numbers is not None else steps
+        first: dict[tuple[int, float, float], int] = {}
+        keys = zip(self.group_of, steps, numbers, strict=True)
+        self.row_of = [first.setdefault(key, len(first)) for key in keys]
         self._keys = list(first)
-        used = len(first) * self.rule.n_coefficients
+        used = len(first) * self._width
         self._used = self.values.view(-1)[:used]
         self._numbers = array("d", bytes(8 * used))
         if used:
@@ -117,20 +132,25 @@ class HostTable:
 
     def advance(self, next_step: Callable[[float], float]) -> None:
         """Count one step more, as the counts that the partition was made by do."""
-        self._keys = [(index, next_step(step)) for index, step in self._keys]
+        # A rule that counts no steps goes by stages, which do not advance.
+        counts = self.rule.counts_steps
+        self._keys = [
+            (index, next_step(step) if counts else step, next_step(number))
+            for index, step, number in self._keys
+        ]
 
     def refresh(self, groups: Sequence[Group]) -> None:
         """Recompute every row, and send them to the device."""
         numbers: dict[int, dict[str, Any]] = {}
         self.rows = []
-        for index, step in self._keys:
+        for index, step, number in self._keys:
             if index not in numbers:
                 numbers[index] = on_host(groups[index], self.rule.hyper)
             row = self.rule.coefficients(numbers[index], step)
             # Written so that nan goes the long way; complex numbers, of roots, have no order.
             if row and not (max(row) <= _LARGEST and min(row) >= -_LARGEST):
                 self._check_range(len(self.rows), groups[index], row)
-            self.rows.append(row)
+            self.rows.append((*row, number) if self._with_step else row)
         if len(self._numbers):
             self._numbers[:] = array("d", chain.from_iterable(self.rows))
             upload(self._used, self._host)
@@ -155,7 +175,15 @@ class HostTable:
 
 
 class LiveTable:
-    """Coefficient rows computed on the device, one a tensor, from live hyper-parameters."""
+    """Coefficient rows computed on the device, one a tensor, from live hyper-parameters.
+
+    Args:
+        rule: the update.
+        device: where the rows are.
+        group_of: for each tensor, the index of its group.
+        groups: all parameter groups.
+        with_step: whether the step's number is one more column.
+    """
 
     def __init__(
         self,
@@ -163,12 +191,15 @@ class LiveTable:
         device: torch.device,
         group_of: list[int],
         groups: Sequence[Group],
+        with_step: bool = False,
     ) -> None:
+        self._with_step = with_step
         self.rule = rule
         self.device = device
         self.row_of = list(range(len(group_of)))
         count = len(group_of)
-        self.values = torch.empty(count, rule.n_coefficients, dtype=torch.float64, device=device)
+        shape = count, rule.n_coefficients + with_step
+        self.values = torch.empty(shape, dtype=torch.float64, device=device)
         self.rows = [tuple(row.unbind()) for row in self.values.unbind()]
         self.steps = torch.ones(count, dtype=torch.float64, device=device)
         self._inputs: list[_LiveGroup] = []
@@ -203,6 +234,13 @@ class LiveTable:
         for _, arguments, out in self._tape:
             yield from arguments
             yield out
+
+    def count(self, steps: Tensor) -> None:
+        """Take the counts of this step, one a tensor, on the device."""
+        if self.rule.counts_steps:
+            self.steps.copy_(steps)
+        if self._with_step:
+            self.values[:, -1].copy_(steps)
 
     def push(self, groups: Sequence[Group]) -> None:
         """Send hyper-parameters that are Python numbers to the device, where they changed."""

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Present, check_present, initialise, is_initialising
+from .formats import check_parameters, format_of
+from .formats.fitting import fit_states
 from .memory.device import is_capturing
-from .step.checks import check_gradients, check_memory, check_states
+from .step.checks import check_gradients, check_memory, check_states, describe
 from .step.device_group import DeviceGroup
 from .step.norm import join_norm
 from .step.options import check_numbers, complete, explained
@@ -128,10 +130,12 @@ class Engine:
         check_numbers(optimizer, optimizer.param_groups)
         for group in optimizer.param_groups:
             optimizer.check_group(group)
+            check_parameters(group)
         check_in_backward(optimizer)
         local_params, local_inputs = request.local_params, request.local_inputs
         per_sample = request.per_sample
         check_gradients(optimizer, params, local_params, inputs, local_inputs, per_sample)
+        fit_states(optimizer, params, group_of, describe)
         check_states(optimizer, params, group_of)
         check_present(optimizer, params, group_of, self._present)
         apart = check_memory(
@@ -147,7 +151,8 @@ class Engine:
         except Exception:
             self._forget(optimizer, zip(params, created, strict=True))
             raise
-        self._present.note(params, [optimizer.rule.states(g) for g in request.groups], group_of)
+        names_of = [format_of(optimizer.rule, group).names for group in request.groups]
+        self._present.note(params, names_of, group_of)
         return self.plan
 
     def look_at_states(self, optimizer: Any) -> None:

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
-from .checkpoint import claim, put_aside, saved_form, unpacked
+from .checkpoint import claim, kept_states, put_aside, saved_form, unpacked
 from .clipping import GlobalNorm
 from .completion import Lent, is_completed, is_completing
 from .engine import Engine
+from .formats import OPTIONS as PRECISION
+from .formats import check_options, check_parameters
 from .kernels.rule import Rule
 from .source import Source
 from .statistics.base import Statistics
@@ -43,13 +45,21 @@ class FusedOptimizer(Optimizer):
         clip: ``fusedopt.GlobalNorm(max_norm)``, or None.
         statistics: where per-sample squares come from, for rules that take them.
         virtual_batch_size: for such rules, the batch whose second moment is to be averaged.
-        state_dtype: reserved; only None is accepted.
-        rounding: reserved; only None is accepted.
-        master: reserved; only None is accepted.
+        state_dtype: in what states are kept: None for the parameter's type, a floating
+            ``torch.dtype``, ``"int8"`` or ``"fp8"`` (8 bits, and a float32 for each 128 elements),
+            or a dictionary from names of states to these. See docs/precision.md, also for what
+            follows.
+        rounding: how bfloat16 and float16 parameters are rounded: None to nearest,
+            ``"stochastic"``, or ``"kahan"``, which keeps what is left over in a state.
+        master: what is kept beside such a parameter so that none of it is rounded away:
+            ``"remainder"`` (2 bytes, for bfloat16: a float32 in all), ``"remainder8"`` (1 byte: 24
+            bits of one), ``"float32"``, or None.
+        rounding_seed: seed of stochastic rounding, an int of 64 bits.
         capturable: keep step counts and hyper-parameters on the device, for CUDA graphs.
 
     Raises:
-        ValueError: for an unknown backend or an option that does not exist yet.
+        ValueError: for an unknown backend, and for options of precision that mean nothing, do not
+            go together, or do not fit a parameter's type.
         RuntimeError: for ``backend="triton"`` where Triton cannot run.
     """
 
@@ -71,21 +81,22 @@ class FusedOptimizer(Optimizer):
         statistics: Statistics | None = None,
         virtual_batch_size: float | None = None,
         state_dtype: Any = None,
-        rounding: Any = None,
-        master: Any = None,
+        rounding: str | None = None,
+        master: str | None = None,
+        rounding_seed: int = 0,
         capturable: bool | None = None,
     ) -> None:
         if capturable is not None:
             defaults = {**defaults, "capturable": capturable}
         backends.check_name(backend)
         self.clip = clip
-        for name, value in (
-            ("state_dtype", state_dtype),
-            ("rounding", rounding),
-            ("master", master),
-        ):
-            if value is not None:
-                raise ValueError(f"{name}={value!r} is not supported yet: only None is")
+        defaults = {
+            **defaults,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "master": master,
+            "rounding_seed": rounding_seed,
+        }
         if defaults.get("differentiable"):
             raise ValueError("differentiable=True is not supported: a fused step has no derivative")
         check_statistics(type(self).__name__, self.rule, statistics, virtual_batch_size)
@@ -103,6 +114,11 @@ class FusedOptimizer(Optimizer):
         watch(FusedOptimizer)
         if statistics is not None:
             statistics.attach(self)
+
+    @property
+    def extra_options(self) -> tuple[str, ...]:
+        """Entries of the parameter groups that torch's class has not."""
+        return (*self.own_options, *PRECISION)
 
     @property
     def clip(self) -> GlobalNorm | None:
@@ -166,6 +182,7 @@ class FusedOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             self.check_group(self.param_groups[-1])
+            check_parameters(self.param_groups[-1])
             for parameter in self.param_groups[-1]["params"]:
                 # Where they will be on another device by the first step, that decides.
                 if parameter.device.type != "meta":
@@ -186,6 +203,7 @@ class FusedOptimizer(Optimizer):
             if not any(value == choice and type(value) is type(choice) for choice in allowed):
                 choices = ", ".join(map(repr, allowed))
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        check_options(self.rule, group)
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -293,7 +311,7 @@ class FusedOptimizer(Optimizer):
         config = None if self.clip is None else self.clip.config()
         for group in state_dict["param_groups"]:
             group["clip"] = config
-            put_aside(group, ["clip", *self.own_options])
+            put_aside(group, ["clip", *self.extra_options])
             if self.form is not None and saved_form(group, self.form) not in (None, "torch"):
                 claim(group, self.form)
         self._lent = Lent(state_dict) if is_completing() else None
@@ -317,9 +335,12 @@ class FusedOptimizer(Optimizer):
         if lent is not None and is_completed():
             state_dict = lent.returned(state_dict, self.form)
 
+        kept: list[tuple[Tensor, dict[str, Any]]] = []
+
         def unpack(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             nonlocal clip
             loaded, clip = unpacked(self, saved)
+            kept.extend(kept_states(self, loaded))
             return loaded
 
         # The last of the hooks: another's may complete what is checked here.
@@ -328,6 +349,9 @@ class FusedOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        # torch casts states to the parameter's type, which these are not to go through.
+        for p, state in kept:
+            self.state[p] = {**self.state[p], **state}
         if clip is ...:
             return
         if clip is None or self.clip is None:
@@ -354,7 +378,7 @@ class FusedOptimizer(Optimizer):
         self.__dict__.setdefault("_statistics", self.__dict__.pop("statistics", None))
         # Keys that an older or a torch checkpoint does not have.
         for group in self.param_groups:
-            for name, value in self.defaults.items():
+            for name, value in {**PRECISION, **self.defaults}.items():
                 group.setdefault(name, value)
             # Pickles of before an option had what comes first.
             for name, allowed in self.choices.items():

@@ -16,17 +16,44 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float64: tl.float64,
+    torch.int16: tl.int16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+    # As patterns: not every device has the type.
+    torch.float8_e4m3fn: tl.uint8,
 }
 
 
 def launch(
-    kernel: Any, programs: int, threads: int, device: torch.device, *arguments: Any, **meta: Any
+    kernel: Any,
+    programs: int,
+    threads: int,
+    device: torch.device,
+    *arguments: Any,
+    registers: Any = None,
+    **meta: Any,
 ) -> None:
-    """Launch a kernel: the one place where this library hands work to Triton."""
+    """Launch a kernel: the one place where this library hands work to Triton.
+
+    Args:
+        kernel: the ``@jit`` function.
+        programs: how many there are.
+        threads: of each.
+        device: that the tensors are on.
+        arguments: of the kernel.
+        registers: of a thread at most, where the device's compiler can be told; None for any.
+        meta: the kernel's compile-time arguments.
+    """
     settle(kernel)
     with _device_guard(device):
         warps = threads // warp_size(device)
+        if registers is not None and _takes_registers(device):
+            meta["maxnreg"] = registers
         kernel[(programs,)](*arguments, num_warps=warps, **COMPILE_OPTIONS, **meta)
+
+
+def _takes_registers(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
 
 
 @cache

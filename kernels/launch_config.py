@@ -59,9 +59,9 @@ def types_key(dtypes: Sequence[str]) -> str:
     return dtypes[0] if len(set(dtypes)) == 1 else "/".join(dtypes)
 
 
-def default(aligned: bool) -> LaunchConfig:
+def default(aligned: bool, rowwise: bool = False) -> LaunchConfig:
     """What stands where nothing was measured."""
-    return LaunchConfig(multi_tensor.block_size(aligned), multi_tensor.THREADS)
+    return LaunchConfig(multi_tensor.block_size(aligned, rowwise), multi_tensor.THREADS)
 
 
 def update_launch_config(

@@ -6,15 +6,19 @@ stands in two small device arrays; where the tensors live stands in a table of a
     row 0             number of elements
     row 1             row of the coefficient table that holds this tensor's scalars
     row 2             address of the parameter
-    rows 3 ...        addresses of the inputs (the gradient), then of the states
+    rows 3 ...        addresses of the inputs (the gradient), then of what is kept beside the
+                      parameter, then of the states, of which codes are followed by their scales
+    rows behind       what codecs that draw need to know: see ``codecs/place.py``
 
 with one column a tensor. Coefficients and control values are float64 and narrowed here, so that
-one table serves every bucket of a device.
+one table serves every bucket of a device; the last column holds the step where codecs draw.
 """
 
 from __future__ import annotations
 
-from .codecs import compute_type, decode, encode
+from .codecs import codes, compute_type, decode, encode, parameter
+from .codecs.format import PLAIN, Format
+from .codecs.place import draw, numbered, walk_rows
 from .lang import jit, tl
 
 # Elements and threads of a program. A thread holds 8 elements of each operand: one 16-byte access
@@ -23,13 +27,19 @@ BLOCK = 1024
 THREADS = 128
 # Without alignment each element has an address of its own, which takes registers.
 UNALIGNED_BLOCK = 512
+# So it is where groups are walked one by one.
+ROWWISE_BLOCK = 256
+# With codes a compiler left to itself takes a dozen more, and none of them for long.
+REGISTERS = 80
 
 # Rows of the address table in front of the addresses.
 HEADER_ROWS = 2
 
 
-def block_size(aligned: bool) -> int:
+def block_size(aligned: bool, rowwise: bool = False) -> int:
     """Elements a program owns."""
+    if rowwise:
+        return ROWWISE_BLOCK
     return BLOCK if aligned else UNALIGNED_BLOCK
 
 
@@ -39,7 +49,7 @@ def update_tensors(
     width,  # int32: columns of the table
     chunk_tensor,  # int32 [programs]: column of the tensor
     chunk_index,  # int32 [programs]: which chunk of that tensor
-    coefficients,  # float64 [rows, N_COEFFICIENTS]
+    coefficients,  # float64 [rows, STRIDE]
     control,  # float64 [2]: factor on the gradient, and whether to skip the step
     RULE: tl.constexpr,  # the device function of the rule
     OPTIONS: tl.constexpr,  # its compile-time options
@@ -49,41 +59,96 @@ def update_tensors(
     COMPUTE: tl.constexpr,  # type the arithmetic is done in
     ALIGNED: tl.constexpr,  # whether every address is a multiple of 16 bytes
     BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,  # columns of ``coefficients``
+    PARAMETER: tl.constexpr,  # how the parameter is kept: see ``codecs/format.py``
+    STATES: tl.constexpr,  # how each state is
+    ROWS: tl.constexpr,  # for each state, which operand its first tensor is
+    DRAWS: tl.constexpr,  # whether something that is kept depends on index and step
+    ROWWISE: tl.constexpr,  # whether tensors are walked row by row: see ``codecs/place.py``
 ):
     """Update every chunk in place, unless ``control`` says that the step is to be skipped."""
     if tl.load(control + 1) == 0:
         program = tl.program_id(0)
         column = table + tl.load(chunk_tensor + program)
         numel = tl.load(column)
-        row = coefficients + tl.load(column + width) * N_COEFFICIENTS
+        row = coefficients + tl.load(column + width) * STRIDE
         scale = tl.load(control).to(COMPUTE)
         scalars = ()
         for i in tl.static_range(N_COEFFICIENTS):
             scalars = scalars + (tl.load(row + i).to(COMPUTE),)
+        step = None
+        if DRAWS:
+            step = tl.load(row + (STRIDE - 1)).to(tl.int64)
         # In int64: beyond 2^31 elements an int32 product would wrap around and pass the mask.
-        start = tl.load(chunk_index + program).to(tl.int64) * BLOCK
+        chunk = tl.load(chunk_index + program).to(tl.int64)
+        start = chunk * BLOCK
+        # Here, not in the branches: there it takes half as many registers again.
         offsets = start + tl.arange(0, BLOCK)
-        # Only an access without a mask is vectorised, so whole chunks take a branch of their own.
-        if start + BLOCK <= numel:
+        if ROWWISE:
+            place = walk_rows(column, width, numel, chunk, 2 + len(DTYPES), BLOCK)
             _update_chunk(
-                column, width, offsets, None, scale, scalars,
+                column, width, place, step, scale, scalars,
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
+                PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
-        else:
+        # Only an access without a mask is vectorised, so whole chunks take a branch of their own.
+        elif start + BLOCK <= numel:
+            whole = whole_chunk(column, width, offsets, chunk, DTYPES, DRAWS)
             _update_chunk(
-                column, width, offsets, offsets < numel, scale, scalars,
+                column, width, whole, step, scale, scalars,
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
+                PARAMETER, STATES, ROWS, DRAWS,
+            )  # fmt: skip
+        elif DRAWS:
+            # In pieces: what draws would take half as many registers again with masks.
+            for part in range(BLOCK // 256):
+                piece = chunk * (BLOCK // 256) + part
+                elements = piece * 256 + tl.arange(0, 256)
+                last = last_chunk(column, width, numel, elements, piece, DTYPES, DRAWS)
+                _update_chunk(
+                    column, width, last, step, scale, scalars,
+                    RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
+                    PARAMETER, STATES, ROWS, DRAWS,
+                )  # fmt: skip
+        else:
+            last = last_chunk(column, width, numel, offsets, chunk, DTYPES, DRAWS)
+            _update_chunk(
+                column, width, last, step, scale, scalars,
+                RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
+                PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
 
 
 @jit
+def whole_chunk(column, width, offsets, chunk, DTYPES: tl.constexpr, DRAWS: tl.constexpr):
+    """Place a chunk all of which are elements: as ``codecs.place.walk_rows`` returns it."""
+    if DRAWS:
+        lower, upper, groups = numbered(column, width, chunk, 2 + len(DTYPES), offsets.shape[0])
+        return offsets, None, lower, upper, groups, None
+    else:
+        return offsets, None, None, None, None, None
+
+
+@jit
+def last_chunk(column, width, numel, offsets, chunk, DTYPES: tl.constexpr, DRAWS: tl.constexpr):
+    """Place a chunk that the tensor ends in."""
+    if DRAWS:
+        lower, upper, groups = numbered(column, width, chunk, 2 + len(DTYPES), offsets.shape[0])
+        return offsets, offsets < numel, lower, upper, groups, groups * 128 < numel
+    else:
+        return offsets, offsets < numel, None, None, None, None
+
+
+@jit
 def _update_chunk(
-    column, width, offsets, mask, scale, scalars,
+    column, width, place, step, scale, scalars,
     RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, DEGREES: tl.constexpr,
-    COMPUTE: tl.constexpr, ALIGNED: tl.constexpr,
+    COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, PARAMETER: tl.constexpr, STATES: tl.constexpr,
+    ROWS: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     """Load one chunk of every operand, apply the rule, and store parameter and states."""
     n_inputs: tl.constexpr = len(DEGREES)
+    offsets, mask = place[0], place[1]
     inputs = ()
     for i in tl.static_range(n_inputs):
         x = decode(address(column, width, 1 + i, DTYPES, ALIGNED) + offsets, mask, COMPUTE)
@@ -92,33 +157,56 @@ def _update_chunk(
             x = x * scale
         inputs = inputs + (x,)
     apply_rule(
-        column, width, offsets, mask, inputs, scalars,
-        RULE, OPTIONS, DTYPES, n_inputs, COMPUTE, ALIGNED,
+        column, width, place, step, inputs, scalars,
+        RULE, OPTIONS, DTYPES, n_inputs, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
     )  # fmt: skip
 
 
 @jit
 def apply_rule(
-    column, width, offsets, mask, inputs, scalars,
+    column, width, place, step, inputs, scalars,
     RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, N_INPUTS: tl.constexpr,
-    COMPUTE: tl.constexpr, ALIGNED: tl.constexpr,
+    COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, PARAMETER: tl.constexpr, STATES: tl.constexpr,
+    ROWS: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk of parameter and states, whose addresses follow those of the inputs."""
-    n_operands: tl.constexpr = len(DTYPES)
-    parameter = address(column, width, 0, DTYPES, ALIGNED) + offsets
-    p = decode(parameter, mask, COMPUTE)
+    offsets, mask, lower, upper, groups, some = place
+    own = address(column, width, 0, DTYPES, ALIGNED) + offsets
+    if PARAMETER == "cast" or PARAMETER == "stochastic":
+        companion = own
+    else:
+        companion = address(column, width, 1 + N_INPUTS, DTYPES, ALIGNED) + offsets
+    p = parameter.load(own, companion, mask, PARAMETER, COMPUTE)
     # Addresses of states are kept from load to store: a store might alias the table, so that
     # reading an address again would wait for it.
     pointers = ()
+    scales = ()
     states = ()
-    for i in tl.static_range(1 + N_INPUTS, n_operands):
-        pointer = address(column, width, i, DTYPES, ALIGNED) + offsets
+    for i in tl.static_range(len(STATES)):
+        pointer = address(column, width, ROWS[i], DTYPES, ALIGNED) + offsets
         pointers = pointers + (pointer,)
-        states = states + (decode(pointer, mask, COMPUTE),)
+        if STATES[i] == "cast":
+            scales = scales + (pointer,)
+            states = states + (decode(pointer, mask, COMPUTE),)
+        else:
+            scale = address(column, width, ROWS[i] + 1, DTYPES, False) + groups
+            scales = scales + (scale,)
+            x = codes.load(pointer, scale, mask, some, STATES[i])
+            states = states + (x.to(COMPUTE),)
     p, states = RULE(p, inputs, states, scalars, OPTIONS)
-    encode(parameter, p, mask)
-    for i in tl.static_range(n_operands - 1 - N_INPUTS):
-        encode(pointers[i], states[i], mask)
+    bits = None
+    thresholds = None
+    if DRAWS:
+        bits, thresholds = draw(column, width, lower, upper, step, 2 + len(DTYPES))
+    parameter.store(own, companion, p, mask, bits, PARAMETER)
+    for i in tl.static_range(len(STATES)):
+        if STATES[i] == "cast":
+            encode(pointers[i], states[i], mask)
+        else:
+            codes.store(
+                pointers[i], scales[i], states[i].to(tl.float32), mask, some,
+                thresholds, STATES[i],
+            )  # fmt: skip
 
 
 @jit
@@ -136,17 +224,32 @@ def address(column, width, OPERAND: tl.constexpr, DTYPES: tl.constexpr, ALIGNED:
 
 
 def update_constants(
-    rule, options: tuple[bool, ...], types: tuple, aligned: bool, block: int
+    rule,
+    options: tuple[bool, ...],
+    types: tuple,
+    aligned: bool,
+    block: int,
+    format: Format = PLAIN,
+    rowwise: bool = False,
+    stride: int | None = None,
+    n_inputs: int | None = None,
 ) -> dict[str, object]:
     """State what ``update_tensors`` is compiled for: whoever launches or compiles it asks here.
 
     Args:
         rule: the ``Rule``.
         options: its compile-time options.
-        types: Triton's types of parameter, inputs and states.
+        types: Triton's types of parameter, inputs, and what else is kept.
         aligned: whether every address is a multiple of 16 bytes.
         block: elements that a program owns.
+        format: how parameter and states are kept.
+        rowwise: whether tensors are walked row by row.
+        stride: columns of the coefficients; those that the rule has, by default, and one for the
+            step where the format draws.
+        n_inputs: how many inputs there are, if not as many as the rule has.
     """
+    n_inputs = len(rule.degrees) if n_inputs is None else n_inputs
+    states = format.states or ("cast",) * (len(types) - 1 - n_inputs - format.has_companion)
     return {
         "RULE": rule.update,
         "OPTIONS": options,
@@ -156,4 +259,10 @@ def update_constants(
         "COMPUTE": compute_type(types),
         "ALIGNED": aligned,
         "BLOCK": block,
+        "STRIDE": rule.n_coefficients + format.draws if stride is None else stride,
+        "PARAMETER": format.parameter,
+        "STATES": states,
+        "ROWS": format.rows(n_inputs, len(states)),
+        "DRAWS": format.draws,
+        "ROWWISE": rowwise,
     }

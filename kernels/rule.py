@@ -16,6 +16,10 @@ def _no_options(group: Group) -> tuple[bool, ...]:
     return ()
 
 
+def _no_names(group: Group) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Rule:
     """One optimizer, stated per element and blind to memory, dtypes, launches and groups.
@@ -44,6 +48,9 @@ class Rule:
         counts_steps: whether ``state["step"]`` is kept. Without it, ``coefficients`` sees 1 at
             the step that creates the parameter's state, and 2 afterwards.
         n_coefficients: how many scalars ``coefficients`` returns; of their names by default.
+        nonnegative: names of the states that are never below 0: their 8-bit codes have no sign.
+        differing: ``differing(group) -> names`` of the states whose difference the update takes,
+            the sign of which counts: 8 bits are too few for them.
         coefficient_names: what they are called, in order, by tables, messages and generated code.
         example_groups: hyper-parameter sets that tests, ``verify`` and ``codegen`` exercise.
     """
@@ -61,6 +68,8 @@ class Rule:
     degrees: tuple[int, ...] = (1,)
     counts_steps: bool = True
     coefficient_names: tuple[str, ...] = ()
+    nonnegative: tuple[str, ...] = ()
+    differing: Callable[[Group], tuple[str, ...]] = _no_names
     example_groups: tuple[Group, ...] = field(default=(), hash=False, compare=False)
 
     def __post_init__(self) -> None:

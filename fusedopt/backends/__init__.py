@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.rule import Rule
-from .entry import Entries, Executor, Inputs
+from .entry import Draw, Entries, Executor, Inputs
 
 __all__ = [
     "BACKENDS",
+    "Draw",
     "Entries",
     "Executor",
     "Inputs",

@@ -6,13 +6,15 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..coefficients import Table
+from ..kernels.codecs.format import PLAIN, Format
 from ..memory.dtypes import real_dtypes
+from ..memory.walk import Walk
 
 # For each input of the rule (the gradient first), the tensors of all entries.
 Inputs = Sequence[Sequence[Tensor]]
@@ -20,9 +22,17 @@ Inputs = Sequence[Sequence[Tensor]]
 _DTYPE = operator.attrgetter("dtype")
 
 
+class Draw(NamedTuple):
+    """What the codecs of a parameter need to know that depend on place and step."""
+
+    seed: int
+    number: int  # of the parameter, among all of its optimizer
+    walk: Walk
+
+
 @dataclass
 class Entries:
-    """What parameters with the same options and states bring to a step: a column for each kind.
+    """What parameters of the same options and format bring to a step: a column for each kind.
 
     In a column stands a tensor for each parameter, in the same order. Tens of thousands of
     parameters are looked at column by column, a trait at a time.
@@ -31,10 +41,12 @@ class Entries:
         positions: of the parameters in the lists of inputs that a step hands in.
         params: the parameters.
         inputs: a column for each input.
-        states: a column for each state.
+        states: a column for each tensor that is kept, in the order of the address table.
         options: of the rule.
         per_sample_inputs: whether the inputs are gradients of samples, ``[batch, *param.shape]``
             each, that are still to be reduced to what the rule takes.
+        format: how parameters and states are kept.
+        draws: for each parameter, what its codecs need to know, where they draw.
     """
 
     positions: Sequence[int]
@@ -43,6 +55,8 @@ class Entries:
     states: Sequence[Sequence[Tensor]]
     options: tuple[bool, ...]
     per_sample_inputs: bool = False
+    format: Format = PLAIN
+    draws: Sequence[Draw] = ()
 
     @cached_property
     def columns(self) -> list[Sequence[Tensor]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels.codecs.format import PLAIN, Format
+from ..kernels.codecs.place import DRAW_ROWS, GROUP, ROWWISE_ROWS
 from ..memory.layout import (
     ALIGNMENT,
     are_in_one_order,
@@ -32,6 +34,8 @@ class BucketKey(NamedTuple):
     aligned: bool
     launch_order: int  # parameters that share memory are updated one after the other
     counts: tuple[int, ...] | None = None  # samples in each input, where inputs are samples
+    format: Format = PLAIN
+    rowwise: bool = False
 
 
 class Operands:
@@ -60,14 +64,22 @@ class Operands:
         self.addresses = torch.tensor(found, dtype=torch.int64, device="cpu")
 
     def _stage(self) -> None:
-        """Put buffers in the place of what is not laid out as its parameter, or has gaps."""
+        """Put buffers in the place of what is not laid out as its parameter, or has gaps.
+
+        Where codecs draw or have groups, of what is not in row-major order.
+        """
         entries, columns = self._entries, [list(column) for column in self.columns]
         inputs = range(1, 1 + len(entries.inputs))
+        scales = entries.format.scales(len(inputs))
         for row, p in enumerate(entries.params):
             if not entries.per_sample_inputs and are_in_one_order([c[row] for c in columns]):
                 continue
+            if entries.draws:
+                p = torch.empty(p.shape, device="meta")
             dense = is_dense(p)
             for i, column in enumerate(columns):
+                if i in scales:
+                    continue
                 samples = entries.per_sample_inputs and i in inputs
                 fits = stacked_order if samples else same_order
                 tensor = column[row]
@@ -90,16 +102,39 @@ class Operands:
             counts = [tuple(map(len, own)) for own in zip(*entries.inputs, strict=True)]
             aligned &= torch.tensor(self.numels, device="cpu") % ALIGNMENT == 0
         launches = repeat(0) if orders is None else map(orders.__getitem__, self.positions)
-        traits = zip(entries.dtypes, aligned.tolist(), launches, counts, strict=False)
-        found: dict[tuple[tuple[torch.dtype, ...], bool, int, tuple[int, ...] | None], list[int]]
-        found = {}
+        rowwise: Iterable[bool] = repeat(False)
+        if entries.draws:
+            pairs = zip(entries.draws, self.numels, strict=True)
+            rowwise = [draw.walk.is_rowwise(numel) for draw, numel in pairs]
+        traits = zip(entries.dtypes, aligned.tolist(), launches, counts, rowwise, strict=False)
+        found: dict[tuple[Any, ...], list[int]] = {}
         for row, (own, numel) in enumerate(zip(traits, self.numels, strict=True)):
             if numel:
                 found.setdefault(own, []).append(row)
-        return {
-            BucketKey(dtypes, entries.options, is_aligned, order, samples): rows
-            for (dtypes, is_aligned, order, samples), rows in found.items()
-        }
+        buckets = {}
+        for (dtypes, is_aligned, order, samples, walk), rows in found.items():
+            key = BucketKey(
+                dtypes, entries.options, is_aligned, order, samples, entries.format, walk
+            )
+            buckets[key] = rows
+        return buckets
+
+    def draw_rows(self, rows: Sequence[int], rowwise: bool) -> Tensor:
+        """Return for some rows what ``kernels/codecs/place.py`` reads, int64 ``[kinds, rows]``."""
+        found = []
+        for row in rows:
+            seed, number, walk = self._entries.draws[row]
+            found.append((seed, number, walk.first, walk.inner, walk.whole, walk.apart))
+        count = ROWWISE_ROWS if rowwise else DRAW_ROWS
+        return torch.tensor(found, dtype=torch.int64, device="cpu").T[:count]
+
+    def groups(self, rows: Sequence[int]) -> list[int]:
+        """Return for some rows that are walked row by row how many groups they have."""
+        walks = [self._entries.draws[row].walk for row in rows]
+        return [
+            self.numels[row] // walk.inner * -(-walk.inner // GROUP)
+            for row, walk in zip(rows, walks, strict=True)
+        ]
 
     def staged(
         self, rows: Sequence[int]

@@ -15,44 +15,10 @@ from torch import Tensor
 
 from ..coefficients import Table
 from ..kernels.rule import Rule
-from ..memory.dtypes import compute_dtype, decode, encode, real_dtype
-from ..memory.layout import is_dense, real_view, same_order
+from ..memory.dtypes import compute_dtype, decode, real_dtype
+from ..memory.layout import is_dense, real_view
 from .entry import Entries, Inputs
-
-# Elements that each thread takes of a piece: what a step touches of them fits a second-level cache.
-PIECE_OF_THREAD = 1 << 17
-
-
-class _Memory:
-    """What of one parameter's entry is read and written in place: itself and its states."""
-
-    def __init__(self, entries: Entries, row: int, dtypes: Sequence[torch.dtype]) -> None:
-        self.position = entries.positions[row]
-        self.options = entries.options
-        self.per_sample_inputs = entries.per_sample_inputs
-        self.compute = compute_dtype(dtypes)
-        self.tensors = [real_view(column[row]) for column in (entries.params, *entries.states)]
-        param = self.tensors[0]
-        self.cuttable = (
-            param.numel() > PIECE_OF_THREAD
-            and is_dense(param)
-            and all(same_order(param, t) for t in self.tensors)
-        )
-
-    def pieces(
-        self, inputs: Sequence[Tensor]
-    ) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-        """Yield memory and inputs, whole or cut into pieces where all lie in the same order."""
-        param = self.tensors[0]
-        if not self.cuttable or not all(same_order(param, x) for x in inputs):
-            yield self.tensors, inputs
-            return
-        memory = [t.as_strided((t.numel(),), (1,)) for t in self.tensors]
-        flat = [x.as_strided((x.numel(),), (1,)) for x in inputs]
-        piece = PIECE_OF_THREAD * torch.get_num_threads()
-        for start in range(0, param.numel(), piece):
-            stop = start + piece
-            yield [t[start:stop] for t in memory], [x[start:stop] for x in flat]
+from .kept import PIECE_OF_THREAD, Kept, Piece
 
 
 class ReferenceExecutor:
@@ -62,7 +28,7 @@ class ReferenceExecutor:
         self.rule = rule
         self.device = device
         memories = [
-            _Memory(own, row, dtypes)
+            Kept(own, row, dtypes)
             for own in entries
             for row, dtypes in enumerate(own.dtypes)
             if own.params[row].numel()
@@ -123,34 +89,43 @@ class ReferenceExecutor:
         else:
             scale, skip = control[0], control[1] != 0
         for memory in self.memories:
-            coefficients = table.rows[table.row_of[memory.position]]
+            row = table.rows[table.row_of[memory.position]]
             own = [real_view(kind[memory.position]) for kind in inputs]
             if memory.per_sample_inputs:
                 own = list(reduce_samples(memory.tensors[0], own))
-            for tensors, values in memory.pieces(own):
-                self._update(memory, tensors, values, coefficients, scale, skip)
+            memory.begin(row[-1])
+            coefficients = row[: self.rule.n_coefficients]
+            for piece, values in memory.pieces(own):
+                self._update(memory, piece, values, coefficients, scale, skip)
 
     def _update(
         self,
-        memory: _Memory,
-        tensors: Sequence[Tensor],
+        memory: Kept,
+        piece: Piece,
         inputs: Sequence[Tensor],
         coefficients: tuple[Any, ...],
         scale: Any,
         skip: Any,
     ) -> None:
         # The twin may overwrite its arguments, which can be the memory itself.
-        old = [t.clone() for t in tensors] if isinstance(skip, Tensor) else []
-        p, *states = [decode(t, memory.compute) for t in tensors]
+        old = [t.clone() for t in piece.tensors] if isinstance(skip, Tensor) else []
+        p, states = memory.load(piece)
         scaled = tuple(
             _scaled(decode(x, memory.compute), scale, degree)
             for x, degree in zip(inputs, self.rule.degrees, strict=True)
         )
-        p, new_states = self.rule.twin(p, scaled, tuple(states), coefficients, memory.options)
-        for target, new in zip(tensors, (p, *new_states), strict=True):
-            encode(target, new)
-        for target, before in zip(tensors, old, strict=False):
-            torch.where(skip, before, target, out=target)
+        p, new_states = self.rule.twin(p, scaled, states, coefficients, memory.options)
+        memory.store(piece, p, new_states)
+        for target, before in zip(piece.tensors, old, strict=False):
+            target.copy_(_chosen(skip, before, target))
+
+
+def _chosen(skip: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    if after.dtype != torch.float8_e4m3fn:
+        return torch.where(skip, before, after)
+    # torch has no choice between 8-bit floats.
+    patterns = torch.where(skip, before.view(torch.uint8), after.view(torch.uint8))
+    return patterns.view(after.dtype)
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

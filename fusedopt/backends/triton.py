@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..coefficients import Table
 from ..kernels import launch_config, multi_tensor, norms
+from ..kernels.codecs.format import PLAIN
+from ..kernels.codecs.place import GROUP
 from ..kernels.launch import TRITON_DTYPES, device_architecture, launch, settle
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
@@ -48,7 +50,9 @@ class TritonExecutor:
             for key, rows in own.rows_by_key(orders).items()
         ]
         buckets.sort(key=lambda bucket: bucket[0].launch_order)
-        self.buckets = [Bucket(rule, device, *bucket) for bucket in buckets]
+        # The step is one more column of the coefficients, of all buckets.
+        stride = rule.n_coefficients + any(own.format.draws for own in entries)
+        self.buckets = [Bucket(rule, device, *bucket, stride) for bucket in buckets]
         self._partials: Tensor | None = None
         # Sources of copies that a CUDA graph repeats.
         self._captured: list[Tensor] = []
@@ -115,6 +119,7 @@ class Bucket:
         key: BucketKey,
         operands: Operands,
         rows: Sequence[int],
+        stride: int,
     ) -> None:
         self.device = device
         self.key = key
@@ -129,29 +134,36 @@ class Bucket:
         addresses = operands.addresses
         if self.width != addresses.shape[1]:
             addresses = addresses[:, _host(list(rows))]
-        header = _host([self._numels, self._row_of])
-        host_table = torch.cat([header, addresses])
+        rows_of = [_host([self._numels, self._row_of]), addresses]
+        if key.format.draws:
+            rows_of.append(operands.draw_rows(rows, key.rowwise))
+        host_table = torch.cat(rows_of)
         self.table = torch.empty(host_table.shape, dtype=torch.int64, device=device)
         upload(self.table, host_table)
         shape = _launch_config(rule, device, key)
         self._threads = shape.threads
-        self.chunk_tensor, self.chunk_index = chunk_map(self._numels, shape.block, device)
+        walked = self._numels
+        if key.rowwise:
+            walked = [GROUP * groups for groups in operands.groups(rows)]
+        self.chunk_tensor, self.chunk_index = chunk_map(walked, shape.block, device)
         self._programs = len(self.chunk_tensor)
         self._norm_chunks: tuple[Tensor, Tensor] | None = None
         types = tuple(TRITON_DTYPES[t] for t in key.dtypes)
+        kept = key.format, key.rowwise, stride
         self._kernel: Any = multi_tensor.update_tensors
         self._extra: tuple[Tensor, ...] = ()
         if key.counts is None:
             self._meta: dict[str, Any] = multi_tensor.update_constants(
-                rule, key.options, types, key.aligned, shape.block
+                rule, key.options, types, key.aligned, shape.block, *kept
             )
         else:
             # The reduction over samples comes first, in the same kernel.
             self._kernel = materialised.update_from_samples
             self._meta = materialised.update_from_samples_constants(
-                rule, key.options, types, len(key.counts), key.aligned, shape.block
+                rule, key.options, types, len(key.counts), key.aligned, shape.block, *kept
             )
             self._extra = (device_vector(key.counts, device),)
+        self._registers = multi_tensor.REGISTERS if key.format.has_codes else None
 
     @cached_property
     def norm_programs(self) -> int:
@@ -219,15 +231,15 @@ class Bucket:
         launch(
             self._kernel, self._programs, self._threads, self.device,
             self.table, self.width, self.chunk_tensor, self.chunk_index, table.values, control,
-            *self._extra, **self._meta,
+            *self._extra, registers=self._registers, **self._meta,
         )  # fmt: skip
         for tensor, buffer in self._staged_memory:
             tensor.copy_(buffer)
 
 
 def _launch_config(rule: Rule, device: torch.device, key: BucketKey) -> launch_config.LaunchConfig:
-    if key.counts is not None:
-        return launch_config.default(key.aligned)
+    if key.counts is not None or key.format != PLAIN:
+        return launch_config.default(key.aligned, key.rowwise)
     names = [str(TRITON_DTYPES[t]) for t in key.dtypes]
     return launch_config.update_launch_config(
         device_architecture(device), rule.name, names, key.aligned

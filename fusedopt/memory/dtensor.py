@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _SPEC = operator.attrgetter("_spec")
@@ -64,15 +65,28 @@ def local_of(t: Any) -> Tensor:
     return local
 
 
-def sharded_like(t: Any, local: Tensor) -> Tensor:
-    """Make a DTensor that is placed like another, of the same type, of what lies here.
+def sharded_like(t: Any, local: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Make a DTensor that is placed like another, of what lies here.
 
     Args:
         t: the other.
-        local: like what it has here, in shape, strides and type.
+        local: like what it has here, in shape and strides.
+        shape: of the whole, where it is another one, cut along the same dimensions.
     """
-    found: Tensor = dtensor_class().__new__(type(t), local, t._spec, requires_grad=False)
+    spec = t._spec
+    if shape is not None or local.dtype != spec.tensor_meta.dtype:
+        spec = _spec_like(spec, spec.shape if shape is None else shape, local.dtype)
+    found: Tensor = dtensor_class().__new__(type(t), local, spec, requires_grad=False)
     return found
+
+
+def _spec_like(spec: Any, shape: Sequence[int], dtype: torch.dtype) -> Any:
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    strides = spec.tensor_meta.stride
+    if tuple(shape) != tuple(spec.shape):
+        strides = torch.empty(tuple(shape), device="meta").stride()
+    return DTensorSpec(spec.mesh, spec.placements, TensorMeta(torch.Size(shape), strides, dtype))
 
 
 def specs_of(tensors: Sequence[Any]) -> list[Any]:

@@ -60,6 +60,21 @@ def random_bits(index: Tensor, key0: int | Tensor, key1: int | Tensor) -> Tensor
     return _mix32(x ^ upper, 17, 0x9E485565, 16, 0xEF1D6B47, 16)
 
 
+def spread(index: Tensor, turns: int | Tensor) -> Tensor:
+    """Return 32 bits an element that are evenly spread over steps, as the kernel has them.
+
+    Args:
+        index: int64, the elements' numbers in the whole parameter.
+        turns: from 0 to 2^32 - 1, what all have moved on by.
+    """
+    x = _low32(index ^ ((index >> 32) * 0x27D4EB2F))
+    x *= _signed(0x9E3779B1, 32)
+    x ^= _shifted(x, 15, 32)
+    x *= _signed(0x85EBCA77, 32)
+    x ^= _shifted(x, 13, 32)
+    return _low32(x.long() + turns)
+
+
 def _mix32(x: Tensor, a: int, b: int, c: int, d: int, e: int) -> Tensor:
     """Permute the numbers of 32 bits; ``x`` is overwritten."""
     for shift, factor in ((a, b), (c, d)):

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from .. import backends
 from ..coefficients import lives_on_device
+from ..formats import GroupFormat, format_of, keeps_steps
+from ..formats.tensors import problem as shape_problem
 from ..kernels.rule import Rule
 from ..memory.dtensor import placed_alike
 from ..memory.dtypes import STORABLE, real_dtype
@@ -255,21 +257,22 @@ def check_states(optimizer: Any, params: Sequence[Tensor], group_of: Sequence[in
     """
     if not optimizer.state:
         return
-    names_of = [optimizer.rule.states(group) for group in optimizer.param_groups]
+    formats = [format_of(optimizer.rule, group) for group in optimizer.param_groups]
+    counts = [keeps_steps(optimizer.rule, group) for group in optimizer.param_groups]
     for p, index in zip(params, group_of, strict=True):
         state = optimizer.state.get(p, {})
         if not isinstance(state, Mapping):
             raise TypeError(f"{describe(optimizer, p)}: its state is no dictionary, but {state!r}")
-        for name in names_of[index]:
+        for name in formats[index].names:
             value = state.get(name)
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(
                     f"{describe(optimizer, p)}: its state {name!r} is no tensor, but {value!r}"
                 )
-            problem = _state_problem(p, name, value)
+            problem = None if value is None else _state_problem(p, name, value, formats[index])
             if problem is not None:
                 raise RuntimeError(f"{describe(optimizer, p)}: {problem}")
-        step = state.get("step") if optimizer.rule.counts_steps else None
+        step = state.get("step") if counts[index] else None
         without = refusal(step) if isinstance(step, Tensor) else None
         if without is not None:
             raise RuntimeError(f"{describe(optimizer, p)}: its state 'step' {without}")
@@ -297,13 +300,11 @@ def check_memory(
     named: list[tuple[Tensor, str | None, Tensor]] = [(p, None, p) for p in params]
     for name, tensors in zip(_input_names(optimizer, inputs, per_sample), inputs, strict=True):
         named += [(p, name, x) for p, x in zip(params, tensors, strict=True)]
-    names_of = [optimizer.rule.states(group) for group in optimizer.param_groups]
-    if optimizer.rule.counts_steps:
+    groups = optimizer.param_groups
+    names_of = [format_of(optimizer.rule, group).names for group in groups]
+    if any(keeps_steps(optimizer.rule, group) for group in groups):
         # On the host, counts are given memory of their own.
-        live = [
-            is_on_device(optimizer.rule, group, optimizer.scaler_on_device)
-            for group in optimizer.param_groups
-        ]
+        live = [is_on_device(optimizer.rule, group, optimizer.scaler_on_device) for group in groups]
         names_of = [(*n, "step") if on else n for n, on in zip(names_of, live, strict=True)]
     for p, index in zip(params, group_of, strict=True):
         state = optimizer.state.get(p)
@@ -363,16 +364,15 @@ def _clash(a: _Owned, b: _Owned) -> bool:
     return (a.is_state or b.is_state) and not counts and share_memory(a.tensor, b.tensor)
 
 
-def _state_problem(p: Tensor, name: str, state: Tensor | None) -> str | None:
-    if state is None:
-        return None
+def _state_problem(p: Tensor, name: str, state: Tensor, format: GroupFormat) -> str | None:
     without = "is not dense" if state.layout != torch.strided else refusal(state)
     if without is not None:
         return f"its state {name!r} {without}"
-    if state.shape != p.shape or state.device != p.device:
+    found = shape_problem(p, name, state, format)
+    if found is not None or state.device != p.device:
+        found = found or f"is on {state.device}, the parameter on {p.device}"
         return (
-            f"its state {name!r} has shape {tuple(state.shape)} and is on {state.device}, the"
-            f" parameter on {p.device}. Load the optimizer's state after the model's parameters"
+            f"its state {name!r} {found}. Load the optimizer's state after the model's parameters"
             " have their final shape and device"
         )
     problem = placement_problem(p, name, state)
@@ -380,6 +380,8 @@ def _state_problem(p: Tensor, name: str, state: Tensor | None) -> str | None:
         return problem
     if overlaps_itself(state) or not is_plain(state):
         return f"several elements of its state {name!r} share memory; replace it by its clone()"
+    if not format.is_free(name):
+        return None
     if real_dtype(state.dtype) not in STORABLE or state.is_complex() != p.is_complex():
         return f"its state {name!r} has type {state.dtype}, the parameter {p.dtype}"
     return None

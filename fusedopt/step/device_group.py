@@ -11,7 +11,7 @@ from ..backends import Entries, Inputs, prepare
 from ..coefficients import Groups, HostTable, LiveTable, Table
 from ..kernels.rule import Rule
 from ..memory.streams import readers
-from .counts import State, StepCounter
+from .counts import State, StepCounter, new_step
 from .scale import GradScale
 
 
@@ -57,19 +57,24 @@ class DeviceGroup:
             self.norm_weights = self.executor.norm_weights(weights)
         self._readers = readers(device)
         self.counter: StepCounter | None = None
-        if rule.counts_steps:
+        # Whether what is stored depends on the step, and so has to be told it.
+        draws = any(own.format.draws for own in entries)
+        if rule.counts_steps or draws:
+            # Of a group that keeps no counts beside one that does, they are counted all the same.
+            counted = [own if "step" in own else {"step": new_step()} for own in states]
             self.counter = StepCounter(
-                states, device if on_device else torch.device("cpu"), on_device
+                counted, device if on_device else torch.device("cpu"), on_device
             )
-        # Without a counter, 1 stands for the step that creates the state, 2 for any later one.
+        # Where a rule counts none, 1 is the step that creates the state, 2 any later one.
         self._stages = [1.0 if new else 2.0 for new in fresh]
         self._partitioned = False
         self.table: Table
         if on_device:
-            self.table = LiveTable(rule, device, group_of, groups)
+            self.table = LiveTable(rule, device, group_of, groups, draws)
             self.table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64, device="cpu"))
         else:
-            self.table = HostTable(rule, device, group_of, _are_wide(entries, len(group_of)))
+            wide = _are_wide(entries, len(group_of))
+            self.table = HostTable(rule, device, group_of, wide, draws)
 
     def owns_steps(self) -> bool:
         """Whether nobody has replaced the step counts."""
@@ -84,11 +89,13 @@ class DeviceGroup:
         if self.counter is not None and not self.counter.as_expected():
             self._partitioned = False
         if not self._partitioned:
-            if self.counter is None:
-                self.table.partition(self._stages)
-            else:
-                self.table.partition((self.counter.buffer + 1).tolist())
+            steps: Sequence[float] = self._stages
+            counts = None
+            if self.counter is not None:
+                counts = (self.counter.buffer + 1).tolist()
                 self.counter.accept()
+                steps = counts if self.rule.counts_steps else steps
+            self.table.partition(steps, counts)
         self.table.refresh(groups)
 
     def step(self, inputs: Inputs, groups: Groups, found_inf: Tensor | None) -> None:
@@ -97,7 +104,7 @@ class DeviceGroup:
             self.counter.advance(found_inf)
         if isinstance(self.table, LiveTable):
             if self.counter is not None:
-                self.table.steps.copy_(self.counter.buffer)
+                self.table.count(self.counter.buffer)
             self.table.refresh(groups)
         elif self.counter is not None:
             self.table.advance(self.counter.next_step)
@@ -105,7 +112,7 @@ class DeviceGroup:
         if self._readers is not None:
             self._readers.note(self.memory)
         self._partitioned = True
-        if self.counter is None and 1.0 in self._stages:
+        if not self.rule.counts_steps and 1.0 in self._stages:
             self._age()
 
     def _age(self) -> None:

@@ -30,7 +30,7 @@ class MissingOption(KeyError):
 
 def complete(optimizer: Any, group: dict[str, Any]) -> None:
     """Give a group of torch's, put into ``param_groups`` as it is, the options of ours."""
-    for name in (*optimizer.choices, *optimizer.own_options):
+    for name in (*optimizer.choices, *optimizer.extra_options):
         if name not in group and name in optimizer.defaults:
             group[name] = optimizer.defaults[name]
 

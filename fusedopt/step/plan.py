@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import Entries, Inputs
+from ..backends import Draw, Entries, Inputs
 from ..clipping import GlobalNorm
+from ..formats import GroupFormat, format_of
 from ..memory.device import is_capturing
 from ..memory.dtensor import are_same_specs
 from ..memory.layout import Fingerprint
 from ..memory.storage import addresses as addresses_of
 from ..memory.storage import chained, local_tensors
+from ..memory.walk import walk_of
 from .counts import State
 from .device_group import DeviceGroup
 from .norm import clip_by_norm
@@ -66,8 +68,8 @@ class Plan:
         self.created = [(p, names) for p, names in zip(params, created, strict=True) if names]
         self._settings = _settings(request)
         self._values = _values(request)
-        names_of = [request.rule.states(group) for group in groups]
-        self._names = [names_of[index] for index in group_of]
+        formats = [format_of(request.rule, group) for group in groups]
+        self._names = [formats[index].names for index in group_of]
         self._states = states
         self._all_params = list(request.state)
         self._all_states = list(request.state.values())
@@ -101,7 +103,7 @@ class Plan:
                     backends.choose(device, request.backend)[0],
                     device,
                     live,
-                    _entries(request, chosen, options_of, columns),
+                    _entries(request, chosen, options_of, formats, columns),
                     apart,
                     [states[k] for k in chosen],
                     [group_of[k] for k in chosen],
@@ -265,6 +267,7 @@ def _entries(
     request: Request,
     chosen: list[int],
     options_of: Sequence[tuple[bool, ...]],
+    formats: Sequence[GroupFormat],
     states: Mapping[str, Sequence[Tensor | None]],
 ) -> list[Entries]:
     """Bring chosen parameters of a step into columns, one set for all of the same format.
@@ -273,27 +276,41 @@ def _entries(
         request: the step.
         chosen: which of its parameters.
         options_of: of each group.
+        formats: of each group.
         states: a column for each state, of all parameters.
     """
-    names_of = map(request.rule.states, request.groups)
-    formats = list(zip(options_of, names_of, strict=True))
+    numbers: dict[int, int] = {}
+    if any(format.device.draws for format in formats):
+        everything = [p for group in request.groups for p in group["params"]]
+        numbers = {id(p): i for i, p in enumerate(everything)}
+    alike = list(zip(options_of, formats, strict=True))
     places: dict[Any, list[int]] = {}
     for place, k in enumerate(chosen):
-        places.setdefault(formats[request.group_of[k]], []).append(place)
+        places.setdefault(alike[request.group_of[k]], []).append(place)
     found = []
-    for (options, names), own in places.items():
+    for (options, format), own in places.items():
         rows = [chosen[place] for place in own]
+        draws = []
+        if format.device.draws:
+            params = [request.params[row] for row in rows]
+            draws = [_draw(p, numbers[id(p)], format) for p in params]
         found.append(
             Entries(
                 positions=own,
                 params=_picked(request.local_params, rows),
                 inputs=[_picked(column, rows) for column in request.local_inputs],
-                states=[_picked(states[name], rows) for name in names],
+                states=[_picked(states[name], rows) for name in format.names],
                 options=options,
                 per_sample_inputs=request.per_sample,
+                format=format.device,
+                draws=draws,
             )
         )
     return found
+
+
+def _draw(p: Tensor, number: int, format: GroupFormat) -> Draw:
+    return Draw(format.seed, number, walk_of(p, format.device.has_codes))
 
 
 def _picked(column: Sequence[Any], rows: Sequence[int]) -> Sequence[Any]:
@@ -342,14 +359,14 @@ def _settings(request: Request) -> list[Any]:
     skip = {"params", "param_names", "virtual_batch_size", *rule.hyper}
     settings: list[Any] = [request.backend, request.clips, request.per_sample, request.on_device]
     for group in request.groups:
-        settings.append(rule.states(group))
+        settings.append(format_of(rule, group))
         settings.append(rule.options(group))
         settings.append({k: v for k, v in group.items() if k not in skip and _is_setting(v)})
     return settings
 
 
 # The parameters, and types of which a changed value is another object.
-_CONSTANT = frozenset({list, bool, int, float, str, type(None)})
+_CONSTANT = frozenset({list, bool, int, float, str, type(None), torch.dtype})
 _NUMBERS = _CONSTANT - {list}
 
 

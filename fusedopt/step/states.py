@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formats import format_of, keeps_steps
+from ..formats.tensors import make_tensor, starts_as_copy
 from ..memory.dtensor import dtensor_class, sharded_like
 from .counts import State, new_steps
 
@@ -27,21 +29,30 @@ def create_states(
         The state dictionaries, and the names of what was created in each.
     """
     rule = optimizer.rule
-    names_of = [rule.states(group) for group in optimizer.param_groups]
-    kept = [bool(names) or rule.counts_steps for names in names_of]
+    formats = [format_of(rule, group) for group in optimizer.param_groups]
+    counts = [keeps_steps(rule, group) for group in optimizer.param_groups]
+    kept = [bool(format.names) or own for format, own in zip(formats, counts, strict=True)]
     states = _dictionaries(optimizer, params, [kept[index] for index in group_of])
     cut = dtensor_class()
     created: list[list[str]] = []
     uncounted: list[State] = []
     memory: list[Tensor] = []
     for p, local, state, index in zip(params, local_params, states, group_of, strict=True):
-        absent = [n for n in names_of[index] if state.get(n) is None]
+        format = formats[index]
+        absent = [n for n in format.names if state.get(n) is None]
         for name in absent:
-            # Of a wrapper that is no DTensor, a wrapper.
-            new = torch.empty_like(local if type(p) is cut else p)
-            memory.append(new)
-            state[name] = sharded_like(p, new) if type(p) is cut else new
-        if rule.counts_steps and "step" not in state:
+            if format.is_plain:
+                # As ``make_tensor``, with less to ask.
+                new = torch.empty_like(local if type(p) is cut else p)
+                state[name] = sharded_like(p, new) if type(p) is cut else new
+            else:
+                state[name], new = make_tensor(p, local, name, format)
+            if starts_as_copy(name, format):
+                new.copy_(local)
+            else:
+                # An 8-bit float of zeros is zeros, whose type not every device can fill.
+                memory.append(new.view(torch.uint8) if new.dtype == torch.float8_e4m3fn else new)
+        if counts[index] and "step" not in state:
             uncounted.append(state)
             absent.append("step")
         created.append(absent)

@@ -13,6 +13,10 @@ from .targets import capability
 
 # Bytes of an element, by Triton's name of its type.
 DTYPES = SIZES
+TYPES = {
+    "fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64,
+    "i16": tl.int16, "i8": tl.int8, "u8": tl.uint8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Report:
 
 def element_type(name: str) -> Any:
     """Triton's type of a name in DTYPES."""
-    return {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}[name]
+    return TYPES[name]
 
 
 def alignment_suffix(aligned: bool) -> str:

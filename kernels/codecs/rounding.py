@@ -49,11 +49,12 @@ def _mix64(x):
 
 
 @jit
-def random_bits(index, key0, key1):
+def random_bits(lower, upper, key0, key1):
     """Draw 32 random bits for each element.
 
     Args:
-        index: int64 block, the elements' numbers in the whole parameter, below 2^63.
+        lower: uint32 block, the lower halves of the elements' numbers in the whole parameter.
+        upper: the upper halves, a block or a scalar.
         key0: uint32 scalar.
         key1: uint32 scalar.
 
@@ -61,10 +62,18 @@ def random_bits(index, key0, key1):
         A block of uint32. For a key, the 2^32 numbers of an aligned range of indices are a
         permutation.
     """
-    upper = tl.mul((index >> 32).to(tl.uint32), 0x9E3779B9, sanitize_overflow=False)
-    x = _mix32(index.to(tl.uint32) ^ key0, 15, 0xD168AAAD, 15, 0xAF723597, 15)
+    upper = tl.mul(upper, 0x9E3779B9, sanitize_overflow=False)
+    x = _mix32(lower ^ key0, 15, 0xD168AAAD, 15, 0xAF723597, 15)
     x = x ^ tl.add(upper, key1, sanitize_overflow=False)
     return _mix32(x, 17, 0x9E485565, 16, 0xEF1D6B47, 16)
+
+
+@jit
+def scattered(x):
+    """Map numbers of 32 bits one to one, so that those of neighbours are far apart."""
+    x = tl.mul(x, 0x9E3779B1, sanitize_overflow=False)
+    x = tl.mul(x ^ (x >> 15), 0x85EBCA77, sanitize_overflow=False)
+    return x ^ (x >> 13)
 
 
 @jit

@@ -12,8 +12,17 @@ the rows of inputs.
 from __future__ import annotations
 
 from ..codecs import compute_type, decode, encode
+from ..codecs.format import PLAIN, Format
+from ..codecs.place import walk_rows
 from ..lang import INTERPRETED, jit, tl
-from ..multi_tensor import address, apply_rule, block_size, update_constants
+from ..multi_tensor import (
+    address,
+    apply_rule,
+    block_size,
+    last_chunk,
+    update_constants,
+    whole_chunk,
+)
 
 _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
 
@@ -126,17 +135,23 @@ def update_from_samples(
     width,  # int32: columns of the table
     chunk_tensor,  # int32 [programs]: column of the tensor
     chunk_index,  # int32 [programs]: which chunk of that tensor
-    coefficients,  # float64 [rows, N_COEFFICIENTS]
+    coefficients,  # float64 [rows, STRIDE]
     control,  # float64 [2]: factor on the gradient, and whether to skip the step
     counts,  # int32 [PARTS]: samples in each part
     RULE: tl.constexpr,  # the device function of the rule; its inputs are sum and sum of squares
     OPTIONS: tl.constexpr,
-    DTYPES: tl.constexpr,  # element types of parameter, parts and states
+    DTYPES: tl.constexpr,  # element types of parameter, parts and what else is kept
     DEGREES: tl.constexpr,  # (1, 2)
     N_COEFFICIENTS: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,  # whether every sample starts at a multiple of 16 bytes
     BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,  # as of ``update_tensors``, as what follows
+    PARAMETER: tl.constexpr,
+    STATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    DRAWS: tl.constexpr,
+    ROWWISE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Reduce samples and update every chunk in place, in one pass over memory."""
@@ -144,38 +159,54 @@ def update_from_samples(
         program = tl.program_id(0)
         column = table + tl.load(chunk_tensor + program)
         numel = tl.load(column)
-        row = coefficients + tl.load(column + width) * N_COEFFICIENTS
+        row = coefficients + tl.load(column + width) * STRIDE
         scale = tl.load(control).to(COMPUTE)
         scalars = ()
         for i in tl.static_range(N_COEFFICIENTS):
             scalars = scalars + (tl.load(row + i).to(COMPUTE),)
-        start = tl.load(chunk_index + program).to(tl.int64) * BLOCK
+        step = None
+        if DRAWS:
+            step = tl.load(row + (STRIDE - 1)).to(tl.int64)
+        chunk = tl.load(chunk_index + program).to(tl.int64)
+        start = chunk * BLOCK
         offsets = start + tl.arange(0, BLOCK)
-        if start + BLOCK <= numel:
+        if ROWWISE:
+            place = walk_rows(column, width, numel, chunk, 2 + len(DTYPES), BLOCK)
             _update_chunk(
-                column, width, counts, numel, offsets, None, scale, scalars,
+                column, width, counts, numel, place, step, scale, scalars,
                 RULE, OPTIONS, DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
+                PARAMETER, STATES, ROWS, DRAWS,
+            )  # fmt: skip
+        elif start + BLOCK <= numel:
+            whole = whole_chunk(column, width, offsets, chunk, DTYPES, DRAWS)
+            _update_chunk(
+                column, width, counts, numel, whole, step, scale, scalars,
+                RULE, OPTIONS, DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
+                PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
         else:
+            last = last_chunk(column, width, numel, offsets, chunk, DTYPES, DRAWS)
             _update_chunk(
-                column, width, counts, numel, offsets, offsets < numel, scale, scalars,
+                column, width, counts, numel, last, step, scale, scalars,
                 RULE, OPTIONS, DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
+                PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
 
 
 @jit
 def _update_chunk(
-    column, width, counts, numel, offsets, mask, scale, scalars,
+    column, width, counts, numel, place, step, scale, scalars,
     RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PARAMETER: tl.constexpr,
+    STATES: tl.constexpr, ROWS: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     total, squares = _sum_samples(
-        column, width, counts, numel, offsets, mask, 1, PARTS, DTYPES, COMPUTE, ALIGNED, BLOCK
+        column, width, counts, numel, place[0], place[1], 1, PARTS, DTYPES, COMPUTE, ALIGNED, BLOCK
     )
     inputs = (total * scale, squares * scale * scale)
     apply_rule(
-        column, width, offsets, mask, inputs, scalars,
-        RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED,
+        column, width, place, step, inputs, scalars,
+        RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
     )  # fmt: skip
 
 
@@ -199,7 +230,16 @@ def reduce_samples_constants(types: tuple, aligned: bool) -> dict[str, object]:
 
 
 def update_from_samples_constants(
-    rule, options: tuple[bool, ...], types: tuple, parts: int, aligned: bool, block: int
+    rule,
+    options: tuple[bool, ...],
+    types: tuple,
+    parts: int,
+    aligned: bool,
+    block: int,
+    format: Format = PLAIN,
+    rowwise: bool = False,
+    stride: int | None = None,
 ) -> dict[str, object]:
     """Do the same for ``update_from_samples``; as ``multi_tensor.update_constants``, with parts."""
-    return {**update_constants(rule, options, types, aligned, block), "PARTS": parts}
+    common = update_constants(rule, options, types, aligned, block, format, rowwise, stride, parts)
+    return {**common, "PARTS": parts}

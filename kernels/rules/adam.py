@@ -33,6 +33,9 @@ COEFFICIENTS = (
     "eps", "step_size",
 )  # fmt: skip
 
+# Of its states, those that are never below 0.
+NONNEGATIVE = ("exp_avg_sq", "max_exp_avg_sq")
+
 
 def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
     """Return the scalars that ``COEFFICIENTS`` names."""
@@ -134,6 +137,7 @@ ADAM = Rule(
     option_names=("amsgrad",),
     hyper=("lr", "betas", "eps", "weight_decay"),
     coefficient_names=COEFFICIENTS,
+    nonnegative=NONNEGATIVE,
     example_groups=(
         _DEFAULTS,
         {**_DEFAULTS, "weight_decay": 0.1, "maximize": True},

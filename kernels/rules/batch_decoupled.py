@@ -154,6 +154,7 @@ BATCH_DECOUPLED_ADAM = Rule(
     factors=FACTORS,
     degrees=(1, 2),
     coefficient_names=ADAM_COEFFICIENTS,
+    nonnegative=adam.NONNEGATIVE,
     example_groups=(
         {**_ADAM, **_PAIRS},
         {**_ADAM, **_SINGLE, "maximize": True},
@@ -175,6 +176,8 @@ BATCH_DECOUPLED_RMSPROP = Rule(
     factors=FACTORS,
     degrees=(1, 2),
     coefficient_names=RMSPROP_COEFFICIENTS,
+    nonnegative=rmsprop.NONNEGATIVE,
+    differing=rmsprop.differing,
     example_groups=(
         {**_RMSPROP, **_PAIRS},
         {**_RMSPROP, **_SINGLE, "centered": True, "weight_decay": 0.1},

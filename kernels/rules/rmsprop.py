@@ -45,6 +45,9 @@ COEFFICIENTS = (
     "gained_lr",
 )  # fmt: skip
 
+# Of its states, the one that is never below 0.
+NONNEGATIVE = ("square_avg",)
+
 
 def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
     """Return the scalars that ``COEFFICIENTS`` names.
@@ -147,6 +150,11 @@ def states(group: Group) -> tuple[str, ...]:
     return names
 
 
+def differing(group: Group) -> tuple[str, ...]:
+    """Name the states whose difference the update takes the root of."""
+    return ("square_avg", "grad_avg") if group["centered"] else ()
+
+
 _DEFAULTS = {
     "lr": 0.03, "alpha": 0.9, "eps": 1e-6, "weight_decay": 0.0, "momentum": 0.0,
     "centered": False, "maximize": False, "bias_correction": False, "denominator": "std",
@@ -166,6 +174,8 @@ RMSPROP = Rule(
     option_names=("centered", "momentum", "variance"),
     hyper=("lr", "alpha", "eps", "weight_decay", "momentum"),
     coefficient_names=COEFFICIENTS,
+    nonnegative=NONNEGATIVE,
+    differing=differing,
     example_groups=(
         _DEFAULTS,
         {**_DEFAULTS, "centered": True, "weight_decay": 0.1},

@@ -102,6 +102,8 @@ def _rule(rule: Rule, update: Any) -> Rule:
         degrees=(1, 1),
         counts_steps=rule.counts_steps,
         coefficient_names=(*FACTORS, *rule.coefficient_names),
+        nonnegative=rule.nonnegative,
+        differing=rule.differing,
         example_groups=tuple(
             {**group, **(_SAME if i == 1 else _DOUBLE)}
             for i, group in enumerate(rule.example_groups)

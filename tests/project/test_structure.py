@@ -19,6 +19,7 @@ LAYERS = (
     "tracing",
     "memory",
     "kernels",
+    "formats",
     "compilations",
     "coefficients",
     "source",

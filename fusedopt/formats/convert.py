@@ -1,0 +1,136 @@
+"""States from one way of keeping them to another, and back to what torch keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.codecs import format as device
+from ..kernels.rule import Rule
+from ..memory import codes, parameter
+from ..memory.dtensor import is_dtensor, local_of, sharded_like
+from ..memory.walk import walk_of
+from .group import CODE_DTYPES, SCALE, GroupFormat, StateFormat
+from .tensors import local_scale_shape, whole_scale_shape
+
+State = MutableMapping[str, Any]
+_CODED = frozenset(CODE_DTYPES.values())
+_COMPANIONS = ("master", "compensation")
+# By the type of a master, how it is kept.
+_MASTERS = {
+    torch.int16: device.REMAINDER,
+    torch.int8: device.REMAINDER,
+    torch.float32: device.FLOAT32,
+}
+
+
+class MissingScale(ValueError):
+    """Codes without the scales that they are read by."""
+
+
+def is_compressed(state: Mapping[str, Any]) -> bool:
+    """Whether a state holds what torch's optimizers do not."""
+    return any(name.endswith(SCALE) or name in _COMPANIONS for name in state)
+
+
+def fit(p: Any, state: State, format: GroupFormat, rule: Rule) -> None:
+    """Bring the tensors of a state, in place, to how they are to be kept.
+
+    What is missing stays so. Values are kept as well as the format can, rounded to nearest.
+
+    Args:
+        p: the parameter.
+        state: its state dictionary.
+        format: of its group.
+        rule: whose states these are.
+
+    Raises:
+        MissingScale: for codes without scales.
+        ValueError: for a parameter whose states cannot be in groups.
+    """
+    for own in format.states:
+        value = state.get(own.name)
+        if isinstance(value, Tensor) and not _is_kept(value, state, own, p, format):
+            plain = decoded(p, state, own.name, rule)
+            state.pop(own.name + SCALE, None)
+            state.update(_encoded(p, plain, own, format.dtype(own.name, p.dtype)))
+    _fit_companion(p, state, format)
+
+
+def _is_kept(value: Tensor, state: State, own: StateFormat, p: Any, format: GroupFormat) -> bool:
+    if value.dtype in _CODED or own.is_coded:
+        return value.dtype == own.dtype and isinstance(state.get(own.name + SCALE), Tensor)
+    return own.dtype is None or value.dtype == format.dtype(own.name, p.dtype)
+
+
+def decoded(p: Any, state: Mapping[str, Any], name: str, rule: Rule) -> Tensor:
+    """Return a state as numbers: float32 of codes, or the tensor itself.
+
+    Args:
+        p: the parameter.
+        state: its state dictionary.
+        name: of the state.
+        rule: that keeps it.
+
+    Raises:
+        MissingScale: for codes without scales.
+    """
+    value: Tensor = state[name]
+    if value.dtype not in _CODED:
+        return value
+    scale = state.get(name + SCALE)
+    if not isinstance(scale, Tensor):
+        raise MissingScale(f"its state {name!r} is in 8 bits, and there is no {name + SCALE!r}")
+    codec = _codec(value.dtype, name in rule.nonnegative)
+    inner = walk_of(p, coded=True).inner
+    local, scales = (local_of(x) if is_dtensor(x) else x for x in (value, scale))
+    if tuple(scales.shape) != local_scale_shape(p):
+        raise ValueError(
+            f"its state {name + SCALE!r} has shape {tuple(scale.shape)} where"
+            f" {whole_scale_shape(p)} is wanted"
+        )
+    found = codes.decode(local.contiguous(), scales.contiguous(), codec, inner)
+    return sharded_like(value, found) if is_dtensor(value) else found
+
+
+def _codec(dtype: torch.dtype, nonnegative: bool) -> str:
+    if dtype == torch.float8_e4m3fn:
+        return device.POSITIVE_FLOAT8 if nonnegative else device.FLOAT8
+    return device.SIGNED if dtype == torch.int8 else device.UNSIGNED
+
+
+def _encoded(p: Any, value: Tensor, own: StateFormat, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors that keep a state of some values."""
+    if not own.is_coded:
+        return {own.name: value.to(dtype)}
+    local = local_of(value) if is_dtensor(value) else value
+    inner = walk_of(p, coded=True).inner
+    found, scale = codes.encode(local.float().contiguous(), own.codec, inner)
+    scale = scale.reshape(local_scale_shape(p))
+    if is_dtensor(value):
+        found, scale = sharded_like(p, found), sharded_like(p, scale, whole_scale_shape(p))
+    return {own.name: found, own.name + SCALE: scale}
+
+
+def _fit_companion(p: Any, state: State, format: GroupFormat) -> None:
+    """Bring what is kept beside a parameter to another form; the parameter stays as it is."""
+    for name in _COMPANIONS:
+        found = state.get(name)
+        if not isinstance(found, Tensor):
+            continue
+        wanted = None if name != format.companion else format.dtype(name, p.dtype)
+        if found.dtype == wanted:
+            continue
+        del state[name]
+        if format.companion is None:
+            continue
+        own = local_of(p) if is_dtensor(p) else p.detach()
+        local = local_of(found) if is_dtensor(found) else found
+        codec = device.KAHAN if name == "compensation" else _MASTERS[found.dtype]
+        value = parameter.load(own, local, codec)
+        made = torch.empty_like(own, dtype=format.dtype(format.companion, p.dtype))
+        parameter.store(own.clone(), made, value, format.device.parameter, None)
+        state[format.companion] = sharded_like(p, made) if is_dtensor(p) else made

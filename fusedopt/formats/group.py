@@ -1,0 +1,150 @@
+"""What the options of precision of a group come to: a codec and a type for each tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..kernels.codecs import format as device
+from ..kernels.rule import Group, Rule
+
+# Of 8-bit states by option: the codec of a state of either sign, and of one that is never below 0.
+_CODES = {
+    "int8": (device.SIGNED, device.UNSIGNED),
+    "fp8": (device.FLOAT8, device.POSITIVE_FLOAT8),
+}
+CODE_DTYPES = {
+    device.SIGNED: torch.int8,
+    device.UNSIGNED: torch.uint8,
+    device.FLOAT8: torch.float8_e4m3fn,
+    device.POSITIVE_FLOAT8: torch.float8_e4m3fn,
+}
+# Of each master, the codec, and the type of what is kept beside the parameter.
+_MASTERS = {
+    "remainder": (device.REMAINDER, torch.int16),
+    "remainder8": (device.REMAINDER, torch.int8),
+    "float32": (device.FLOAT32, torch.float32),
+}
+SCALE = "_scale"
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """How one state is kept.
+
+    Attributes:
+        name: of the state.
+        codec: one of those in ``kernels/codecs/format.py``.
+        dtype: of its tensor; None for the parameter's, or whatever floating type it has.
+    """
+
+    name: str
+    codec: str
+    dtype: torch.dtype | None
+
+    @cached_property
+    def is_coded(self) -> bool:
+        """Whether a scale stands beside it."""
+        return self.codec in device.CODES
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Keys of the state dictionary that hold it."""
+        return (self.name, self.name + SCALE) if self.is_coded else (self.name,)
+
+
+@dataclass(frozen=True)
+class GroupFormat:
+    """How the parameters of a group and their states are kept.
+
+    Attributes:
+        parameter: the codec of parameters.
+        companion: key of the state dictionary that holds the rest of a parameter, or None.
+        companion_dtype: its type; None for the parameter's.
+        states: in the order in which the rule takes them.
+        seed: of what is rounded stochastically.
+    """
+
+    parameter: str
+    companion: str | None
+    companion_dtype: torch.dtype | None
+    states: tuple[StateFormat, ...]
+    seed: int
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether all is as torch keeps it."""
+        casts = all(s.codec == device.CAST and s.dtype is None for s in self.states)
+        return casts and self.parameter == device.CAST
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Keys of the state dictionary that hold tensors, in the order of the address table."""
+        own = () if self.companion is None else (self.companion,)
+        return own + tuple(name for state in self.states for name in state.names)
+
+    @cached_property
+    def device(self) -> device.Format:
+        """What the kernel is compiled for."""
+        return device.Format(self.parameter, tuple(state.codec for state in self.states))
+
+    @cached_property
+    def codecs(self) -> dict[str, str]:
+        """For the key of each coded state, its codec."""
+        return {state.name: state.codec for state in self.states if state.is_coded}
+
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype | None]:
+        found = {state.name: state.dtype for state in self.states}
+        if self.companion is not None:
+            found[self.companion] = self.companion_dtype
+        return found
+
+    def dtype(self, name: str, parameter: torch.dtype) -> torch.dtype:
+        """Return the type of a tensor that is kept, for a parameter of some type."""
+        if name not in self._dtypes:
+            return torch.float32  # a scale
+        return _like(self._dtypes[name] or parameter, parameter)
+
+    def is_free(self, name: str) -> bool:
+        """Whether a tensor may have any floating type, as a state that torch keeps."""
+        return name in self._dtypes and self._dtypes[name] is None and name != self.companion
+
+
+def _like(dtype: torch.dtype, parameter: torch.dtype) -> torch.dtype:
+    return dtype.to_complex() if parameter.is_complex and not dtype.is_complex else dtype
+
+
+def format_of(rule: Rule, group: Group) -> GroupFormat:
+    """Read the options of precision of a group, which ``check_options`` has found to be sound."""
+    parameter, companion, companion_dtype = device.CAST, None, None
+    rounding, master = group.get("rounding"), group.get("master")
+    if master is not None:
+        parameter, companion_dtype = _MASTERS[master]
+        companion = "master"
+        if rounding is not None:
+            parameter = device.REMAINDER_STOCHASTIC
+    elif rounding == "stochastic":
+        parameter = device.STOCHASTIC
+    elif rounding == "kahan":
+        parameter, companion = device.KAHAN, "compensation"
+    states = tuple(_state(rule, name, group.get("state_dtype")) for name in rule.states(group))
+    seed = group.get("rounding_seed", 0)
+    return GroupFormat(parameter, companion, companion_dtype, states, seed)
+
+
+def _state(rule: Rule, name: str, option: Any) -> StateFormat:
+    if isinstance(option, dict):
+        option = option.get(name)
+    if isinstance(option, str):
+        codec = _CODES[option][name in rule.nonnegative]
+        return StateFormat(name, codec, CODE_DTYPES[codec])
+    return StateFormat(name, device.CAST, option)
+
+
+def keeps_steps(rule: Rule, group: Group) -> bool:
+    """Whether ``state["step"]`` is kept: the rule reads it, or what is stored depends on it."""
+    return rule.counts_steps or format_of(rule, group).device.draws

@@ -1,0 +1,120 @@
+"""The options of precision of a parameter group: which there are, and which go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.rule import Group, Rule
+
+# With what they are by default.
+OPTIONS: Mapping[str, Any] = {
+    "state_dtype": None,
+    "rounding": None,
+    "master": None,
+    "rounding_seed": 0,
+}
+_CODES = ("int8", "fp8")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ROUNDINGS = (None, "stochastic", "kahan")
+_MASTERS = (None, "remainder", "remainder8", "float32")
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def check_options(rule: Rule, group: Group) -> None:
+    """Raise ValueError for options that mean nothing, or nothing together.
+
+    Args:
+        rule: the update.
+        group: a parameter group; what it lacks is as by default.
+    """
+    for name, dtype in _state_dtypes(rule, group):
+        if dtype is not None and dtype not in _FLOATS and dtype not in _CODES:
+            where = f"state_dtype[{name!r}]" if name else "state_dtype"
+            raise ValueError(
+                f'{where} must be None, a floating torch.dtype, "int8" or "fp8", got {dtype!r}'
+            )
+        for state in rule.differing(group):
+            if dtype in _CODES and name in ("", state):
+                raise ValueError(
+                    f"state_dtype={dtype!r} is too coarse for {state!r}: the update takes the root"
+                    f" of a difference of {' and '.join(rule.differing(group))}, which would fall"
+                    " below 0"
+                )
+    rounding, master = group.get("rounding"), group.get("master")
+    for option, value, allowed in (
+        ("rounding", rounding, _ROUNDINGS),
+        ("master", master, _MASTERS),
+    ):
+        if value not in allowed:
+            choices = ", ".join(map(repr, allowed))
+            raise ValueError(f"{option} must be one of {choices}, got {value!r}")
+    if master is not None and rounding is not None and (master, rounding) not in _TOGETHER:
+        raise ValueError(
+            f"rounding={rounding!r} does not go with master={master!r}: {_WHY_NOT[rounding]}. Leave"
+            " one of them out"
+        )
+    seed = group.get("rounding_seed", 0)
+    if type(seed) is not int or not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"rounding_seed must be an int of 64 bits, got {seed!r}")
+
+
+# An 8-bit remainder is what a float32 is rounded to.
+_TOGETHER = (("remainder8", "stochastic"),)
+_WHY_NOT = {
+    "stochastic": 'the master is exact, and nothing is rounded (that of "remainder8" is)',
+    "kahan": "either keeps what rounding the parameter leaves over",
+}
+
+
+def _state_dtypes(rule: Rule, group: Group) -> Iterator[tuple[str, Any]]:
+    """Yield the options of single states by name, or that of all under no name."""
+    option = group.get("state_dtype")
+    if not isinstance(option, dict):
+        yield "", option
+        return
+    # Also those that an option of the group switches on, which may come later.
+    known = {name for own in (group, *rule.example_groups) for name in rule.states(own)}
+    for name, dtype in option.items():
+        if name not in known:
+            states = ", ".join(map(repr, sorted(known))) or "no states"
+            raise ValueError(f"state_dtype has {name!r}; {rule.name} keeps {states}")
+        yield name, dtype
+
+
+def check_parameters(group: Group) -> None:
+    """Raise ValueError for a group that has a parameter whose type its options do not fit.
+
+    Args:
+        group: with options that are sound.
+    """
+    if all(group.get(name) is None for name in ("state_dtype", "rounding", "master")):
+        return
+    for p in group["params"]:
+        _check_parameter(group, p)
+
+
+def _check_parameter(group: Group, p: Tensor) -> None:
+    rounding, master = group.get("rounding"), group.get("master")
+    for option, value in (("rounding", rounding), ("master", master)):
+        allowed = (torch.bfloat16,) if str(value).startswith("remainder") else _HALVES
+        if value is not None and p.dtype not in allowed:
+            names = " or ".join(map(str, allowed))
+            raise ValueError(
+                f"{option}={value!r} is for parameters of {names}, and one of shape"
+                f" {tuple(p.shape)} is {p.dtype}. Put it into a parameter group of its own, with"
+                f" {option}=None"
+            )
+    states = group.get("state_dtype")
+    asked = states.values() if isinstance(states, dict) else (states,)
+    if p.is_complex():
+        for dtype in asked:
+            if dtype is not None and dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"state_dtype={dtype!r} is for real parameters, and one of shape"
+                    f" {tuple(p.shape)} is {p.dtype}. Put it into a parameter group of its own,"
+                    " with state_dtype=None"
+                )
