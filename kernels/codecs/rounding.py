@@ -113,7 +113,8 @@ def _stochastic_float16(magnitude, bits):
     """Round finite float32 patterns to those of float16, without an upper limit."""
     exponent = magnitude >> 23
     # The exponent's bias is 127 in one and 15 in the other, and a carry raises it as it should.
-    normal = (tl.add(magnitude, bits >> 19, sanitize_overflow=False) >> 13) - (112 << 10)
+    normal = tl.add(magnitude, bits >> 19, sanitize_overflow=False) >> 13
+    normal = tl.sub(normal, 112 << 10, sanitize_overflow=False)
     # Below 2^-14 the spacing stays 2^-24: of the significand, 126 - exponent bits are below it.
     below = 126 - tl.minimum(exponent, 112)
     # Those that no shift reaches are cut first; of zero and below 2^-126 nothing is left.
