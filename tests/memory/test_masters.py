@@ -87,6 +87,8 @@ def test_a_parameter_that_somebody_else_has_written(remainder: torch.dtype) -> N
         value = masters.join(parameter, torch.full_like(parameter, rest, dtype=remainder))
         assert torch.equal(value.isnan(), parameter.isnan())
         assert torch.equal(value.isinf(), parameter.isinf())
+        # A master begins like this.
+        assert rest or torch.equal(value.view(torch.int32), parameter.float().view(torch.int32))
         assert torch.equal(value.signbit(), parameter.signbit())
         below = parameter.abs() < LARGEST
         away = (patterns.magnitudes(value) - patterns.magnitudes(parameter.float())).abs()
