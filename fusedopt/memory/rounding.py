@@ -101,9 +101,9 @@ def stochastic(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     else:
         infinity = 0x7C00
         rounded = _stochastic_float16(magnitude, bits)
-    rounded = rounded.clamp(max=infinity - 1)
-    special = torch.where(magnitude > 0x7F800000, infinity | infinity >> 1, infinity)
-    rounded = torch.where(magnitude >= 0x7F800000, special, rounded)
+    rounded = rounded.clamp_(max=infinity - 1)
+    rounded.masked_fill_(magnitude >= 0x7F800000, infinity)
+    rounded.masked_fill_(magnitude > 0x7F800000, infinity | infinity >> 1)
     return (rounded | ((pattern >> 16) & 0x8000)).to(torch.int16).view(dtype)
 
 

@@ -4,11 +4,10 @@ Bits are a function of a key and of an element's index in the whole, unsharded p
 they are the same however it is cut up, and the key one of seed, parameter and step.
 
 Two rounds of a permutation of 32 bits, with a key before each: x ^= x >> a; x *= b; x ^= x >> c;
-x *= d; x ^= x >> e. Of all constants known for it the two sets here are those of least bias
-(C. Wellons, hash-prospector, 2018 and later: 0.160 and 0.161, where a random permutation has
-0.021). Two rounds are as good as random to the tests in ``tests/memory/test_random_bits.py``, which
-Philox passes as well; one is not. The keys are mixed by the finaliser of splitmix64 (D. Stafford's
-variant 13, 2011; Steele, Lea and Flood 2014).
+x *= d; x ^= x >> e. The constants are the two sets of least bias in the list of C. Wellons'
+hash-prospector (2018; 0.160 and 0.161, where a random permutation has 0.021). Two rounds pass the
+tests of ``tests/memory/test_random_bits.py`` as Philox does, and one fails them. The keys are mixed
+by the finaliser of splitmix64 (D. Stafford's variant 13, 2011; Steele, Lea and Flood 2014).
 
 Its twin in PyTorch is ``fusedopt/memory/rounding.py``.
 """
@@ -122,7 +121,8 @@ def _stochastic_float16(magnitude, bits):
     """Round finite float32 patterns to those of float16, without an upper limit."""
     exponent = magnitude >> 23
     # The exponent's bias is 127 in one and 15 in the other, and a carry raises it as it should.
-    normal = (tl.add(magnitude, bits >> 19, sanitize_overflow=False) >> 13) - (112 << 10)
+    normal = tl.add(magnitude, bits >> 19, sanitize_overflow=False) >> 13
+    normal = tl.sub(normal, 112 << 10, sanitize_overflow=False)
     # Below 2^-14 the spacing stays 2^-24: of the significand, 126 - exponent bits are below it.
     below = 126 - tl.minimum(exponent, 112)
     # Those that no shift reaches are cut first; of zero and below 2^-126 nothing is left.
