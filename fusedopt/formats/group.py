@@ -89,7 +89,10 @@ class GroupFormat:
     @cached_property
     def device(self) -> device.Format:
         """What the kernel is compiled for."""
-        return device.Format(self.parameter, tuple(state.codec for state in self.states))
+        codecs = tuple(state.codec for state in self.states)
+        if self.parameter == device.CAST and set(codecs) <= {device.CAST}:
+            return device.PLAIN
+        return device.Format(self.parameter, codecs)
 
     @cached_property
     def codecs(self) -> dict[str, str]:

@@ -56,11 +56,13 @@ class Fingerprint:
         """Return where tensors are; None where a launch for the old ones is not right for them.
 
         Args:
-            tensors: as many as before.
+            tensors: likewise.
 
         Raises:
             RuntimeError: for sparse tensors.
         """
+        if len(tensors) != len(self.addresses):
+            return None
         addresses: list[int] = []
         for some, are_alike in zip(_blocks(tensors), self._alike, strict=True):
             addresses += map(Tensor.data_ptr, some)

@@ -40,9 +40,9 @@ def _update_chunk(p: Tensor, gradient: Tensor, chunk: int, block: int) -> None:
         torch.zeros(1, dtype=torch.int32), torch.tensor([chunk], dtype=torch.int32),
         torch.tensor([SGD.coefficients(group, 1.0)], dtype=torch.float64),
         torch.tensor([1.0, 0.0], dtype=torch.float64),
-        RULE=SGD.update, OPTIONS=SGD.options(group), DTYPES=(tl.bfloat16, tl.bfloat16),
-        DEGREES=SGD.degrees, N_COEFFICIENTS=SGD.n_coefficients, COMPUTE=tl.float32,
-        ALIGNED=False, BLOCK=block,
+        **multi_tensor.update_constants(
+            SGD, SGD.options(group), (tl.bfloat16, tl.bfloat16), aligned=False, block=block
+        ),
     )  # fmt: skip
 
 

@@ -135,7 +135,9 @@ def _random_bits(index, keys, out, numel, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     key0, key1 = tl.load(keys).to(tl.uint32), tl.load(keys + 1).to(tl.uint32)
-    bits = rounding.random_bits(tl.load(index + offsets, mask), key0, key1)
+    number = tl.load(index + offsets, mask)
+    lower, upper = number.to(tl.uint32), (number >> 32).to(tl.uint32)
+    bits = rounding.random_bits(lower, upper, key0, key1)
     tl.store(out + offsets, bits.to(tl.int32, bitcast=True), mask)
 
 
