@@ -34,7 +34,8 @@ def draw(result: dict[str, Any]) -> Figure:
     _draw_errors(closed, figures["closed"], titles)
     closed.set_title("closed loop: coded after every step")
     _draw_losses(losses, figures["losses"], titles)
-    losses.set_title("loss over that of float32 states, less 1")
+    losses.set_title("loss over float32 states', less 1")
+    figure.legend(*once.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -54,7 +55,6 @@ def _draw_errors(axes: Axes, errors: dict[str, Any], titles: dict[str, str]) -> 
         axes.plot(*zip(*shown, strict=True), "o", color=color, ms=6, alpha=0.85, label=label)
     _rows(axes, names, titles)
     axes.set(xscale="log", xlim=(2e-6, 2.0), xlabel="error (1.5: more than 1)")
-    axes.legend(fontsize="small", loc="lower left")
 
 
 def _mean(values: list[float | None]) -> float:
@@ -64,7 +64,7 @@ def _mean(values: list[float | None]) -> float:
 def _draw_losses(axes: Axes, tasks: dict[str, Any], titles: dict[str, str]) -> None:
     names = [name for name in next(iter(tasks.values())) if name != "float32"]
     for shift, (task, losses) in zip((-0.2, 0.0, 0.2), tasks.items(), strict=False):
-        label, color = SOURCES[task]
+        color = SOURCES[task][1]
         for i, name in enumerate(names):
             changes = [
                 100 * (a / b - 1) for a, b in zip(losses[name], losses["float32"], strict=True)
@@ -73,8 +73,6 @@ def _draw_losses(axes: Axes, tasks: dict[str, Any], titles: dict[str, str]) -> N
             axes.plot(changes, places, "o", color=color, ms=4, alpha=0.5)
             mean = math.fsum(changes) / len(changes)
             axes.plot([mean], [i + shift], "|", color=color, ms=14, mew=2.5)
-        axes.plot([], [], "o", color=color, label=label)
     _rows(axes, names, titles)
     axes.axvspan(-0.5, 0.5, color="#757575", alpha=0.15, lw=0)
     axes.set_xlabel("per cent; dots: seeds, bars: their mean; grey: within 0.5")
-    axes.legend(fontsize="small")
