@@ -75,4 +75,4 @@ def _draw_losses(axes: Axes, tasks: dict[str, Any], titles: dict[str, str]) -> N
             axes.plot([mean], [i + shift], "|", color=color, ms=14, mew=2.5)
     _rows(axes, names, titles)
     axes.axvspan(-0.5, 0.5, color="#757575", alpha=0.15, lw=0)
-    axes.set_xlabel("per cent; dots: seeds, bars: means; grey: 0.5")
+    axes.set_xlabel("per cent; bars: means; grey: 0.5")
