@@ -74,8 +74,8 @@ bench: $(STAMP) ## Run the microbenchmarks
 bench-per-sample: $(STAMP) ## Time per-sample squares against the plain gradient on a GPU
 	$(BIN)/python -m bench.per_sample $(ARGS)
 
-# All of them take about half an hour: make experiments ARGS='digits --reduced'
-experiments: $(STAMP) ## Run the experiments on batch sizes; JSON and PNG in experiments/results
+# All of them take about an hour: make experiments ARGS='digits --reduced'
+experiments: $(STAMP) ## Run the experiments on batch sizes and states; JSON and PNG in experiments/results
 	$(BIN)/python -m experiments $(ARGS)
 
 regression: $(STAMP) ## Hold the host's share of a step to its committed baseline

@@ -17,4 +17,5 @@ NAMES = (
     "bias_corrections",
     "square_root",
     "noise_signal",
+    "state_codes",
 )

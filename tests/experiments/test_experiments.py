@@ -28,6 +28,7 @@ NAMES = [
     "bias_corrections",
     "square_root",
     "noise_signal",
+    "state_codes",
 ]
 
 
