@@ -90,13 +90,15 @@ class FusedOptimizer(Optimizer):
             defaults = {**defaults, "capturable": capturable}
         backends.check_name(backend)
         self.clip = clip
-        defaults = {
-            **defaults,
+        # Groups have torch's entries, and of these what was asked for.
+        precision = {
             "state_dtype": state_dtype,
             "rounding": rounding,
             "master": master,
             "rounding_seed": rounding_seed,
         }
+        asked = {k: v for k, v in precision.items() if v != PRECISION[k] or type(v) is bool}
+        defaults = {**defaults, **asked}
         if defaults.get("differentiable"):
             raise ValueError("differentiable=True is not supported: a fused step has no derivative")
         check_statistics(type(self).__name__, self.rule, statistics, virtual_batch_size)
@@ -378,7 +380,7 @@ class FusedOptimizer(Optimizer):
         self.__dict__.setdefault("_statistics", self.__dict__.pop("statistics", None))
         # Keys that an older or a torch checkpoint does not have.
         for group in self.param_groups:
-            for name, value in {**PRECISION, **self.defaults}.items():
+            for name, value in self.defaults.items():
                 group.setdefault(name, value)
             # Pickles of before an option had what comes first.
             for name, allowed in self.choices.items():

@@ -33,13 +33,15 @@ from torch import Tensor
 import fusedopt
 
 # capturable is torch's own, accepted where torch does not have it as well.
-COMMON = ("backend", "clip", "state_dtype", "rounding", "master", "capturable")
+COMMON = (
+    "backend", "clip", "state_dtype", "rounding", "master", "rounding_seed", "capturable",
+)  # fmt: skip
 WITH_SQUARES = ("statistics", "virtual_batch_size")
 # Names of the public interface that are there from the start, and those that may follow.
 CORE = {"SGD", "RMSprop", "Adam", "AdamW", "GlobalNorm", "Rule", "FusedOptimizer"}
 LATER = {
     "BatchDecoupledAdam", "BatchDecoupledRMSprop", "PerSampleSquares", "MicroBatchSquares",
-    "GradSampleSquares", "BackpackSquares", "SVAG", "scaling",
+    "GradSampleSquares", "BackpackSquares", "SVAG", "scaling", "export_state_dict",
 }  # fmt: skip
 
 
@@ -364,11 +366,14 @@ def test_unknown_backend(case: Case, backend: Any) -> None:
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=ids)
-@pytest.mark.parametrize("name", ["state_dtype", "rounding", "master"])
-def test_options_to_come_are_refused(case: Case, name: str) -> None:
-    case.ours(new_params(), **{name: None})
-    with pytest.raises((ValueError, TypeError, NotImplementedError), match=name):
-        case.ours(new_params(), **{name: torch.bfloat16})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("state_dtype", "int4"), ("state_dtype", torch.int8), ("rounding", True), ("master", "int8")],
+)
+def test_precision_that_means_nothing_is_refused(case: Case, name: str, value: Any) -> None:
+    assert name not in case.ours(new_params(), **{name: None}).param_groups[0]
+    with pytest.raises(ValueError, match=name):
+        case.ours(new_params(), **{name: value})
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=ids)
