@@ -13,10 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bit_power import BitPower
-from .minifloat import Minifloat, dither
+from fusedopt.memory import codes
+from fusedopt.memory.rounding import spread
+
+from .minifloat import Minifloat
 
 GROUP = 128
+# 2^32 times the golden ratio's fraction.
+STRIDE = 0x9E3779B9
 Code = Callable[[Tensor, int], Tensor]
 
 
@@ -78,13 +82,54 @@ class Remainders:
             return torch.randint(2**32, (count,), generator=self._generator)
         if len(self._index) != count:
             self._index = torch.arange(count)
-        return dither(self._index, step, self.stream)
+        return spread(self._index, step * STRIDE & 0xFFFFFFFF).long() & 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One of fusedopt's own codecs, as the optimizers use it.
+
+    Attributes:
+        codec: its name in ``kernels/codecs/codes.py``.
+        signed: whether it is for m.
+        largest: the code of 1.
+    """
+
+    codec: str
+    signed: bool
+    largest: int
+
+    def threshold(self, random: Tensor) -> Tensor:
+        """Return thresholds of 32 bits that are evenly spread, as patterns."""
+        return random.to(torch.int32)
+
+    def encode(self, x: Tensor, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return codes, int64 [groups, elements], with their sign, and scales, float32 [groups, 1].
+
+        Args:
+            x: float32 [groups, elements of a group].
+            threshold: int32, elementwise; None: to nearest.
+        """
+        given = codes.NEAREST if threshold is None else threshold.reshape(x.shape)
+        found, scale = codes.encode(x, self.codec, x.shape[-1], given)
+        wide = found.view(torch.int8 if found.dtype == torch.int8 else torch.uint8).long()
+        if found.dtype == torch.float8_e4m3fn:
+            wide = torch.where(wide >= 0x80, 0x80 - wide, wide)
+        return wide, scale[:, None]
+
+    def decode(self, found: Tensor, a: Tensor) -> Tensor:
+        """Return float32 values of codes [groups, elements] and scales [groups, 1]."""
+        dtype = codes.CODES[self.codec].dtype
+        if dtype == torch.float8_e4m3fn:
+            found = torch.where(found < 0, 0x80 - found, found)
+        own = found.to(torch.int8 if dtype == torch.int8 else torch.uint8).view(dtype)
+        return codes.decode(own, a, self.codec, found.shape[-1])
 
 
 class Exact:
     """A code in the form that a kernel computes."""
 
-    def __init__(self, code: Minifloat | BitPower, rounding: str = "nearest") -> None:
+    def __init__(self, code: Minifloat | Shipped, rounding: str = "nearest") -> None:
         self.code = code
         self._remainders = Remainders(rounding, 0 if code.signed else 1)
 

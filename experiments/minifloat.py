@@ -25,9 +25,6 @@ import torch
 from torch import Tensor
 
 SMALLEST = 2.0**-149
-_LOW32 = 0xFFFFFFFF
-# Odd numbers near 2^32 times the golden ratio's and the plastic number's fraction.
-STRIDES = 0x9E3779B9, 0xC13FA9A9
 
 
 @dataclass(frozen=True)
@@ -102,20 +99,3 @@ class Minifloat:
         if self.signed:
             return torch.where(codes < 0, -x, x)
         return torch.where((q > 0) & (x < SMALLEST), SMALLEST, x)
-
-
-def dither(index: Tensor, step: int, stream: int) -> Tensor:
-    """Return 32 bits for each element: evenly spread over steps, unrelated between elements.
-
-    Over steps it is a Weyl sequence, whose first n values lie as evenly as n values can: a change
-    of a hundredth of a code moves the code once in a hundred steps, nearly periodically, where
-    random bits move it a Poisson number of times.
-
-    Args:
-        index: int64, of the elements in their parameter.
-        step: the number of the step.
-        stream: 0 or 1; two states take different ones.
-    """
-    h = (index * 2 + stream) * 0x9E3779B1 & _LOW32
-    h = ((h ^ (h >> 15)) * 0x85EBCA77) & _LOW32
-    return ((h ^ (h >> 13)) + step * STRIDES[stream]) & _LOW32

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .bit_power import BitPower
 from .eight_bits import (
     Exact,
     Expanded,
     Pair,
+    Shipped,
     Table,
     bfloat16,
     dynamic,
@@ -19,9 +19,9 @@ from .eight_bits import (
 )
 from .minifloat import Minifloat
 
-# int8 and fp8, as they are recommended.
-M_INT8, V_INT8 = BitPower(3, 127, True), BitPower(6, 255, False)
-M_FP8, V_FP8 = (Minifloat(4, 3, signed, unused=1) for signed in (True, False))
+# int8 and fp8, as the optimizers have them.
+M_INT8, V_INT8 = Shipped("signed", True, 127), Shipped("unsigned", False, 255)
+M_FP8, V_FP8 = Shipped("float8", True, 126), Shipped("positive float8", False, 126)
 M34, V44 = Minifloat(3, 4, True), Minifloat(4, 4, False)
 # Scales of a group of 128 in float32, for both states.
 BYTES = 2 + 2 * 4 / 128

@@ -51,12 +51,15 @@ class Power:
         code = ((found & 0x7FFFFF) | 0x800000) >> behind
         low = ((found & -unit) - top) * self.power + ONE
         high = low + unit * self.power
+        if self.signed:
+            below = pattern < first
+            high, low = torch.where(below, low, high), torch.where(below, 0, low)
+            code = torch.where(below, 0, code)
         low = low.view(torch.float32)
         gap = high.view(torch.float32) - low
         noise = (thresholds >> 9) & 0x7FFFFF
         threshold = noise.float() * 2.0**-23 if isinstance(noise, Tensor) else noise * 2.0**-23
-        code = code + (pattern.view(torch.float32) - low > threshold * gap)
-        return torch.where(pattern < first, 0, code) if self.signed else code
+        return code + (pattern.view(torch.float32) - low > threshold * gap)
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,12 @@ def encode(
     """
     code = CODES[codec]
     groups = grouped(value, inner)
-    scale = _scales(groups, code.signed)
-    inverse = torch.where(scale == 0, 1.0, scale).reciprocal()
-    share = groups.abs() * inverse[:, None]
+    scale = _scales(groups)
+    raised = torch.where(scale < 2.0**-62, 2.0**64, 1.0)
+    inverse = torch.where(scale == 0, 1.0, scale * raised).reciprocal()
+    share = groups.abs() * raised[:, None] * inverse[:, None]
     noise = grouped(thresholds, inner) if isinstance(thresholds, Tensor) else thresholds
-    found = code.encode(_pattern(share).clamp(max=ONE), noise)
+    found = code.encode((_pattern(share) + 2).clamp(max=ONE), noise)
     if not code.signed:
         found = torch.where(groups > 0, found.clamp(min=1), 0)
     elif code.dtype == torch.int8:
@@ -156,12 +160,11 @@ def encode(
     return ungrouped(codes, value, inner).view(code.dtype), scale
 
 
-def _scales(groups: Tensor, signed: bool) -> Tensor:
+def _scales(groups: Tensor) -> Tensor:
     """Return the largest magnitude of each group, or nan where one is not finite."""
     if not len(groups):
         return groups.new_empty(0)
     pattern = (_pattern(groups) & 0x7FFFFFFF).amax(1)
-    pattern = torch.where(pattern == 0, 0, pattern.clamp(min=(2 if signed else 50) << 23))
     return torch.where(pattern < 0x7F800000, pattern, 0x7FC00000).view(torch.float32)
 
 
@@ -185,4 +188,8 @@ def decode(codes: Tensor, scale: Tensor, codec: str, inner: int) -> Tensor:
     found = code.level(magnitude) * scale.reshape(-1, 1)
     if code.signed:
         found = torch.where(below, -found, found)
+    else:
+        # A product above 0 must not become 0.
+        pattern = _pattern(found)
+        found = torch.where((magnitude > 0) & (pattern == 0), 1, pattern).view(torch.float32)
     return ungrouped(found, codes, inner)

@@ -68,7 +68,7 @@ def store(pointers, scales, value, mask, some, thresholds, CODEC: tl.constexpr):
         # What is no element has no say in the scale.
         value = tl.where(mask, value, 0.0)
     groups = tl.reshape(value, (scales.shape[0], 128))
-    scale = group_scales(groups, CODEC)
+    scale = group_scales(groups)
     codes = encode(groups, scale, tl.reshape(thresholds, groups.shape), CODEC)
     codes = tl.reshape(codes, pointers.shape).to(pointers.dtype.element_ty, bitcast=True)
     tl.store(pointers, codes, mask)
@@ -76,22 +76,17 @@ def store(pointers, scales, value, mask, some, thresholds, CODEC: tl.constexpr):
 
 
 @jit
-def group_scales(value, CODEC: tl.constexpr):
+def group_scales(value):
     """Return the scale of each group: the largest magnitude, or nan where one is not finite.
 
     Args:
         value: float32 ``[groups, GROUP]``.
-        CODEC: one of the names above.
 
     Returns:
-        float32 ``[groups]``: 0, or so large that its inverse is finite, and that of a state which
-        is >= 0 no code is read as 0.
+        float32 ``[groups]``.
     """
-    SIGNED: tl.constexpr = CODEC == "signed" or CODEC == "float8"
-    LEAST: tl.constexpr = (2 << 23) if SIGNED else (50 << 23)  # 2^-125, 2^-77
     # Patterns of magnitudes are ordered as these are, and those of nan come last.
     pattern = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-    pattern = tl.where(pattern == 0, 0, tl.maximum(pattern, LEAST))
     return tl.where(pattern < 0x7F800000, pattern, 0x7FC00000).to(tl.float32, bitcast=True)
 
 
@@ -106,13 +101,16 @@ def encode(value, scale, thresholds, CODEC: tl.constexpr):
         CODEC: one of the names above.
 
     Returns:
-        int8 or uint8 ``[groups, GROUP]``.
+        int8 or uint8 ``[groups, GROUP]``; whatever it may be where the scale is nan.
     """
-    one = tl.full(scale.shape, 1.0, tl.float32)
-    inverse = divide(one, tl.where(scale == 0.0, 1.0, scale))
-    share = tl.abs(value) * tl.expand_dims(inverse, 1)
-    # As patterns, since the inverse is rounded, and of what is not finite the scale says so.
-    pattern = tl.minimum(share.to(tl.int32, bitcast=True), 0x3F800000)
+    # So that the inverse of a subnormal number is finite.
+    raised = tl.where(scale < 2.0**-62, 2.0**64, 1.0)
+    scale = tl.where(scale == 0.0, 1.0, scale * raised)
+    inverse = divide(tl.full(scale.shape, 1.0, tl.float32), scale)
+    share = tl.abs(value) * tl.expand_dims(raised, 1) * tl.expand_dims(inverse, 1)
+    # In patterns: two units more, so that what was read of a code comes back as it in spite of two
+    # roundings, and no more than 1.
+    pattern = tl.minimum(share.to(tl.int32, bitcast=True) + 2, 0x3F800000)
     if CODEC == "signed":
         code = _encode_power(pattern, thresholds, True)
         return tl.where(value < 0.0, -code, code).to(tl.int8)
@@ -136,7 +134,8 @@ def decode(codes, scale, CODEC: tl.constexpr):
         found = _level(tl.abs(wide), True) * scale
         return tl.where(wide < 0, -found, found)
     elif CODEC == "unsigned":
-        return _level(codes.to(tl.int32), False) * scale
+        wide = codes.to(tl.int32)
+        return _above_zero(_level(wide, False) * scale, wide)
     else:
         wide = codes.to(tl.uint8, bitcast=True).to(tl.int32)
         # Exponents of a code count from -7, those of float32 from -127.
@@ -145,7 +144,14 @@ def decode(codes, scale, CODEC: tl.constexpr):
         if CODEC == "float8":
             return tl.where(wide >= 0x80, -found, found)
         else:
-            return found
+            return _above_zero(found, wide)
+
+
+@jit
+def _above_zero(value, code):
+    """Keep a product above 0 from becoming 0."""
+    pattern = value.to(tl.int32, bitcast=True)
+    return tl.where((code > 0) & (pattern == 0), 1, pattern).to(tl.float32, bitcast=True)
 
 
 @jit
@@ -163,7 +169,7 @@ def _level(code, SIGNED: tl.constexpr):
 def _encode_power(pattern, thresholds, SIGNED: tl.constexpr):
     """Round shares of the largest, patterns up to that of 1, to codes of a power, int32.
 
-    What is below level(1) becomes 0 with a sign, and 1 without.
+    Without a sign none is below 1: what is 0 itself is looked at elsewhere.
     """
     POWER: tl.constexpr = 3 if SIGNED else 6
     TOP: tl.constexpr = 0x42FE0000 if SIGNED else 0x437F0000
@@ -176,15 +182,17 @@ def _encode_power(pattern, thresholds, SIGNED: tl.constexpr):
     code = ((found & 0x7FFFFF) | 0x800000) >> behind
     low = ((found & -unit) - TOP) * POWER + 0x3F800000
     high = low + unit * POWER
+    if SIGNED:
+        # Between 0 and level(1).
+        below = pattern < FIRST
+        high = tl.where(below, low, high)
+        low = tl.where(below, 0, low)
+        code = tl.where(below, 0, code)
     low = low.to(tl.float32, bitcast=True)
     gap = high.to(tl.float32, bitcast=True) - low
     threshold = ((thresholds >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
     above = pattern.to(tl.float32, bitcast=True) - low
-    code += (above > threshold * gap).to(tl.int32)
-    if SIGNED:
-        return tl.where(pattern < FIRST, 0, code)
-    else:
-        return code
+    return code + (above > threshold * gap).to(tl.int32)
 
 
 @jit

@@ -124,7 +124,10 @@ def test_every_variant_of_codegen_is_among_the_cases(monkeypatch: pytest.MonkeyP
 
     seen = set()
 
-    def note(kernel: Any, programs: int, threads: int, device: Any, *a: Any, **meta: Any) -> None:
+    def note(
+        kernel: Any, programs: int, threads: int, device: Any, *a: Any,
+        registers: Any = None, **meta: Any,
+    ) -> None:  # fmt: skip
         seen.add((kernel.__name__, threads, _constants(meta)))
 
     monkeypatch.setattr(launching, "launch", note)
