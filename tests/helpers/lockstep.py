@@ -26,6 +26,9 @@ from variants_by_hand import LOOPS, Loop
 
 import fusedopt
 
+# Samples of a gradient, for rules that read them.
+SAMPLES = 3
+# Half a unit below the normal range.
 TINY = {torch.float16: 2.0**-25, torch.bfloat16: 1e-40, torch.float32: 1e-44, torch.float64: 0.0}
 
 
@@ -43,7 +46,11 @@ class Lockstep:
         p: the parameter's first value.
         formats: options of precision.
         hyper: other options, which the loop is told of.
-        common: arguments that it is not told of.
+        loops: the loops' classes by name.
+        make: the class itself, where it is not in ``fusedopt``.
+        optimizer: that has the parameter already.
+        arithmetic: relative error of a step in float32.
+        common: arguments that the loop is not told of.
     """
 
     def __init__(
@@ -54,15 +61,20 @@ class Lockstep:
         hyper: Mapping[str, Any],
         loops: Mapping[str, type[Loop]] = LOOPS,
         make: Any = None,
+        optimizer: Any = None,
+        arithmetic: float = ARITHMETIC,
         **common: Any,
     ) -> None:
-        self.p = torch.nn.Parameter(p)
+        self.p = p if isinstance(p, torch.nn.Parameter) else torch.nn.Parameter(p)
+        p = self.p.detach().clone()
         self.formats = dict(formats)
         self.sampled = name.startswith("BatchDecoupled")
         if self.sampled:
             common = {**common, "statistics": fusedopt.GradSampleSquares(), "virtual_batch_size": 1}
-        make = make or getattr(fusedopt, name)
-        self.optimizer = make([self.p], **hyper, **formats, **common)
+        if optimizer is None:
+            make = make or getattr(fusedopt, name)
+            optimizer = make([self.p], **hyper, **formats, **common)
+        self.optimizer, self.arithmetic = optimizer, arithmetic
         self.loop = loops[name](p.double(), **hyper)
         self.free = loops[name](p.double(), **hyper)
         self.start = p.double().clone()
@@ -71,28 +83,38 @@ class Lockstep:
     def state(self) -> dict[str, Tensor]:
         return self.optimizer.state[self.p]
 
-    def step(self, g: Tensor, check: bool = True) -> None:
+    def step(self, g: Tensor) -> None:
         """Take a step of all three, and compare."""
-        self._take_up()
-        square = torch.square
-        if self.sampled:
-            samples = halves(g, 3)
-            self.p.grad_sample = samples
-            mean = samples.double().square().mean(0)
-            square = lambda d: mean  # noqa: E731
-            g = samples.double().mean(0)
-        else:
-            self.p.grad = g
-        before = self.loop.p.clone()
+        self.give(g)
         self.optimizer.step()
+        self.follow()
+
+    def give(self, g: Tensor, scale: float = 1.0) -> None:
+        """Set the gradient, multiplied by a loss scale, and read what is stored."""
+        self._take_up()
+        if self.sampled:
+            samples = halves(g, SAMPLES)
+            self.p.grad_sample = samples * scale
+            self.g = samples.double().mean(0)
+            self.square = samples.double().square().mean(0)
+        else:
+            self.p.grad = g * scale
+            self.g, self.square = g.double(), None
+
+    def follow(self, factor: float = 1.0) -> None:
+        """Have the loops take the step that the optimizer has taken, and compare.
+
+        Args:
+            factor: of clipping.
+        """
+        before, square = self.loop.p.clone(), self.square
+        g = factor * (-self.g if self.loop.maximize else self.g)
         for loop in (self.loop, self.free):
             loop.t += 1
-            d = -g.double() if loop.maximize else g.double()
-            loop.update(d, square)
-        if check:
-            self._compare_parameter(before)
-            for name, exact in self.loop.state.items():
-                self._compare_state(name, exact)
+            loop.update(g, torch.square if square is None else lambda _: factor**2 * square)
+        self._compare_parameter(before)
+        for name, exact in self.loop.state.items():
+            self._compare_state(name, exact)
 
     def _take_up(self) -> None:
         """Read what is stored into the loop."""
@@ -104,7 +126,7 @@ class Lockstep:
         exact, dtype, p = self.loop.p, self.p.dtype, self.p.detach()
         size = torch.maximum(exact.abs(), torch.maximum(before.abs(), (exact - before).abs()))
         # An average that cancels is as exact as its terms, and so is the update made of it.
-        slack = ARITHMETIC * (size + (exact - before).abs().amax()) if exact.numel() else size
+        slack = self.arithmetic * (size + (exact - before).abs().amax()) if exact.numel() else size
         master, rounding = self.formats.get("master"), self.formats.get("rounding")
         full = joined(p, self.state)
         off = (full - exact).abs()
@@ -133,11 +155,11 @@ class Lockstep:
         kept = self.state[name]
         assert kept.dtype == self.expected_type(name), f"{name}: {kept.dtype}"
         if is_code(kept):
-            assert_encoded(self.state, name, exact)
+            assert_encoded(self.state, name, exact, self.arithmetic)
             return
-        bound = (HALF_UNIT[kept.dtype] + 4 * ARITHMETIC) * exact.abs() + TINY[kept.dtype]
+        bound = (HALF_UNIT[kept.dtype] + 4 * self.arithmetic) * exact.abs() + TINY[kept.dtype]
         # A difference of two terms is as exact as these are large.
-        bound += ARITHMETIC * exact.abs().amax() if exact.numel() else 0
+        bound += self.arithmetic * exact.abs().amax() if exact.numel() else 0
         off = (kept.double() - exact).abs()
         assert (off <= bound).all(), self._report(name, off, bound)
 
