@@ -132,5 +132,21 @@ def _fit_companion(p: Any, state: State, format: GroupFormat) -> None:
         codec = device.KAHAN if name == "compensation" else _MASTERS[found.dtype]
         value = parameter.load(own, local, codec)
         made = torch.empty_like(own, dtype=format.dtype(format.companion, p.dtype))
-        parameter.store(own.clone(), made, value, format.device.parameter, None)
+        _store_beside(own, made, value, format.device.parameter)
         state[format.companion] = sharded_like(p, made) if is_dtensor(p) else made
+
+
+def _store_beside(own: Tensor, companion: Tensor, value: Tensor, codec: str) -> None:
+    """Keep values beside parameters that they are rounded to, which stay as they are."""
+    # A tie that one form rounds up, another rounds down, and so does 24 bits what is next to one:
+    # the companion would be that of another parameter. The next value belongs to this one.
+    for patterns in (0, 1, 256):
+        if patterns:
+            away = own.float().abs() > value.abs()
+            steps = torch.where(apart, torch.where(away, patterns, -patterns), 0)
+            value = (value.view(torch.int32) + steps.int()).view(torch.float32)
+        stored = own.clone()
+        parameter.store(stored, companion, value, codec, None)
+        apart = (stored != own) & ~own.isnan()
+        if not apart.any():
+            return
