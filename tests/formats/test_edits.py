@@ -57,6 +57,9 @@ def test_states_take_the_new_format_and_keep_their_values(old: str, new: str) ->
     state = optimizer.state[p]
     for name, value in before.items():
         assert is_code(state[name]) == isinstance(STATES[new], str) == (f"{name}_scale" in state)
+        # Neither the groups that it was encoded in nor those that it was decoded from.
+        assert state[name].is_contiguous()
+        assert state[name].untyped_storage().nbytes() == state[name].nbytes
         if is_code(state[name]):
             assert_encoded(state, name, value / 2)
             continue
@@ -171,7 +174,7 @@ def test_clones_in_the_place_of_what_is_kept(backend: str) -> None:
         p.grad, q.grad = draw(seed), draw(seed)
         optimizer.step()
         other.step()
-        for name, value in old.items():
+        for value in old.values():
             if value.numel() == 1:
                 continue
             value.fill_(1)
