@@ -77,14 +77,17 @@ def decoded(p: Any, state: Mapping[str, Any], name: str, rule: Rule) -> Tensor:
 
     Raises:
         MissingScale: for codes without scales.
+        ValueError: for scales of another shape, and for codes of another kind of states.
     """
     value: Tensor = state[name]
-    if value.dtype not in _CODED:
-        return value
+    codec = _codec(value.dtype, name in rule.nonnegative)
+    if codec is None:
+        if value.is_floating_point() or value.is_complex():
+            return value
+        raise ValueError(f"its state {name!r} is of {value.dtype}, in which it is never kept")
     scale = state.get(name + SCALE)
     if not isinstance(scale, Tensor):
         raise MissingScale(f"its state {name!r} is in 8 bits, and there is no {name + SCALE!r}")
-    codec = _codec(value.dtype, name in rule.nonnegative)
     inner = walk_of(p, coded=True).inner
     local, scales = (local_of(x) if is_dtensor(x) else x for x in (value, scale))
     if tuple(scales.shape) != local_scale_shape(p):
@@ -92,14 +95,21 @@ def decoded(p: Any, state: Mapping[str, Any], name: str, rule: Rule) -> Tensor:
             f"its state {name + SCALE!r} has shape {tuple(scale.shape)} where"
             f" {whole_scale_shape(p)} is wanted"
         )
-    found = codes.decode(local.contiguous(), scales.contiguous(), codec, inner)
+    found = _compact(codes.decode(local.contiguous(), scales.contiguous(), codec, inner))
     return sharded_like(value, found) if is_dtensor(value) else found
 
 
-def _codec(dtype: torch.dtype, nonnegative: bool) -> str:
+def _codec(dtype: torch.dtype, nonnegative: bool) -> str | None:
+    """Return how a state's tensor is coded; None for what are no codes of such a state."""
     if dtype == torch.float8_e4m3fn:
         return device.POSITIVE_FLOAT8 if nonnegative else device.FLOAT8
-    return device.SIGNED if dtype == torch.int8 else device.UNSIGNED
+    codec = device.UNSIGNED if nonnegative else device.SIGNED
+    return codec if dtype == CODE_DTYPES[codec] else None
+
+
+def _compact(values: Tensor) -> Tensor:
+    """Copy values out of groups, whose last of a row is longer in memory than what is in it."""
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 def _encoded(p: Any, value: Tensor, own: StateFormat, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -109,6 +119,7 @@ def _encoded(p: Any, value: Tensor, own: StateFormat, dtype: torch.dtype) -> dic
     local = local_of(value) if is_dtensor(value) else value
     inner = walk_of(p, coded=True).inner
     found, scale = codes.encode(local.float().contiguous(), own.codec, inner)
+    found = _compact(found)
     scale = scale.reshape(local_scale_shape(p))
     if is_dtensor(value):
         found, scale = sharded_like(p, found), sharded_like(p, scale, whole_scale_shape(p))
@@ -132,5 +143,20 @@ def _fit_companion(p: Any, state: State, format: GroupFormat) -> None:
         codec = device.KAHAN if name == "compensation" else _MASTERS[found.dtype]
         value = parameter.load(own, local, codec)
         made = torch.empty_like(own, dtype=format.dtype(format.companion, p.dtype))
-        parameter.store(own.clone(), made, value, format.device.parameter, None)
+        _store_beside(own, made, value, format.device.parameter)
         state[format.companion] = sharded_like(p, made) if is_dtensor(p) else made
+
+
+def _store_beside(own: Tensor, companion: Tensor, value: Tensor, codec: str) -> None:
+    """Keep values beside parameters that they are rounded to, which stay as they are."""
+    # A tie that one form rounds up, another rounds down, and so does 24 bits what is next to one:
+    # the companion would be that of another parameter. The next value belongs to this one.
+    for patterns in (1, 256, 0):
+        stored = own.clone()
+        parameter.store(stored, companion, value, codec, None)
+        apart = (stored != own) & ~own.isnan()
+        if not apart.any():
+            return
+        away = own.float().abs() > value.abs()
+        steps = torch.where(apart, torch.where(away, patterns, -patterns), 0)
+        value = (value.view(torch.int32) + steps.int()).view(torch.float32)
