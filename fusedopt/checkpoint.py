@@ -422,13 +422,19 @@ def check_present(
     # A rule of a user's own need not have examples.
     groups = rule.example_groups or optimizer.param_groups
     base = set.intersection(*(set(rule.states(group)) for group in groups))
-    names_of = [rule.states(group) for group in optimizer.param_groups]
+    names_of = [_asked(rule, group) for group in optimizer.param_groups]
     for p, index in zip(parameters, group_of, strict=True):
         if p in optimizer.state:
             who = _Place(optimizer, p)
             due = base | present.names(p)
             names = tuple(name for name in names_of[index] if name in due)
             _check_complete(rule, names, optimizer.state[p], who)
+
+
+def _asked(rule: Any, group: Group) -> tuple[str, ...]:
+    """Return the entries that hold what a state and a parameter are, beside their scales."""
+    companion = format_of(rule, group).companion
+    return rule.states(group) if companion is None else (*rule.states(group), companion)
 
 
 class Present:
@@ -472,11 +478,14 @@ class Present:
         found: dict[Tensor, frozenset[str]] = {}
         for group in optimizer.param_groups:
             names = frozenset(optimizer.rule.states(group))
+            beside = frozenset(_asked(optimizer.rule, group)) - names
             for p in group["params"] if isinstance(group["params"], (list, tuple)) else ():
                 state = optimizer.state.get(p)
                 if isinstance(state, Mapping) and state:
                     old = self.names(p)
-                    found[p] = frozenset(n for n in names if n in old or state.get(n) is not None)
+                    there = {n for n in names | beside if state.get(n) is not None}
+                    # A checkpoint may be one of torch's, without what is beside the parameter.
+                    found[p] = frozenset(there | (names & old))
         self._names = found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -211,7 +212,12 @@ def _master_shape(state: dict[str, Tensor]) -> str:
     return "master"
 
 
-BROKEN = [_scale, _short_scale, _state, _shape, _step, _master_shape]
+def _master(state: dict[str, Tensor]) -> str:
+    del state["master"]
+    return "master"
+
+
+BROKEN = [_scale, _short_scale, _state, _shape, _step, _master_shape, _master]
 
 
 @pytest.mark.parametrize("break_", BROKEN)
@@ -230,3 +236,43 @@ def test_what_is_partly_there_is_refused(break_: Any, backend: str) -> None:
     optimizer.state[p] = whole
     optimizer.step()
     assert not torch.equal(p, before[0][0])
+
+
+@pytest.mark.parametrize("beside", WIDE)
+@pytest.mark.parametrize("cls", [fusedopt.AdamW, fusedopt.SGD])
+def test_a_companion_that_was_taken_away_is_missed(cls: Any, beside: str) -> None:
+    # Catches weights that silently go back to what was rounded; also after a copy.
+    options = {} if cls is fusedopt.AdamW else {"momentum": 0.5}
+    optimizer, p = started("reference", cls, **BESIDE[beside], **options)
+    (key,) = {"master", "compensation"} & set(optimizer.state[p])
+    for each in (optimizer, copy.deepcopy(optimizer)):
+        (state,) = each.state.values()
+        (q,) = each.state
+        q.grad = torch.ones_like(q)
+        kept = state.pop(key)
+        before = snapshot(each)
+        with pytest.raises(KeyError, match=key):
+            each.step()
+        assert_unchanged(each, before)
+        state[key] = kept
+        each.step()
+
+
+@pytest.mark.parametrize("beside", WIDE)
+def test_a_companion_begins_where_there_was_none(beside: str) -> None:
+    # Catches the check above where the option was just switched on, or what is loaded is torch's.
+    optimizer, p = started("reference", fusedopt.AdamW)
+    plain = copy.deepcopy(fusedopt.export_state_dict(optimizer))
+    optimizer.param_groups[0].update(BESIDE[beside])
+    optimizer.step()
+    (key,) = {"master", "compensation"} & set(optimizer.state[p])
+    optimizer.load_state_dict(plain)
+    assert key not in optimizer.state[p]
+    optimizer.step()
+    assert key in optimizer.state[p]
+    optimizer.param_groups[0].update({"rounding": None, "master": None})
+    optimizer.step()
+    assert key not in optimizer.state[p]
+    optimizer.param_groups[0].update(BESIDE[beside])
+    optimizer.step()
+    assert key in optimizer.state[p]
