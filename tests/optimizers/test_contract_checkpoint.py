@@ -31,6 +31,7 @@ from contract import (
 from torch.optim import Optimizer
 
 import fusedopt
+from fusedopt.formats import OPTIONS as PRECISION
 
 STATEFUL = [c for c in CASES if c.name != "SGD-stateless"]
 WITH_STEP = [c for c in PLAIN if c.name != "SGD"]
@@ -187,7 +188,8 @@ def test_old_checkpoints_without_later_options(case: Case) -> None:
         optimizer.load_state_dict(copy.deepcopy(saved))
         _run(optimizer, 6, 5)
     assert_same_state(ours, theirs)
-    assert set(ours.param_groups[0]) == {*theirs.param_groups[0], *OWN[case.theirs.__name__]}
+    own = {*OWN[case.theirs.__name__], *PRECISION}
+    assert set(ours.param_groups[0]) == {*theirs.param_groups[0], *own}
 
 
 def test_sgd_buffers_that_are_none() -> None:
