@@ -11,6 +11,8 @@ second moments     divided by kappa with "sqrt", else unchanged
 momentum_buffer    so that the steps per sample, where gradients stay, do not jump
 =================  ====================================================================
 
+Of states in 8 bits it is the scales that are multiplied.
+
 **Step counts** enter bias corrections as beta^t. As beta becomes beta^kappa and t becomes t / kappa
 this stays: corrections depend on the samples seen and not on their batches. With the linear form,
 1 - kappa (1 - beta), it stays to first order in kappa (1 - beta): a switch within the first
@@ -52,7 +54,10 @@ from .holders import has_state_elsewhere
 
 _TORCHS = (torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam, torch.optim.AdamW)
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
-_KNOWN = {"step", "exp_avg", "grad_avg", "momentum_buffer", *_SECOND_MOMENTS}
+_MOMENTS = ("exp_avg", "grad_avg", "momentum_buffer", *_SECOND_MOMENTS)
+_SCALE = "_scale"
+# What is beside a parameter belongs to its value, which the batch does not alter.
+_KNOWN = {"step", "master", "compensation", *_MOMENTS, *(name + _SCALE for name in _MOMENTS)}
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,7 @@ def _changes(
         for state in _states(optimizer, group):
             if batches.noise:
                 yield from _reductions(group, state, kappa)
-            buffer = state.get("momentum_buffer")
+            buffer = _factor_of(state, "momentum_buffer")
             if buffer is not None:
                 yield _Change("momentum_buffer", buffer, _multiply(factor), float(factor) > 1)
             step = state.get("step")
@@ -205,6 +210,11 @@ def _changes(
             if batches.decays and isinstance(step, Tensor) and id(step) not in counted:
                 counted.add(id(step))
                 yield _Change("step", step, _divide(kappa), kappa < 1)
+
+
+def _factor_of(state: dict[str, Any], name: str) -> Any:
+    """Return the tensor that a state is in proportion to: itself, or the scale of its codes."""
+    return state.get(name + _SCALE, state.get(name))
 
 
 def _multiply(factor: Any) -> Callable[[Tensor], Any]:
@@ -236,7 +246,7 @@ def _buffer_factor(group: dict[str, Any], new: dict[str, Any], batches: Batches)
 
 def _reductions(group: dict[str, Any], state: dict[str, Any], kappa: float) -> Iterator[_Change]:
     for name in _SECOND_MOMENTS:
-        moment = state.get(name)
+        moment = _factor_of(state, name)
         if moment is None:
             continue
         if name == "square_avg" and group.get("centered"):

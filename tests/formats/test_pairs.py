@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract import FlagOnDevice
 from dyadic import DYADIC_LOOPS, Dyadic
 from format_cases import (
     RULES,
@@ -129,18 +130,23 @@ class Run:
         for pair in self.pairs:
             pair.follow(factor)
 
-    def _scaler(self, scale: float, found: float) -> None:
-        self.optimizer.grad_scale = torch.tensor(scale)
-        self.optimizer.found_inf = torch.tensor(found)
+    def _scaler(self, scale: float, found: float, flag: type[Tensor] = Tensor) -> None:
+        self.optimizer.grad_scale = torch.tensor(scale).as_subclass(flag)
+        self.optimizer.found_inf = torch.tensor(found).as_subclass(flag)
 
     def _skip(self, drawn: list[Tensor]) -> None:
         """An overflow changes no bit, of codes, scales, masters and counts neither."""
+        for flag in (torch.Tensor, FlagOnDevice):
+            self._overflow(drawn, flag)
+
+    def _overflow(self, drawn: list[Tensor], flag: type[Tensor]) -> None:
+        """On the host, which does not launch, and on the device, where the kernel decides."""
         before = bits_of(self.optimizer)
         for pair, g in zip(self.pairs, drawn, strict=True):
             pair.give(g, 8.0)
             spoilt = pair.p.grad_sample if pair.sampled else pair.p.grad
             spoilt.view(-1)[:1] = torch.inf
-        self._scaler(8.0, 1.0)
+        self._scaler(8.0, 1.0, flag)
         self.optimizer.step()
         assert_same_bits_of(before, self.optimizer)
 

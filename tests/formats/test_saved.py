@@ -319,3 +319,15 @@ def test_a_file_of_every_parameter(parameter: str) -> None:
     other.load_state_dict(through_file(ours.state_dict()))
     steps([ours, other], 5, 2)
     assert_same_bits_of(ours, other)
+
+
+def test_a_master_for_another_type_of_parameter_is_refused() -> None:
+    # Catches options of a file that do not fit, found at the next step, when all is replaced.
+    ours = new("remainder", backend="reference")
+    steps([ours], 0, 2)
+    other = fusedopt.AdamW([torch.nn.Parameter(p.float()) for p in params_of(ours)], **HYPER)
+    steps([other], 0, 1)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="master='remainder'.*float32"):
+        other.load_state_dict(ours.state_dict())
+    assert_unchanged(other, before)
