@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
-from .checkpoint import claim, kept_states, put_aside, saved_form, unpacked
+from .checkpoint import claim, kept_states, put_aside, saved_form, show_formats, unpacked
 from .clipping import GlobalNorm
 from .completion import Lent, is_completed, is_completing
 from .engine import Engine
@@ -308,6 +308,7 @@ class FusedOptimizer(Optimizer):
             A dictionary of plain values and tensors that both load.
         """
         state_dict: dict[str, Any] = super().state_dict()
+        show_formats(self, state_dict)
         config = None if self.clip is None else self.clip.config()
         for group in state_dict["param_groups"]:
             group["clip"] = config
@@ -351,7 +352,8 @@ class FusedOptimizer(Optimizer):
             handle.remove()
         # torch casts states to the parameter's type, which these are not to go through.
         for p, state in kept:
-            self.state[p] = {**self.state[p], **state}
+            rest = {n: x for n, x in self.state[p].items() if n == "step" or not torch.is_tensor(x)}
+            self.state[p] = {**rest, **state}
         if clip is ...:
             return
         if clip is None or self.clip is None:

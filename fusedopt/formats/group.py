@@ -29,6 +29,7 @@ _MASTERS = {
     "float32": (device.FLOAT32, torch.float32),
 }
 SCALE = "_scale"
+CODED = frozenset(CODE_DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,13 @@ def _state(rule: Rule, name: str, option: Any) -> StateFormat:
         codec = _CODES[option][name in rule.nonnegative]
         return StateFormat(name, codec, CODE_DTYPES[codec])
     return StateFormat(name, device.CAST, option)
+
+
+def codec_of(dtype: torch.dtype, nonnegative: bool) -> str:
+    """Return the codec of codes of some type, of a state that is never below 0 or is."""
+    if dtype == torch.float8_e4m3fn:
+        return device.POSITIVE_FLOAT8 if nonnegative else device.FLOAT8
+    return device.SIGNED if dtype == torch.int8 else device.UNSIGNED
 
 
 def keeps_steps(rule: Rule, group: Group) -> bool:

@@ -112,6 +112,11 @@ def group_dim(p: Any) -> int:
     return dim
 
 
+def runs_along_first(shape: Sequence[int]) -> bool:
+    """Whether groups of a tensor that is not cut run along its first dimension."""
+    return _natural_dim(shape) == 0
+
+
 def _natural_dim(shape: Sequence[int]) -> int:
     size = 1
     for d in range(len(shape) - 1, -1, -1):
