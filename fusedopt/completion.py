@@ -102,7 +102,9 @@ class Lent:
         for own, completed in zip(self._groups, state_dict["param_groups"], strict=True):
             group = {key: x for key, x in completed.items() if key in own and not _has_mark(x)}
             for key, kind in ((TORCHS, _Mark), (form, Mapping), (FORMAT, Mapping)):
-                if own.get(key) and isinstance(own[key], kind) and key not in group:
+                value = own.get(key)
+                # What is put aside is an empty mapping; a mark is an empty string.
+                if isinstance(value, kind) and value != {} and key not in group:
                     raise ValueError(_of_another(form, key == FORMAT or FORMAT in completed))
             groups.append(group)
             for key in group["params"]:
