@@ -1,7 +1,7 @@
 """Compressed states of sharded parameters: to the bit those of one process, given its gradients.
 
-Where groups of 8-bit codes are other ones than those of one process, by ``OTHERS`` below, states are
-within the rounding of the code instead.
+Where groups of 8-bit codes are not those of one process, by ``OTHERS`` below, states are within the
+rounding of the code instead.
 """
 
 from __future__ import annotations
@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 from contract import assert_same_bits
 from kept_shards import ALONE, FORMATS, Parameters, build, own, train
 from ranks import in_worlds
-from sharded import everything, world
+from sharded import world
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict as sd
 
 import fusedopt
-from fusedopt.formats.tensors import local_scale_shape
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -82,9 +78,7 @@ def _compare(layout: str, format: str, clipped: bool) -> None:
     coded = "state_dtype" in FORMATS[format] and format != "kahan"
     for name, values in whole.items():
         other = coded and name in OTHERS[layout, world()]
-        mine = {
-            key: x if key == "step" else x.flatten()[places[name]] for key, x in values.items()
-        }
+        mine = {key: x if key == "step" else x.flatten()[places[name]] for key, x in values.items()}
         if not other:
             assert_same_bits(ours[name], mine, name)
             continue

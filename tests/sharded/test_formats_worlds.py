@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from contract import assert_same_bits
 from kept_shards import ALONE, FORMATS, Parameters, build, train
 from ranks import in_worlds
@@ -36,7 +35,12 @@ RUNS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("plain", "sharded"),
         ("rows", "full"),
     ),
-    "remainder, int8": (("rows", "full"), ("rows", "titan"), ("plain", "flat"), ("hsdp", "sharded")),
+    "remainder, int8": (
+        ("rows", "full"),
+        ("rows", "titan"),
+        ("plain", "flat"),
+        ("hsdp", "sharded"),
+    ),
     "remainder8, fp8": (
         ("rows", "sharded"),
         ("fsdp+rows", "full"),
@@ -51,7 +55,12 @@ RUNS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("replicas", "full"),
     ),
     "one of each": (("replicas", "full"), ("rows", "full"), ("plain", "flat"), ("rows", "sharded")),
-    "float32, int8": (("hsdp", "sharded"), ("rows", "sharded"), ("plain", "full"), ("rows", "flat")),
+    "float32, int8": (
+        ("hsdp", "sharded"),
+        ("rows", "sharded"),
+        ("plain", "full"),
+        ("rows", "flat"),
+    ),
 }
 
 
