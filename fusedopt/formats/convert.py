@@ -146,6 +146,6 @@ def _fit_companion(p: Any, state: State, format: GroupFormat) -> None:
         local = local_of(found) if is_dtensor(found) else found
         codec = device.KAHAN if name == "compensation" else _MASTERS[found.dtype]
         value = parameter.load(own, local, codec)
-        made = torch.empty_like(own, dtype=format.dtype(format.companion, p.dtype))
-        parameter.store(own.clone(), made, value, format.device.parameter, None)
+        dtype = format.dtype(format.companion, p.dtype)
+        made = parameter.beside(own, value, format.device.parameter, dtype)
         state[format.companion] = sharded_like(p, made) if is_dtensor(p) else made
