@@ -88,10 +88,25 @@ def _compare(layout: str, format: str, clipped: bool) -> None:
             assert error <= bound, f"{name}, {key}: {error}"
 
 
+def _scales(layout: str) -> None:
+    """A scale for each 128 elements of what is here of a row; where parts differ, for each one."""
+    model, optimizer = _made(layout, "int8")
+    train(model, optimizer, range(1))
+    for name, p in model.own().items():
+        here, scale = own(p.detach()), own(optimizer.state[p]["exp_avg_scale"])
+        row = here.shape[-1]
+        uneven = (layout, world(), name) == ("columns", 4, "few rows")
+        if uneven or (name == "vector" and name in OTHERS[layout, world()]):
+            assert scale.numel() == here.numel(), name
+        elif name not in ALONE:
+            assert scale.numel() == here.numel() // row * -(-row // 128), name
+
+
 def _all(stop: int) -> None:
     for (layout, count), _ in OTHERS.items():
         if count != world():
             continue
+        _scales(layout)
         for format in FORMATS:
             for clipped in (False, True):
                 try:
