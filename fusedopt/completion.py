@@ -131,8 +131,9 @@ def _of_another(form: str | None, kept_otherwise: bool) -> str:
         )
     return (
         "the checkpoint is one of an optimizer that keeps its states otherwise (state_dtype,"
-        f" master, rounding{'' if form is None else f', {form}'}), completed by this one's: make"
-        " this one with the options of the optimizer that saved it"
+        f" master, rounding{'' if form is None else f', {form}'}), or in rows that are cut"
+        " elsewhere, completed by this one's: make this one with the options of the optimizer that"
+        " saved it, or load the file as docs/checkpoints.md says of other formats"
     )
 
 

@@ -16,7 +16,8 @@ file for every key of the optimizer that is to load it. So the name of a format 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import zlib
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -25,24 +26,40 @@ from torch import Tensor
 from ..kernels.rule import Rule
 from ..memory import codes
 from ..memory.dtensor import is_dtensor, local_of, sharded_like
-from ..memory.walk import runs_along_first, walk_of
+from ..memory.walk import rows_of, runs_along_first, walk_of
 from .group import CODED, SCALE, GroupFormat, codec_of
 from .tensors import local_scale_shape, whole_scale_shape
 
 PLAIN = "plain"
 
 
-def name_of(format: GroupFormat) -> str:
-    """Name what must be equal for the numbers in two files to mean the same."""
+def name_of(format: GroupFormat, params: Sequence[Any]) -> str:
+    """Name what must be equal for the numbers in two files to mean the same.
+
+    Args:
+        format: of a group.
+        params: its parameters, whose rows may be cut in the middle of a group.
+    """
     found = []
     for state in format.states:
         if state.is_coded:
             kind = "fp8" if state.dtype == torch.float8_e4m3fn else "int8"
             found.append(f"{state.name}={kind}")
+    if found:
+        cut = [(i, rows) for i, rows in enumerate(map(_cut_rows, params)) if rows is not None]
+        # Scales are in other places then, whose shape a copy may stretch to its own.
+        found += [f"rows={zlib.crc32(repr(cut).encode()):08x}"] if cut else []
     if format.companion is not None:
         kind = str(format.companion_dtype or "parameter").removeprefix("torch.")
         found.append(f"{format.companion}={kind}")
     return ",".join(found) or PLAIN
+
+
+def _cut_rows(p: Any) -> tuple[int, int | None] | None:
+    if not is_dtensor(p) or runs_along_first(p.shape):
+        return None
+    rows, whole = rows_of(p), rows_of(torch.empty(p.shape, device="meta"))
+    return None if rows == whole else (rows.dim, rows.parts)
 
 
 def shown(p: Any, state: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
