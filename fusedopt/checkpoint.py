@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from .clipping import GlobalNorm
-from .completion import TORCHS, is_creating
-from .formats import check_parameters, format_of, keeps_steps
-from .formats.convert import decoded, fit, is_compressed
+from .completion import FORMAT, TORCHS, is_creating
+from .formats import GroupFormat, check_parameters, format_of, keeps_steps
+from .formats.convert import COMPANIONS, companion_problem, decoded, fit, is_compressed
+from .formats.group import SCALE
+from .formats.saved import PLAIN, name_of, restored, shown
 from .formats.tensors import problem
 from .memory.device import is_capturing
 from .memory.storage import local_tensors
@@ -85,6 +87,43 @@ def claim(group: Group, name: str) -> None:
     put_aside(group, [TORCHS])
 
 
+def show_formats(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Put states into the form in which they are saved, and name the format of each group.
+
+    A format that is not torch's is claimed: a file of another one lacks its name, and what is read
+    into an optimizer that has torch's lacks an entry of torch's.
+
+    Args:
+        optimizer: whose states.
+        saved: what torch's ``state_dict()`` returned, which is changed.
+
+    Raises:
+        ValueError: for codes without scales; the message names the parameter.
+    """
+    rule = optimizer.rule
+    for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        format = format_of(rule, own)
+        for key, p in zip(group["params"], own["params"], strict=True):
+            state = optimizer.state.get(p)
+            if state and not (format.is_plain and not is_compressed(state)):
+                # Options may have changed since the last step.
+                state = dict(state)
+                _fit(optimizer, p, state, format)
+                saved["state"][key] = shown(p, state, rule)
+        name = name_of(format, own["params"])
+        # Without an entry of torch's to look for, that it is torch's has a name, too.
+        if name != PLAIN or (format.names and TORCHS not in group):
+            group[FORMAT] = {name: 1}
+            put_aside(group, [TORCHS])
+
+
+def _fit(optimizer: Any, p: Tensor, state: dict[str, Any], format: GroupFormat) -> None:
+    try:
+        fit(p, state, format, optimizer.rule)
+    except ValueError as error:
+        raise ValueError(f"{describe(optimizer, p)}: {error}") from None
+
+
 def saved_form(group: Mapping[str, Any], name: str) -> Any:
     """Return an option that decides what the states of a saved group mean; None where it is not.
 
@@ -121,6 +160,7 @@ def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, A
     groups = [dict(group) for group in state_dict["param_groups"]]
     clip: Any = ...
     for group in groups:
+        group.pop(FORMAT, None)
         found = _carried(group.pop("clip", _ABSENT))
         # Clipping spans groups: a checkpoint holds one bound, written into each of them.
         clip = found if clip is ... and found is not _ABSENT else clip
@@ -164,16 +204,32 @@ def kept_states(optimizer: Any, loaded: Mapping[str, Any]) -> list[tuple[Tensor,
                 for name, value in state.items()
                 if isinstance(value, Tensor) and name != "step"
             }
-            try:
-                fit(p, kept, format, optimizer.rule)
-                for name in format.names:
-                    wrong = problem(p, name, kept[name], format) if name in kept else None
-                    if wrong is not None:
-                        raise ValueError(f"its state {name!r} of the checkpoint {wrong}")
-            except ValueError as error:
-                raise ValueError(f"{describe(optimizer, p)}: {error}") from None
+            for name, value in kept.items():
+                wrong = placement_problem(p, name, value)
+                if wrong is not None and name in _tensors_of(state, format):
+                    raise ValueError(f"{describe(optimizer, p)}: {wrong}")
+            restored(p, kept, optimizer.rule)
+            # What is kept beside a parameter is the rest of it, which is yet to be loaded, perhaps.
+            beside = {name: kept.pop(name) for name in COMPANIONS if name in kept}
+            _fit(optimizer, p, kept, format)
+            for name, value in (kept | beside).items():
+                if name in beside:
+                    wrong = companion_problem(p, name, value)
+                else:
+                    wrong = problem(p, name, value, format) if name in format.names else None
+                if wrong is not None:
+                    raise ValueError(
+                        f"{describe(optimizer, p)}: its state {name!r} of the checkpoint {wrong}"
+                    )
+            kept |= beside
             found.append((p, kept))
     return found
+
+
+def _tensors_of(state: Mapping[str, Any], format: GroupFormat) -> set[str]:
+    """Return the keys of what is kept of a parameter: others are a user's own."""
+    scales = {name for name in state if name.endswith(SCALE)}
+    return {*format.names, *COMPANIONS, *scales}
 
 
 def export_state_dict(optimizer: Any) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from torch import Tensor
 Group = dict[str, Any]
 # An entry of every group of torch's that says nothing here, and to which torch's SGD does not look.
 TORCHS = "differentiable"
+# Entry of a saved group that names the format of its states, where that is not torch's.
+FORMAT = "state_format"
 _TORCH = "torch.distributed.checkpoint.state_dict"
 _LOAD, _READ, _INIT = "_load_optim_state_dict", "_get_optim_state_dict", "_init_optim_state"
 # Decorators of torch's lie between.
@@ -93,21 +95,17 @@ class Lent:
             form: an option that decides what the states mean, or None.
 
         Raises:
-            ValueError: for states of another form than the optimizer's.
+            ValueError: for states of another form or format than the optimizer's.
         """
         groups, states = [], {}
         numbers = iter(range(sum(len(group["params"]) for group in self._groups)))
         for own, completed in zip(self._groups, state_dict["param_groups"], strict=True):
             group = {key: x for key, x in completed.items() if key in own and not _has_mark(x)}
-            if form is not None and any(
-                isinstance(own.get(key), expected) and key not in group
-                for key, expected in ((TORCHS, _Mark), (form, Mapping))
-                if own.get(key)
-            ):
-                raise ValueError(
-                    f"the checkpoint is one of an optimizer with another {form}, completed by this"
-                    f" one's: make this one with the {form} of the optimizer that saved it"
-                )
+            for key, kind in ((TORCHS, _Mark), (form, Mapping), (FORMAT, Mapping)):
+                value = own.get(key)
+                # What is put aside is an empty mapping; a mark is an empty string.
+                if isinstance(value, kind) and value != {} and key not in group:
+                    raise ValueError(_of_another(form, key == FORMAT or FORMAT in completed))
             groups.append(group)
             for key in group["params"]:
                 lent = self._states.get(next(numbers), {})
@@ -123,6 +121,20 @@ class Lent:
         lent, version = self._versions.get(id(value), (None, 0))
         # Written into, where it is the one that was handed out.
         return value is not lent or _version(value) != version
+
+
+def _of_another(form: str | None, kept_otherwise: bool) -> str:
+    if form is not None and not kept_otherwise:
+        return (
+            f"the checkpoint is one of an optimizer with another {form}, completed by this one's:"
+            f" make this one with the {form} of the optimizer that saved it"
+        )
+    return (
+        "the checkpoint is one of an optimizer that keeps its states otherwise (state_dtype,"
+        f" master, rounding{'' if form is None else f', {form}'}), or in rows that are cut"
+        " elsewhere, completed by this one's: make this one with the options of the optimizer that"
+        " saved it, or load the file as docs/checkpoints.md says of other formats"
+    )
 
 
 def _copied(entry: tuple[str, Any]) -> tuple[str, Any]:

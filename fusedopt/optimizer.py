@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
-from .checkpoint import claim, kept_states, put_aside, saved_form, unpacked
+from .checkpoint import claim, kept_states, put_aside, saved_form, show_formats, unpacked
 from .clipping import GlobalNorm
 from .completion import Lent, is_completed, is_completing
 from .engine import Engine
@@ -90,15 +90,13 @@ class FusedOptimizer(Optimizer):
             defaults = {**defaults, "capturable": capturable}
         backends.check_name(backend)
         self.clip = clip
-        # Groups have torch's entries, and of these what was asked for.
-        precision = {
+        defaults = {
+            **defaults,
             "state_dtype": state_dtype,
             "rounding": rounding,
             "master": master,
             "rounding_seed": rounding_seed,
         }
-        asked = {k: v for k, v in precision.items() if v != PRECISION[k] or type(v) is bool}
-        defaults = {**defaults, **asked}
         if defaults.get("differentiable"):
             raise ValueError("differentiable=True is not supported: a fused step has no derivative")
         check_statistics(type(self).__name__, self.rule, statistics, virtual_batch_size)
@@ -310,6 +308,7 @@ class FusedOptimizer(Optimizer):
             A dictionary of plain values and tensors that both load.
         """
         state_dict: dict[str, Any] = super().state_dict()
+        show_formats(self, state_dict)
         config = None if self.clip is None else self.clip.config()
         for group in state_dict["param_groups"]:
             group["clip"] = config
@@ -353,7 +352,8 @@ class FusedOptimizer(Optimizer):
             handle.remove()
         # torch casts states to the parameter's type, which these are not to go through.
         for p, state in kept:
-            self.state[p] = {**self.state[p], **state}
+            rest = {n: x for n, x in self.state[p].items() if n == "step" or not torch.is_tensor(x)}
+            self.state[p] = {**rest, **state}
         if clip is ...:
             return
         if clip is None or self.clip is None:
@@ -380,7 +380,7 @@ class FusedOptimizer(Optimizer):
         self.__dict__.setdefault("_statistics", self.__dict__.pop("statistics", None))
         # Keys that an older or a torch checkpoint does not have.
         for group in self.param_groups:
-            for name, value in self.defaults.items():
+            for name, value in {**PRECISION, **self.defaults}.items():
                 group.setdefault(name, value)
             # Pickles of before an option had what comes first.
             for name, allowed in self.choices.items():

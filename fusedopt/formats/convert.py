@@ -13,12 +13,12 @@ from ..kernels.rule import Rule
 from ..memory import codes, parameter
 from ..memory.dtensor import is_dtensor, local_of, sharded_like
 from ..memory.walk import walk_of
-from .group import CODE_DTYPES, SCALE, GroupFormat, StateFormat
+from .group import CODED, SCALE, GroupFormat, StateFormat, codec_of
+from .saved import restored
 from .tensors import local_scale_shape, whole_scale_shape
 
 State = MutableMapping[str, Any]
-_CODED = frozenset(CODE_DTYPES.values())
-_COMPANIONS = ("master", "compensation")
+COMPANIONS = ("master", "compensation")
 # By the type of a master, how it is kept.
 _MASTERS = {
     torch.int16: device.REMAINDER,
@@ -33,13 +33,17 @@ class MissingScale(ValueError):
 
 def is_compressed(state: Mapping[str, Any]) -> bool:
     """Whether a state holds what torch's optimizers do not."""
-    return any(name.endswith(SCALE) or name in _COMPANIONS for name in state)
+    return any(
+        name.endswith(SCALE) or name in COMPANIONS or getattr(value, "dtype", None) in CODED
+        for name, value in state.items()
+    )
 
 
 def fit(p: Any, state: State, format: GroupFormat, rule: Rule) -> None:
     """Bring the tensors of a state, in place, to how they are to be kept.
 
-    What is missing stays so. Values are kept as well as the format can, rounded to nearest.
+    They may be as a ``state_dict()`` shows them. What is missing stays so. Values are kept as well
+    as the format can, rounded to nearest.
 
     Args:
         p: the parameter.
@@ -51,6 +55,7 @@ def fit(p: Any, state: State, format: GroupFormat, rule: Rule) -> None:
         MissingScale: for codes without scales.
         ValueError: for a parameter whose states cannot be in groups.
     """
+    restored(p, state, rule)
     for own in format.states:
         value = state.get(own.name)
         if isinstance(value, Tensor) and not _is_kept(value, state, own, p, format):
@@ -61,7 +66,7 @@ def fit(p: Any, state: State, format: GroupFormat, rule: Rule) -> None:
 
 
 def _is_kept(value: Tensor, state: State, own: StateFormat, p: Any, format: GroupFormat) -> bool:
-    if value.dtype in _CODED or own.is_coded:
+    if value.dtype in CODED or own.is_coded:
         return value.dtype == own.dtype and isinstance(state.get(own.name + SCALE), Tensor)
     return own.dtype is None or value.dtype == format.dtype(own.name, p.dtype)
 
@@ -80,7 +85,7 @@ def decoded(p: Any, state: Mapping[str, Any], name: str, rule: Rule) -> Tensor:
         ValueError: for scales of another shape, and for codes of another kind of states.
     """
     value: Tensor = state[name]
-    codec = _codec(value.dtype, name in rule.nonnegative)
+    codec = codec_of(value.dtype, name in rule.nonnegative)
     if codec is None:
         if value.is_floating_point() or value.is_complex():
             return value
@@ -97,14 +102,6 @@ def decoded(p: Any, state: Mapping[str, Any], name: str, rule: Rule) -> Tensor:
         )
     found = _compact(codes.decode(local.contiguous(), scales.contiguous(), codec, inner))
     return sharded_like(value, found) if is_dtensor(value) else found
-
-
-def _codec(dtype: torch.dtype, nonnegative: bool) -> str | None:
-    """Return how a state's tensor is coded; None for what are no codes of such a state."""
-    if dtype == torch.float8_e4m3fn:
-        return device.POSITIVE_FLOAT8 if nonnegative else device.FLOAT8
-    codec = device.UNSIGNED if nonnegative else device.SIGNED
-    return codec if dtype == CODE_DTYPES[codec] else None
 
 
 def _compact(values: Tensor) -> Tensor:
@@ -126,9 +123,25 @@ def _encoded(p: Any, value: Tensor, own: StateFormat, dtype: torch.dtype) -> dic
     return {own.name: found, own.name + SCALE: scale}
 
 
+def companion_problem(p: Any, name: str, value: Tensor) -> str | None:
+    """Say what is wrong with what is kept beside a parameter, in whichever form; None for nothing.
+
+    Args:
+        p: the parameter.
+        name: the key.
+        value: the tensor.
+    """
+    if tuple(value.shape) != tuple(p.shape):
+        return f"has shape {tuple(value.shape)} where {tuple(p.shape)} is wanted"
+    known = tuple(_MASTERS) if name == "master" else (torch.bfloat16, torch.float16)
+    if value.dtype not in known:
+        return f"has type {value.dtype} where one of {', '.join(map(str, known))} is wanted"
+    return None
+
+
 def _fit_companion(p: Any, state: State, format: GroupFormat) -> None:
     """Bring what is kept beside a parameter to another form; the parameter stays as it is."""
-    for name in _COMPANIONS:
+    for name in COMPANIONS:
         found = state.get(name)
         if not isinstance(found, Tensor):
             continue
@@ -142,21 +155,6 @@ def _fit_companion(p: Any, state: State, format: GroupFormat) -> None:
         local = local_of(found) if is_dtensor(found) else found
         codec = device.KAHAN if name == "compensation" else _MASTERS[found.dtype]
         value = parameter.load(own, local, codec)
-        made = torch.empty_like(own, dtype=format.dtype(format.companion, p.dtype))
-        _store_beside(own, made, value, format.device.parameter)
+        dtype = format.dtype(format.companion, p.dtype)
+        made = parameter.beside(own, value, format.device.parameter, dtype)
         state[format.companion] = sharded_like(p, made) if is_dtensor(p) else made
-
-
-def _store_beside(own: Tensor, companion: Tensor, value: Tensor, codec: str) -> None:
-    """Keep values beside parameters that they are rounded to, which stay as they are."""
-    # A tie that one form rounds up, another rounds down, and so does 24 bits what is next to one:
-    # the companion would be that of another parameter. The next value belongs to this one.
-    for patterns in (1, 256, 0):
-        stored = own.clone()
-        parameter.store(stored, companion, value, codec, None)
-        apart = (stored != own) & ~own.isnan()
-        if not apart.any():
-            return
-        away = own.float().abs() > value.abs()
-        steps = torch.where(apart, torch.where(away, patterns, -patterns), 0)
-        value = (value.view(torch.int32) + steps.int()).view(torch.float32)

@@ -29,6 +29,7 @@ _MASTERS = {
     "float32": (device.FLOAT32, torch.float32),
 }
 SCALE = "_scale"
+CODED = frozenset(CODE_DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,19 @@ def _state(rule: Rule, name: str, option: Any) -> StateFormat:
         codec = _CODES[option][name in rule.nonnegative]
         return StateFormat(name, codec, CODE_DTYPES[codec])
     return StateFormat(name, device.CAST, option)
+
+
+def codec_of(dtype: torch.dtype, nonnegative: bool) -> str | None:
+    """Return how a state of some type is coded; None for what are no codes of such a state.
+
+    Args:
+        dtype: of its tensor.
+        nonnegative: whether it is never below 0.
+    """
+    if dtype == torch.float8_e4m3fn:
+        return device.POSITIVE_FLOAT8 if nonnegative else device.FLOAT8
+    codec = device.UNSIGNED if nonnegative else device.SIGNED
+    return codec if dtype == CODE_DTYPES[codec] else None
 
 
 def keeps_steps(rule: Rule, group: Group) -> bool:

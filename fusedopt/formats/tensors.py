@@ -10,18 +10,21 @@ from torch import Tensor
 
 from ..kernels.codecs import format as device
 from ..memory.dtensor import is_dtensor, local_of, sharded_like
-from ..memory.walk import group_dim, scale_shape
+from ..memory.walk import Rows, rows_of, scale_shape
 from .group import SCALE, GroupFormat
 
 
 def local_scale_shape(p: Any) -> tuple[int, ...]:
     """Return the shape of what of a scale lies in this process."""
-    return scale_shape((local_of(p) if is_dtensor(p) else p).shape, group_dim(p))
+    rows = rows_of(p)
+    # Of a row that is cut, one part is here.
+    own = Rows(rows.dim, None if rows.parts is None else 1)
+    return scale_shape((local_of(p) if is_dtensor(p) else p).shape, own)
 
 
 def whole_scale_shape(p: Any) -> tuple[int, ...]:
     """Return the shape of a scale."""
-    return scale_shape(p.shape, group_dim(p))
+    return scale_shape(p.shape, rows_of(p))
 
 
 def is_scale(format: GroupFormat, name: str) -> bool:

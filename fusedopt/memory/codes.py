@@ -177,19 +177,49 @@ def decode(codes: Tensor, scale: Tensor, codec: str, inner: int) -> Tensor:
         codec: a key of ``CODES``.
         inner: elements of a row.
     """
+    groups = grouped(_patterns(codes), inner)
+    return ungrouped(_decoded(groups, scale.reshape(-1, 1), codec), codes, inner)
+
+
+def _patterns(codes: Tensor) -> Tensor:
+    return codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
+
+
+def _decoded(patterns: Tensor, scales: Tensor, codec: str) -> Tensor:
     code = CODES[codec]
-    groups = grouped(codes if code.dtype == torch.int8 else codes.view(torch.uint8), inner)
-    wide = groups.to(torch.int32)
+    wide = patterns.to(torch.int32)
     magnitude, below = wide, wide < 0
     if code.dtype == torch.int8:
         magnitude = wide.abs()
     elif code.dtype == torch.float8_e4m3fn:
         magnitude, below = wide & 0x7F, wide >= 0x80
-    found = code.level(magnitude) * scale.reshape(-1, 1)
+    found = code.level(magnitude) * scales
     if code.signed:
-        found = torch.where(below, -found, found)
-    else:
-        # A product above 0 must not become 0.
-        pattern = _pattern(found)
-        found = torch.where((magnitude > 0) & (pattern == 0), 1, pattern).view(torch.float32)
-    return ungrouped(found, codes, inner)
+        return torch.where(below, -found, found)
+    # A product above 0 must not become 0.
+    pattern = _pattern(found)
+    return torch.where((magnitude > 0) & (pattern == 0), 1, pattern).view(torch.float32)
+
+
+def regroup(codes: Tensor, scales: Tensor, codec: str, inner: int) -> tuple[Tensor, Tensor]:
+    """Bring codes whose scales are known one by one into groups.
+
+    A group of one scale stays as it is. Another is rounded to nearest, by a scale of its own.
+
+    Args:
+        codes: as of ``encode``.
+        scales: float32, of the same shape: that of each.
+        codec: a key of ``CODES``.
+        inner: elements of a row.
+
+    Returns:
+        As ``encode``.
+    """
+    found, scale = encode(_decoded(_patterns(codes), scales, codec), codec, inner)
+    patterns = grouped(_pattern(scales), inner)
+    # Where a group is short, zeros follow.
+    present = grouped(torch.ones_like(scales, dtype=torch.bool), inner)
+    alike = ((patterns == patterns[:, :1]) | ~present).all(1)
+    each = ungrouped(alike[:, None].expand(-1, GROUP), codes, inner)
+    kept = torch.where(each, _patterns(codes), _patterns(found)).view(found.dtype)
+    return kept, torch.where(alike, patterns[:, 0].view(torch.float32), scale)

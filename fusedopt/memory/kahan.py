@@ -12,12 +12,17 @@ from torch import Tensor
 def split(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Split float32 values into parameter and compensation, both of a type of 16 bits."""
     parameter = value.to(dtype)
+    return parameter, rest(value, parameter)
+
+
+def rest(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return the compensation beside a parameter that is within half a unit of float32 values."""
     shown = parameter.float()
     finite = shown.isfinite()
     shown = torch.where(finite, shown, 0.0)
-    compensation = (torch.where(finite, value, 0.0) - shown).to(dtype)
-    moved = (shown + compensation.float()).to(dtype).float() != shown
-    return parameter, (compensation.view(torch.int16) - moved.to(torch.int16)).view(dtype)
+    compensation = (torch.where(finite, value, 0.0) - shown).to(parameter.dtype)
+    moved = (shown + compensation.float()).to(parameter.dtype).float() != shown
+    return (compensation.view(torch.int16) - moved.to(torch.int16)).view(parameter.dtype)
 
 
 def join(parameter: Tensor, compensation: Tensor) -> Tensor:

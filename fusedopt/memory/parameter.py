@@ -53,3 +53,26 @@ def store(
             own, rest = masters.split(value, companion.dtype, bits)
         p.copy_(own)
         companion.copy_(rest)
+
+
+def beside(p: Tensor, value: Tensor, codec: str, dtype: torch.dtype) -> Tensor:
+    """Return what to keep beside parameters, which stay as they are, so that values are read.
+
+    Codecs round halves each in its own way: where one would round a value to the parameter's
+    neighbour, the nearest that can stand beside the parameter is kept.
+
+    Args:
+        p: bfloat16 or float16, to within half a unit of the values.
+        value: float32.
+        codec: one with a companion.
+        dtype: of the companion.
+    """
+    if codec == "float32":
+        return torch.where(value.to(p.dtype) == p, value, torch.nextafter(value, p.float()))
+    if codec == "kahan":
+        return kahan.rest(value, p)
+    own, rest = masters.split(value, dtype)
+    there, here = (x.view(torch.int16).to(torch.int32) & 0x7FFF for x in (own, p))
+    limits = torch.iinfo(dtype)
+    rest = torch.where(there > here, limits.max, rest)
+    return torch.where(there < here, limits.min, rest)

@@ -58,7 +58,7 @@ def walk_of(p: Any, coded: bool) -> Walk:
     """
     local = local_of(p) if is_dtensor(p) else p
     numel = max(local.numel(), 1)
-    inner = max(math.prod(local.shape[group_dim(p) :]), 1) if coded else numel
+    inner = max(math.prod(local.shape[rows_of(p).dim :]), 1) if coded else numel
     cut = cut_dims(p)
     if not cut or not local.numel():
         return Walk(inner, 0, numel, numel)
@@ -98,18 +98,54 @@ def _offsets(p: Any) -> Sequence[int]:
     return tuple(offsets)
 
 
-def group_dim(p: Any) -> int:
-    """Return from which dimension on elements are in rows that groups run along.
+@dataclass(frozen=True)
+class Rows:
+    """The rows that groups do not leave.
 
-    From the last one for which a row has a whole group, so that groups are those of the same
-    elements however a tensor is cut along the dimensions before. Where it is cut along one that
-    groups would run along, and not between groups, rows begin behind it.
+    Attributes:
+        dim: the first of the dimensions that a row consists of.
+        parts: how many processes each row of the whole is cut over, where groups begin anew at a
+            border; None where no border is one that groups would lie across.
     """
-    dim = _natural_dim(p.shape)
+
+    dim: int
+    parts: int | None = None
+
+
+def rows_of(p: Any) -> Rows:
+    """Return the rows that groups of a tensor run along.
+
+    From the last dimension for which a row has a whole group, so that groups are those of the same
+    elements however a tensor is cut along the dimensions before. Where it is cut along one that
+    groups would run along, and not between groups, they begin anew at each border, if all parts are
+    of one size. Along the first dimension, and with parts of several sizes, rows begin behind it:
+    there groups do not depend on the number of processes.
+    """
+    rows = Rows(_natural_dim(p.shape))
     for d in sorted(cut_dims(p)):
-        if d >= dim and not (d == dim and d > 0 and _cut_between_groups(p, d)):
-            dim = d + 1
-    return dim
+        if d < rows.dim:
+            continue
+        parts = _parts(p, d)
+        size, rest = p.shape[d], math.prod(p.shape[d + 1 :])
+        if d == 0 or not size or size % parts:
+            rows = Rows(d + 1)
+        elif d != rows.dim or rows.parts is not None or size // parts * rest % GROUP:
+            rows = Rows(d, parts)
+    return rows
+
+
+def _parts(p: Any, dim: int) -> int:
+    """Return how many parts a tensor is cut into along a dimension."""
+    return math.prod(
+        mesh_of(p).size(i)
+        for i, placement in enumerate(placements_of(p))
+        if getattr(placement, "dim", None) == dim
+    )
+
+
+def runs_along_first(shape: Sequence[int]) -> bool:
+    """Whether groups of a tensor that is not cut run along its first dimension."""
+    return _natural_dim(shape) == 0
 
 
 def _natural_dim(shape: Sequence[int]) -> int:
@@ -121,16 +157,9 @@ def _natural_dim(shape: Sequence[int]) -> int:
     return 0
 
 
-def _cut_between_groups(p: Any, dim: int) -> bool:
-    parts = math.prod(
-        mesh_of(p).size(i)
-        for i, placement in enumerate(placements_of(p))
-        if getattr(placement, "dim", None) == dim
-    )
-    size, rest = p.shape[dim], math.prod(p.shape[dim + 1 :])
-    return size % parts == 0 and size // parts * rest % GROUP == 0
-
-
-def scale_shape(shape: Sequence[int], dim: int) -> tuple[int, ...]:
-    """Return the shape of the scales of a tensor whose groups run from a dimension on."""
-    return (*shape[:dim], -(-math.prod(shape[dim:]) // GROUP))
+def scale_shape(shape: Sequence[int], rows: Rows) -> tuple[int, ...]:
+    """Return the shape of the scales of a tensor: of the rows' dimensions one, or parts and one."""
+    before, row = shape[: rows.dim], math.prod(shape[rows.dim :])
+    if rows.parts is None:
+        return (*before, -(-row // GROUP))
+    return (*before, rows.parts, -(-(row // rows.parts) // GROUP))

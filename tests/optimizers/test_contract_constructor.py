@@ -31,6 +31,7 @@ from contract import (
 from torch import Tensor
 
 import fusedopt
+from fusedopt.formats import OPTIONS as PRECISION
 
 # capturable is torch's own, accepted where torch does not have it as well.
 COMMON = (
@@ -125,7 +126,7 @@ def test_groups_are_torchs(case: Case) -> None:
     for options in ({}, case.options):
         ours, theirs = case.ours(new_params(), **options), case.theirs(new_params(), **options)
         (mine,), (torchs,) = ours.param_groups, theirs.param_groups
-        own = OWN[case.theirs.__name__]
+        own = {**OWN[case.theirs.__name__], **PRECISION}
         assert set(mine) == {*torchs, *own}
         assert set(ours.defaults) == {*theirs.defaults, *own}
         assert {key: mine[key] for key in own} == own
@@ -172,7 +173,7 @@ def test_step_counts_follow_the_default_dtype() -> None:
 @pytest.mark.parametrize("case", PLAIN, ids=ids)
 def test_repr_is_torchs(case: Case) -> None:
     ours, theirs = (cls(new_params(), **case.options) for cls in (case.ours, case.theirs))
-    own = tuple(f"{option}: " for option in OWN[case.theirs.__name__])
+    own = tuple(f"{option}: " for option in (*OWN[case.theirs.__name__], *PRECISION))
     lines = [line for line in repr(ours).splitlines() if not line.strip().startswith(own)]
     assert lines == repr(theirs).splitlines()
 
@@ -371,7 +372,7 @@ def test_unknown_backend(case: Case, backend: Any) -> None:
     [("state_dtype", "int4"), ("state_dtype", torch.int8), ("rounding", True), ("master", "int8")],
 )
 def test_precision_that_means_nothing_is_refused(case: Case, name: str, value: Any) -> None:
-    assert name not in case.ours(new_params(), **{name: None}).param_groups[0]
+    assert case.ours(new_params(), **{name: None}).param_groups[0][name] is None
     with pytest.raises(ValueError, match=name):
         case.ours(new_params(), **{name: value})
 
