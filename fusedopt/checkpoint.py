@@ -111,8 +111,7 @@ def show_formats(optimizer: Any, saved: dict[str, Any]) -> None:
                 _fit(optimizer, p, state, format)
                 saved["state"][key] = shown(p, state, rule)
         name = name_of(format, own["params"])
-        # Without an entry of torch's to look for, that it is torch's has a name, too.
-        if name != PLAIN or (format.names and TORCHS not in group):
+        if name != PLAIN:
             group[FORMAT] = {name: 1}
             put_aside(group, [TORCHS])
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from . import backends
 from .checkpoint import claim, kept_states, put_aside, saved_form, show_formats, unpacked
 from .clipping import GlobalNorm
-from .completion import Lent, is_completed, is_completing
+from .completion import TORCHS, Lent, is_completed, is_completing
 from .engine import Engine
 from .formats import OPTIONS as PRECISION
 from .formats import check_options, check_parameters
@@ -97,8 +97,10 @@ class FusedOptimizer(Optimizer):
             "master": master,
             "rounding_seed": rounding_seed,
         }
-        if defaults.get("differentiable"):
+        if defaults.get(TORCHS):
             raise ValueError("differentiable=True is not supported: a fused step has no derivative")
+        # torch's classes have it, and torch gives it to any that a state is loaded into.
+        defaults.setdefault(TORCHS, False)
         check_statistics(type(self).__name__, self.rule, statistics, virtual_batch_size)
         if virtual_batch_size is not None:
             defaults = {**defaults, "virtual_batch_size": virtual_batch_size}

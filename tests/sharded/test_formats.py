@@ -14,7 +14,7 @@ import pytest
 from contract import assert_same_bits
 from kept_shards import ALONE, FORMATS, Parameters, build, own, train
 from ranks import in_worlds
-from sharded import world
+from sharded import everything, world
 from torch import Tensor
 
 import fusedopt
@@ -39,6 +39,9 @@ OTHERS: Mapping[tuple[str, int], tuple[str, ...]] = {
 # Of squares of errors over squares of values, after all steps.
 POWER_BOUND, FLOAT8_BOUND = 8e-4, 7e-3
 STEPS = 3
+# In Triton's interpreter, for seconds each.
+KERNELS = (("columns", 2),)
+CLIPPED = ("int8, stochastic", "remainder8, fp8")
 
 
 def _made(
@@ -102,13 +105,30 @@ def _scales(layout: str) -> None:
             assert scale.numel() == here.numel() // row * -(-row // 128), name
 
 
+def _kernels(layout: str) -> None:
+    """The update kernel, which walks rows by the same table, against the reference."""
+    for format in ("int8, stochastic", "fp8"):
+        ends = []
+        for backend in ("triton", "reference"):
+            model = build(layout)
+            # Exact in any order of operations.
+            optimizer = fusedopt.SGD(
+                model.parameters(), lr=0.125, momentum=0.5, backend=backend, **FORMATS[format]
+            )
+            train(model, optimizer, range(2))
+            ends.append(everything(model, optimizer))
+        assert_same_bits(*ends, f"{layout}, {format}")
+
+
 def _all(stop: int) -> None:
     for (layout, count), _ in OTHERS.items():
         if count != world():
             continue
         _scales(layout)
+        if (layout, count) in KERNELS:
+            _kernels(layout)
         for format in FORMATS:
-            for clipped in (False, True):
+            for clipped in (False, True) if format in CLIPPED else (False,):
                 try:
                     _compare(layout, format, clipped)
                 except BaseException as error:

@@ -19,6 +19,7 @@ from sharded import everything, whole
 from torch.distributed.checkpoint import CheckpointException
 
 import fusedopt
+from fusedopt.examples.lion import Lion
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -114,6 +115,32 @@ def _forms_of_momentum(folder: Path) -> None:
         assert_same_bits(everything(model, optimizer), before, f"{saved} into {loading}")
 
 
+def _own_rule(folder: Path) -> None:
+    """A rule of a user's own, whose groups have nothing of torch's to look for."""
+
+    def made(dtype: str | None, seed: int) -> tuple[Parameters, Any]:
+        model = build("rows", seed)
+        optimizer = Lion(model.named_parameters(), lr=0.01, state_dtype=dtype, backend="reference")
+        train(model, optimizer, range(2))
+        return model, optimizer
+
+    for form in ("sharded", "full"):
+        for saved in (None, "int8"):
+            at = folder / form / str(saved)
+            source = made(saved, 0)
+            save(*source, at, form)
+            for loading in (None, "int8"):
+                model, optimizer = made(loading, 1)
+                before = everything(model, optimizer)
+                if saved == loading:
+                    load(model, optimizer, at, form)
+                    before = everything(*source)
+                else:
+                    with pytest.raises((CheckpointException, ValueError), match="Missing|keeps"):
+                        load(model, optimizer, at, form)
+                assert_same_bits(everything(model, optimizer), before, f"{form}: {saved}")
+
+
 def _misplaced() -> None:
     """Whole tensors where a parameter is a shard, codes without scales, scales of another shape."""
     model, optimizer = _made("remainder, int8", seed=0)
@@ -176,6 +203,7 @@ def _near(model: Parameters, optimizer: Any, other: Parameters, theirs: Any, for
 
 def _all(rank: int, folder: str) -> None:
     _forms_of_momentum(Path(folder, "momentum"))
+    _own_rule(Path(folder, "own"))
     _misplaced()
     _through_a_plain_one(Path(folder, "plain"))
     _files(Path(folder, "files"))
