@@ -109,6 +109,7 @@ class Plan:
                     [group_of[k] for k in chosen],
                     request.coefficient_groups,
                     [bool(created[k]) for k in chosen],
+                    request.scale_for(device),
                     None if weights is None else [weights[k] for k in chosen],
                 )
             )
@@ -281,7 +282,7 @@ def _entries(
     """
     numbers: dict[int, int] = {}
     if any(format.device.draws for format in formats):
-        everything = [p for group in request.groups for p in group["params"]]
+        everything = [p for group in request.whole_groups for p in group["params"]]
         numbers = {id(p): i for i, p in enumerate(everything)}
     alike = list(zip(options_of, formats, strict=True))
     places: dict[Any, list[int]] = {}
