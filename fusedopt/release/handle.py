@@ -17,6 +17,7 @@ from ..optimizer import FusedOptimizer
 from ..step.checks import describe
 from ..step.scale import GradScale
 from ..tracing import untraced
+from .hook import Hook
 from .previous import PreviousNorm
 from .refusals import (
     check_arguments,
@@ -79,14 +80,18 @@ def gradient_release(
 
 
 class GradientRelease:
-    """Gradients of an optimizer that are released within backward; see ``gradient_release``."""
+    """Gradients of an optimizer that are released within backward; see ``gradient_release``.
+
+    Attributes:
+        optimizer: a weak reference to it.
+    """
 
     def __init__(self, model: nn.Module, optimizer: FusedOptimizer, previous: bool) -> None:
         own = {id(p) for p in model.parameters()}
         every = [p for group in optimizer.param_groups for p in group["params"]]
         chosen = list({id(p): p for p in every if id(p) in own}.values())
         check_parameters(optimizer, chosen, previous)
-        self._optimizer = weakref.ref(optimizer)
+        self.optimizer = weakref.ref(optimizer)
         self._norm = PreviousNorm() if previous else None
         scale_for = GradScale if self._norm is None else self._norm.scale_for
         self._singles = [Single(optimizer, p, scale_for) for p in chosen]
@@ -101,9 +106,8 @@ class GradientRelease:
         self._twice: Tensor | None = None
         self._handles: list[RemovableHandle] = []
         for single in self._singles:
-            hook = _Hook(weakref.ref(self), single.parameter, self._handles)
-            self._handles.append(_register(single.parameter, hook))
-            hook.single = weakref.ref(single)
+            hook = Hook(self, single, self._handles)
+            self._handles.append(hook.register(single.parameter))
         optimizer.gradient_release = self
 
     def remove(self) -> None:
@@ -111,7 +115,7 @@ class GradientRelease:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        optimizer = self._optimizer()
+        optimizer = self.optimizer()
         if optimizer is not None and optimizer.gradient_release is self:
             optimizer.gradient_release = None
 
@@ -129,12 +133,21 @@ class GradientRelease:
         """Whether gradients are kept."""
         return self._kept > 0
 
-    @torch.no_grad()
     def arrived(self, single: Single) -> None:
         """Step a parameter whose gradient has accumulated, and free that."""
         if self._kept:
             return
-        optimizer = self._optimizer()
+        if torch.is_grad_enabled():
+            # In a backward pass that makes a graph; in any other it would cost a few microseconds.
+            with torch.no_grad():
+                self._step(single)
+        else:
+            self._step(single)
+
+    def _step(self, single: Single) -> None:
+        if single.parameter.grad is None:  # another hook has taken it
+            return
+        optimizer = self.optimizer()
         assert optimizer is not None
         task = torch._C._current_graph_task_id()
         if task != self._pass:
@@ -208,60 +221,17 @@ class GradientRelease:
     def reset(self) -> None:
         """Forget what was known of the states: others are loaded."""
         for single in self._singles:
-            single.reset(self._optimizer())
+            single.reset(self.optimizer())
 
     def push(self) -> None:
         """Make hyper-parameters that are Python numbers current for captured CUDA graphs."""
         for single in self._singles:
-            single.push(self._optimizer())
+            single.push(self.optimizer())
 
     def release_graphs(self) -> None:
         """Free what captured CUDA graphs read."""
         for single in self._singles:
             single.engine.release()
-
-
-class _Hook:
-    """What autograd calls. A parameter that held on to the optimizer could never be freed."""
-
-    def __init__(
-        self, release: weakref.ref[GradientRelease], p: Tensor, handles: list[RemovableHandle]
-    ) -> None:
-        self.release = release
-        self._handles = handles
-        self.single: weakref.ref[Single] | None = None
-        self._shape = tuple(p.shape)
-
-    @untraced
-    def __call__(self, _: Tensor) -> None:
-        release = self.release()
-        single = None if self.single is None else self.single()
-        if release is None or single is None or release._optimizer() is None:
-            for handle in list(self._handles):
-                handle.remove()
-            raise RuntimeError(
-                f"the optimizer that releases the gradient of a parameter of shape {self._shape}"
-                " was deleted: keep it. Gradients stay from now on, for another one"
-            )
-        release.arrived(single)
-
-
-def release_of(p: Tensor) -> GradientRelease | None:
-    """Return what releases the gradient of a parameter, or None."""
-    hooks = p._post_accumulate_grad_hooks or {}  # type: ignore[attr-defined]
-    found = [hook.release() for hook in hooks.values() if isinstance(hook, _Hook)]
-    return next(filter(None, found), None)
-
-
-def _register(p: Tensor, hook: _Hook) -> RemovableHandle:
-    if p.requires_grad:
-        return p.register_post_accumulate_grad_hook(hook)
-    # Frozen: it may be thawed later.
-    p.requires_grad_(True)
-    try:
-        return p.register_post_accumulate_grad_hook(hook)
-    finally:
-        p.requires_grad_(False)
 
 
 def _sizes(optimizer: FusedOptimizer) -> list[int]:

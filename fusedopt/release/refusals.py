@@ -12,6 +12,7 @@ from ..optimizer import FusedOptimizer
 from ..statistics import PerSampleSquares
 from ..statistics.replicas import replicas_of
 from ..step.checks import describe
+from .hook import release_of
 
 _CLIP = (
     "clip=GlobalNorm needs the norm of all gradients before the first update, and gradient release"
@@ -111,6 +112,11 @@ def check_parameters(optimizer: Any, parameters: Sequence[Tensor], previous: boo
             " all that the optimizer has"
         )
     for p in parameters:
+        if release_of(p) is not None:
+            raise RuntimeError(
+                f"{describe(optimizer, p)} has its gradient released by another optimizer: call"
+                " remove() of what gradient_release() returned for that"
+            )
         if getattr(p, "_in_backward_optimizers", None):
             raise RuntimeError(
                 f"{describe(optimizer, p)} has another optimizer in backward, of"

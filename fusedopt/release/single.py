@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine
+from ..memory.device import is_capturing
+from ..step.alone import Alone
 from ..step.options import complete
 from ..step.scale import GradScale
 
@@ -51,6 +53,8 @@ class Single:
         self.state = OwnState(parameter)
         self._params = [parameter]
         self._own: Any = None
+        self._alone: Alone | None = None
+        self._made_for: tuple[Any, ...] = ()
         self._group: dict[str, Any] = {}
         self.param_groups = [self._group]
         self._place = (0, 0)
@@ -99,7 +103,27 @@ class Single:
     def step(self, optimizer: Any) -> None:
         """Update the parameter by its gradient."""
         self._refresh(optimizer)
+        if self._has_stepped():
+            return
+        self._alone = None
         self.engine.step(self)
+        plan, gradient = self.engine.plan, self.parameter.grad
+        self._own = self.state.get(self.parameter)
+        if plan is not None and gradient is not None and self.statistics is None:
+            self._alone = plan.alone(gradient)
+            self._made_for = plan, self.rule, self.backend
+
+    def _has_stepped(self) -> bool:
+        """Take the step in the quicker way, if there is one for what is there now."""
+        alone, gradient = self._alone, self.parameter.grad
+        if alone is None or gradient is None or self.statistics is not None:
+            return False
+        plan, rule, backend = self._made_for
+        if not (self.engine.plan is plan and self.rule is rule and self.backend is backend):
+            return False
+        if self.scaler_on_device or is_capturing(self.parameter.device):
+            return False
+        return alone.step(self._group, self._own, gradient)
 
     def push(self, optimizer: Any) -> None:
         """Send hyper-parameters to captured CUDA graphs."""
