@@ -123,8 +123,9 @@ class GradientAccumulator:
     @untraced
     def _publish(self) -> None:
         for i, p in enumerate(self._params):
-            if self._begun[i]:
-                p.grad = self._sums[i]
+            total = self._sums[i]
+            if total is not None and self._begun[i] and total.shape == p.shape:
+                p.grad = total
 
     @untraced
     @torch.no_grad()

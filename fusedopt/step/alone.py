@@ -82,16 +82,19 @@ class Alone:
     def _is_as_before(self, group: Mapping[str, Any], state: Any, gradient: Tensor) -> bool:
         if type(gradient) not in PLAIN or not self._has_settings(group):
             return False
-        tensors: list[Any] = list(map(state.get, self._names)) if state is self._state else []
-        if len(tensors) != len(self._tensors) or not all(map(operator.is_, tensors, self._tensors)):
-            return False
-        if not self._device_group.owns_steps():
-            return False
-        if list(map(Tensor.data_ptr, tensors)) != self._addresses:
+        # Nothing is kept of a parameter whose rule needs nothing.
+        if state is not self._state and (state is not None or self._state):
             return False
         try:
+            tensors = [self._state[name] for name in self._names]
+            if not all(map(operator.is_, tensors, self._tensors)):
+                return False
+            if not self._device_group.owns_steps():
+                return False
+            if list(map(Tensor.data_ptr, tensors)) != self._addresses:
+                return False
             found = self._print.match((self._parameter, gradient))
-        except RuntimeError:  # a sparse one, say
+        except (KeyError, RuntimeError):  # one was taken away, or has no address
             return False
         before = self._print.addresses
         if found is None or found[0] != before[0] or found[1] in self._addresses:
