@@ -118,20 +118,23 @@ def test_a_model_of_usual_layers_launches_nothing_else(
 def test_every_variant_of_codegen_is_among_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     """``codegen`` lists variants by hand: whatever it has, a step must have launched."""
     from fusedopt.backends import triton as launching
-    from fusedopt.backends import triton_samples
-    from fusedopt.kernels.aot import materialised, norms, update
+    from fusedopt.backends import triton_accumulate, triton_samples
+    from fusedopt.kernels.aot import accumulate, materialised, norms, update
     from fusedopt.precompile import cases
 
     seen = set()
 
     def note(kernel: Any, programs: int, threads: int, device: Any, *a: Any, **meta: Any) -> None:
+        meta.pop("registers", None)
         seen.add((kernel.__name__, threads, _constants(meta)))
 
     monkeypatch.setattr(launching, "launch", note)
     monkeypatch.setattr(triton_samples, "launch", note)
+    monkeypatch.setattr(triton_accumulate, "launch", note)
     for case in cases.all_cases():
         case.run()
-    for variant in (*update.variants(), *norms.variants(), *materialised.variants()):
+    families = (update, norms, accumulate, materialised)
+    for variant in (variant for family in families for variant in family.variants()):
         if variant.constants.get("PARTS", 1) == 1:
             wanted = variant.kernel.__name__, variant.threads, _constants(variant.constants)
             assert wanted in seen, variant.name
