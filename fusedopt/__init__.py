@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from . import scaling
+from .accumulation import GradientAccumulator
 from .batch_decoupled import BatchDecoupledAdam, BatchDecoupledRMSprop
 from .checkpoint import export_state_dict
 from .clipping import GlobalNorm
 from .kernels.rule import Rule
 from .optimizer import FusedOptimizer
 from .optimizers import SGD, Adam, AdamW, RMSprop
+from .release import gradient_release
 from .statistics import BackpackSquares, GradSampleSquares, MicroBatchSquares, PerSampleSquares
 from .svag import SVAG
 
@@ -25,10 +27,12 @@ __all__ = [
     "FusedOptimizer",
     "GlobalNorm",
     "GradSampleSquares",
+    "GradientAccumulator",
     "MicroBatchSquares",
     "PerSampleSquares",
     "RMSprop",
     "Rule",
     "export_state_dict",
+    "gradient_release",
     "scaling",
 ]

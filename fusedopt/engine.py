@@ -64,7 +64,7 @@ class Engine:
             return
         plan = self.plan
         known = None if plan is None else plan.known
-        span = self._find_span(optimizer, anew=plan is None)
+        span = self.find_span(optimizer, anew=plan is None)
         request = gather(optimizer, grad_scale, found_inf, known, span)
         if request is None:
             if span is not None:
@@ -92,8 +92,8 @@ class Engine:
         # Autograd then notices a parameter that changed between forward and backward.
         torch.autograd.graph.increment_version(request.params)
 
-    def _find_span(self, optimizer: Any, anew: bool) -> Span | None:
-        """Find the processes to clip with; at least where groups have changed."""
+    def find_span(self, optimizer: Any, anew: bool = False) -> Span | None:
+        """Return the processes to clip with; they are found anew where groups have changed."""
         clip = optimizer.clip
         if clip is None or not in_several_processes():
             return None
@@ -113,7 +113,7 @@ class Engine:
     def _explain(self, optimizer: Any, error: Exception) -> None:
         """Raise what names the cause, where groups or step counts are one."""
         samples = 1 if self.plan is None else self.plan.samples
-        better = explained(optimizer, error, samples)
+        better = explained(optimizer.whole, error, samples)
         if better is not None:
             raise better from error
 
@@ -145,7 +145,7 @@ class Engine:
         if self.plan is not None:
             self.drop()
             # Nobody told of what has changed: it may be the meshes.
-            request.span = self._find_span(optimizer, anew=True)
+            request.span = self.find_span(optimizer, anew=True)
         try:
             self.plan = Plan(request, states, created, apart)
         except Exception:

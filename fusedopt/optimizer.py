@@ -22,6 +22,8 @@ from .source import Source
 from .statistics.base import Statistics
 from .step.checks import check_source, check_statistics, check_virtual_batch_size
 from .step.counts import new_step
+from .step.scale import GradScale
+from .step.span import Span
 from .step.wrappers import watch
 from .tracing import untraced
 
@@ -108,6 +110,8 @@ class FusedOptimizer(Optimizer):
         self._statistics: Source | None = statistics
         self._engine = Engine()
         self._lent: Lent | None = None
+        # What steps parameters within backward; see ``fusedopt.gradient_release``.
+        self.gradient_release: Any = None
         # Whether the loss scaler keeps its overflow flag on the device, and so counts, too.
         self.scaler_on_device = False
         # The processes among which a wrapper has dealt out the parameters; see step/wrappers.py.
@@ -116,6 +120,19 @@ class FusedOptimizer(Optimizer):
         watch(FusedOptimizer)
         if statistics is not None:
             statistics.attach(self)
+
+    @property
+    def whole(self) -> FusedOptimizer:
+        """The optimizer itself: what gradient release steps is a part of one."""
+        return self
+
+    def scale_for(self, device: torch.device) -> GradScale:
+        """Return what launches on a device are to read besides coefficients."""
+        return GradScale(device)
+
+    def find_span(self) -> Span | None:
+        """Return the processes whose gradients are clipped together; None for this one."""
+        return self._engine.find_span(self)
 
     @property
     def extra_options(self) -> tuple[str, ...]:
@@ -159,6 +176,8 @@ class FusedOptimizer(Optimizer):
         from this whether gradients are the true ones. Clipping and statistics of ours need both.
         """
         folded = self.clip is not None or self._statistics is not None
+        # Which says what is wrong with it.
+        folded = folded or self.gradient_release is not None
         return folded or any(group.get("fused") for group in self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -168,10 +187,17 @@ class FusedOptimizer(Optimizer):
             param_group: parameters under ``"params"`` and hyper-parameters that differ.
 
         Raises:
-            RuntimeError: for parameters that the backend asked for cannot update.
+            RuntimeError: for parameters that the backend asked for cannot update, and while
+                gradients are released in backward.
             TypeError: for anything but a dictionary.
             ValueError: for hyper-parameters without meaning.
         """
+        if self.gradient_release is not None:
+            raise RuntimeError(
+                "gradient release steps the parameters that there were: call remove() of what"
+                " gradient_release() returned before add_param_group(), and gradient_release()"
+                " again afterwards"
+            )
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         for name in ("backend", "clip", "statistics"):
@@ -252,7 +278,10 @@ class FusedOptimizer(Optimizer):
 
     @untraced
     def _update(self) -> None:
-        self._engine.step(self, *self._load_scaler())
+        grad_scale, found_inf = self._load_scaler()
+        release = self.gradient_release
+        if release is None or release.before_step(self, grad_scale, found_inf):
+            self._engine.step(self, grad_scale, found_inf)
 
     def push_hyperparameters(self) -> None:
         """Make hyper-parameters that are Python numbers current for a captured CUDA graph.
@@ -262,6 +291,8 @@ class FusedOptimizer(Optimizer):
         changing a number, as a scheduler does, or ``clip.max_norm``.
         """
         self._engine.push(self)
+        if self.gradient_release is not None:
+            self.gradient_release.push()
 
     def release_graphs(self) -> None:
         """Free what captured CUDA graphs read: call this when none will be replayed again.
@@ -270,6 +301,8 @@ class FusedOptimizer(Optimizer):
         since nothing says when a graph has been replayed for the last time.
         """
         self._engine.release()
+        if self.gradient_release is not None:
+            self.gradient_release.release_graphs()
 
     def _load_scaler(self) -> tuple[Tensor | None, Tensor | None]:
         """Take what torch.amp.GradScaler left on the optimizer for this step."""
@@ -375,6 +408,7 @@ class FusedOptimizer(Optimizer):
         self.scaler_on_device = False
         self.wrapper_group = None
         self._lent = None
+        self.__dict__.setdefault("gradient_release", None)
         # States of a pickle have it under its public name.
         if "clip" in self.__dict__:
             self.clip = self.__dict__.pop("clip")
@@ -392,3 +426,5 @@ class FusedOptimizer(Optimizer):
             if step is not None and not isinstance(step, Tensor):
                 values["step"] = new_step() + float(step)
         self._engine.look_at_states(self)
+        if self.gradient_release is not None:
+            self.gradient_release.reset()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.rule import Rule
-from .entry import Draw, Entries, Executor, Inputs
+from .entry import Draw, Entries, Executor, Inputs, Sums
 
 __all__ = [
     "BACKENDS",
@@ -20,10 +20,12 @@ __all__ = [
     "Entries",
     "Executor",
     "Inputs",
+    "Sums",
     "check_name",
     "choose",
     "prepare",
     "reduce_samples",
+    "sums_on",
 ]
 
 BACKENDS = ("auto", "triton", "reference")
@@ -83,6 +85,22 @@ def reduce_samples(
         for i, total, square in zip(chosen, *own, strict=True):
             sums[i], squares[i] = total, square
     return sums, squares
+
+
+def sums_on(device: torch.device, requested: str = "auto") -> Sums:
+    """Return what adds gradients to sums on a device, in one launch for each mix of types.
+
+    Args:
+        device: of all tensors.
+        requested: name of a backend.
+    """
+    if choose(device, requested)[0] == "triton":
+        from .triton_accumulate import TritonSums
+
+        return TritonSums(device)
+    from .reference import ReferenceSums
+
+    return ReferenceSums()
 
 
 def check_name(requested: str) -> None:

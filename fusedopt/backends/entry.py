@@ -71,6 +71,21 @@ class Entries:
         return [real[own] for own in types]
 
 
+class Sums(Protocol):
+    """Adds gradients of one device to sums in another type."""
+
+    def add(
+        self, sums: Sequence[Tensor], gradients: Sequence[Tensor], begun: Sequence[bool]
+    ) -> None:
+        """Add a gradient to each sum, in place.
+
+        Args:
+            sums: dense tensors.
+            gradients: one for each, of the same shape.
+            begun: for each, whether it has something to add to; otherwise it is written alone.
+        """
+
+
 class Executor(Protocol):
     """The tensors of one device, prepared for repeated steps.
 

@@ -120,6 +120,19 @@ class ReferenceExecutor:
             target.copy_(_chosen(skip, before, target))
 
 
+class ReferenceSums:
+    """See ``fusedopt.backends.Sums``."""
+
+    def add(
+        self, sums: Sequence[Tensor], gradients: Sequence[Tensor], begun: Sequence[bool]
+    ) -> None:
+        for total, gradient, old in zip(sums, gradients, begun, strict=True):
+            if old:
+                total.add_(gradient)
+            else:
+                total.copy_(gradient)
+
+
 def _chosen(skip: Tensor, before: Tensor, after: Tensor) -> Tensor:
     if after.dtype != torch.float8_e4m3fn:
         return torch.where(skip, before, after)

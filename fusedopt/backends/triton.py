@@ -170,6 +170,12 @@ class Bucket:
         """Number of partial norms."""
         return sum(-(-n // norms.NORM_BLOCK) for n in self._numels)
 
+    @cached_property
+    def _input_rows(self) -> Sequence[Tensor]:
+        """The rows of the table that hold the addresses of inputs."""
+        first = multi_tensor.HEADER_ROWS + 1
+        return self.table[first : first + len(self._staged_inputs)].unbind()
+
     def norm_weights(self, weights: Sequence[float]) -> list[float]:
         """List the weight of each partial norm, and of what makes their number even."""
         found = []
@@ -188,13 +194,17 @@ class Bucket:
 
     def move_inputs(self, inputs: Inputs, captured: list[Tensor]) -> None:
         """Write the addresses of inputs into the table; those of buffers stay."""
-        first_row = multi_tensor.HEADER_ROWS + 1
-        for k, (tensors, buffers) in enumerate(zip(inputs, self._staged_inputs, strict=True)):
+        columns = zip(self._input_rows, inputs, self._staged_inputs, strict=True)
+        for target, tensors, buffers in columns:
             # The plan has seen that none of them has lost its memory.
             row = [tensors[position].data_ptr() for position in self.positions]
             for column, buffer in buffers.items():
                 row[column] = buffer.data_ptr()
-            upload(self.table[first_row + k], _host(row), captured)
+            if len(row) == 1:
+                # An argument of a launch, in a fraction of the time that a copy takes.
+                target.fill_(row[0])
+            else:
+                upload(target, _host(row), captured)
 
     def _fill_buffers(self, inputs: Inputs) -> None:
         for tensors, buffers in zip(inputs, self._staged_inputs, strict=True):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..accumulation import GradientAccumulator
 from ..clipping import GlobalNorm
 from ..kernels.aot import DTYPES
 from ..kernels.aot.option_sets import option_sets
@@ -34,8 +36,16 @@ STEP_LAYOUTS = tuple(
     dict.fromkeys(
         [(param, gradient, aligned) for param, gradient, _, aligned in LAYOUTS]
         + [(dtype, dtype, False) for dtype in DTYPES]
+        # What gradients of micro-batches are added up in.
+        + [("fp16", "fp32", True)]
     )
 )
+
+# Parameter, gradient of a micro-batch, and whether addresses are aligned.
+SUM_LAYOUTS = (
+    ("bf16", "bf16", True), ("fp16", "fp16", True), ("bf16", "fp32", True),
+    ("bf16", "bf16", False), ("fp16", "fp16", False),
+)  # fmt: skip
 
 # Parameter and per-sample gradients: besides, what autocast makes of them.
 SAMPLE_LAYOUTS = tuple(
@@ -82,6 +92,10 @@ def all_cases() -> Iterator[Case]:
             if rule.degrees == (1, 2):
                 for layout in SAMPLE_LAYOUTS:
                     yield _case("samples", rule, number, group, layout, take_steps_from_samples)
+    for param, gradient, aligned in SUM_LAYOUTS:
+        name = f"micro-batches {param} {gradient}{'' if aligned else ' unaligned'}"
+        run = partial(accumulate, param, gradient, aligned)
+        yield Case(name, None, frozenset((param, gradient)), run)
 
 
 def _case(
@@ -118,6 +132,14 @@ def take_steps_from_samples(
         p = _parameter(param, NUMEL if aligned else NUMEL + 1, aligned)
         p.grad_sample = torch.zeros(3, p.numel(), dtype=TORCH_DTYPES[samples])  # type: ignore[attr-defined]
         _step(rule, group, p, norm, GradSampleSquares())
+
+
+def accumulate(param: str, gradient: str, aligned: bool) -> None:
+    """Add the gradient of a micro-batch to the sums."""
+    p = _parameter(param, NUMEL, True)
+    accumulator = GradientAccumulator([p], backend="triton")
+    with accumulator.micro_batch():
+        p.grad = _parameter(gradient, NUMEL, aligned).detach()
 
 
 def _parameter(dtype: str, numel: int, aligned: bool) -> Any:

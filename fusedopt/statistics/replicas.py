@@ -50,14 +50,22 @@ class Replicas:
             )
 
     def _find(self, parameters: Collection[Tensor]) -> None:
-        """Look for the modules once: parameters do not know them."""
-        from torch.nn.parallel import DistributedDataParallel
-
+        """Look for the modules once."""
         self._known |= set(map(id, parameters))
-        found = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
-        self._modules = [
-            weakref.ref(x) for x in found if any(id(p) in self._known for p in x.parameters())
-        ]
+        self._modules = modules_around(self._known)
+
+
+def replicas_of(parameters: Collection[Tensor]) -> list[weakref.ref[Any]]:
+    """Return the ``DistributedDataParallel`` modules around some parameters, which do not know."""
+    return modules_around(set(map(id, parameters)))
+
+
+def modules_around(parameters: Collection[int]) -> list[weakref.ref[Any]]:
+    """Do so for their ids."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    found = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+    return [weakref.ref(x) for x in found if any(id(p) in parameters for p in x.parameters())]
 
 
 class Averages:

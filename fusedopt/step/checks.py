@@ -30,7 +30,8 @@ _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.spars
 
 def describe(optimizer: Optimizer, param: Tensor) -> str:
     """Name a parameter: its name where the optimizer knows it, its place, and its shape."""
-    for place in _places(optimizer, param):
+    # A part of an optimizer has other places.
+    for place in _places(getattr(optimizer, "whole", optimizer), param):
         return f"parameter {place} of shape {tuple(param.shape)}"
     return f"parameter of shape {tuple(param.shape)}"
 

@@ -29,6 +29,7 @@ class DeviceGroup:
         group_of: for each entry, the index of its parameter group.
         groups: all parameter groups.
         fresh: for each entry, whether its state was created just now.
+        scale: what launches read besides coefficients.
         weights: for each entry, what its part of the norm over several processes counts; None for
             1 each.
     """
@@ -45,13 +46,14 @@ class DeviceGroup:
         group_of: list[int],
         groups: Groups,
         fresh: Sequence[bool],
+        scale: GradScale,
         weights: Sequence[float] | None = None,
     ) -> None:
         self.rule = rule
         self.device = device
         self.on_device = on_device
         self.executor = prepare(backend, rule, device, entries, apart)
-        self.scale = GradScale(device)
+        self.scale = scale
         self.norm_weights: Tensor | None = None
         if weights is not None and any(weight != 1.0 for weight in weights):
             self.norm_weights = self.executor.norm_weights(weights)

@@ -44,14 +44,14 @@ def clip_by_norm(
         if not infinity:
             weights = [group.norm_weights for group in device_groups]
             partials = [x if w is None else x * w for x, w in zip(partials, weights, strict=True)]
-        total = _joined(partials, first.device)
+        total = joined(partials, first.device)
         total = (total.max() if infinity else total.sum()).reshape(1)
-        partials = [_over_processes(total, span, infinity, found_inf)]
+        partials = [over_processes(total, span, infinity, found_inf)]
     scale = first.scale
     scale.set_max_norm(clip.max_norm)
-    last = _last(clip, first.device)
+    last = last_norm(clip, first.device)
     first.executor.clip_factor(
-        _joined(partials, first.device),
+        joined(partials, first.device),
         scale.inverse_scale,
         scale.max_norm,
         scale.values,
@@ -76,18 +76,19 @@ def join_norm(clip: GlobalNorm, span: Span, device: torch.device, found_inf: Ten
     """
     infinity = clip.norm_type == math.inf
     total = torch.zeros(1, dtype=torch.float64, device=device)
-    total = _over_processes(total, span, infinity, found_inf)
-    _last(clip, device).copy_((total if infinity else total.sqrt())[0])
+    total = over_processes(total, span, infinity, found_inf)
+    last_norm(clip, device).copy_((total if infinity else total.sqrt())[0])
     _check_finite(clip)
 
 
-def _joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:
+def joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return vectors one behind the other, on one device."""
     if len(partials) == 1:
         return partials[0]
     return torch.cat([x.to(device) for x in partials])
 
 
-def _over_processes(total: Tensor, span: Span, infinity: bool, found_inf: Tensor | None) -> Tensor:
+def over_processes(total: Tensor, span: Span, infinity: bool, found_inf: Tensor | None) -> Tensor:
     """Return the sum, or the maximum, of one number of each process: the only collective."""
     if found_inf is not None:
         overflow = found_inf.to(total.device).reshape(1) != 0
@@ -102,8 +103,8 @@ def _over_processes(total: Tensor, span: Span, infinity: bool, found_inf: Tensor
     return bits.view(torch.float64)
 
 
-def _last(clip: GlobalNorm, device: torch.device) -> Tensor:
-    """Return where the norm is written for the user."""
+def last_norm(clip: GlobalNorm, device: torch.device) -> Tensor:
+    """Return ``clip.last``, where the norm is written for the user."""
     if clip.last is None or clip.last.device != device:
         clip.last = torch.zeros((), dtype=torch.float32, device=device)
     return clip.last

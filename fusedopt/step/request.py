@@ -19,6 +19,7 @@ from ..memory.storage import local_tensors, unwrapped
 from ..source import RuleInputs, Source
 from .checks import check_one_group, check_samples, follow_unscaling, is_on_device
 from .counts import State
+from .scale import GradScale
 from .span import Span
 
 
@@ -30,6 +31,13 @@ class Steps(Protocol):
     state: Any
     # Whether the loss scaler keeps its overflow flag on the device.
     scaler_on_device: bool
+
+    @property
+    def whole(self) -> Any:
+        """The optimizer that parameters are numbered in: itself, or what this is a part of."""
+
+    def scale_for(self, device: torch.device) -> GradScale:
+        """Return what launches on a device are to read besides coefficients."""
 
     @property
     def rule(self) -> Rule:
@@ -49,7 +57,8 @@ class Request:
     """One step.
 
     Attributes:
-        rule, backend, groups, state: the optimizer's.
+        rule, backend, groups, state, scale_for: the optimizer's.
+        whole_groups: the groups that parameters are numbered by, of which these may be a part.
         clips: whether gradients are clipped.
         params: those that take part, ordered by group, each once.
         group_of: for each parameter, the index of its group.
@@ -86,6 +95,8 @@ class Request:
     statistics: Source | None
     scaler_on_device: bool
     span: Span | None
+    whole_groups: Sequence[dict[str, Any]]
+    scale_for: Callable[[torch.device], GradScale]
 
     @cached_property
     def local_params(self) -> list[Tensor]:
@@ -201,7 +212,7 @@ def gather(
         optimizer.rule, optimizer.backend, optimizer.param_groups, optimizer.state,
         optimizer.clip is not None, params, group_of, tensors, local, wrappings, specs,
         found.per_sample, samples, factor, grad_scale, found_inf, statistics,
-        optimizer.scaler_on_device, span,
+        optimizer.scaler_on_device, span, optimizer.whole.param_groups, optimizer.scale_for,
     )  # fmt: skip
 
 

@@ -4,8 +4,8 @@ A variant is what the launcher would compile at run time; a report is what can b
 machine code: registers, stack, matrix instructions, and how wide and how many the accesses to
 global memory are; a budget is the limits that this project sets itself. The modules, each of which
 imports those before it alone: ``targets``; ``variant``, the vocabulary; ``compile`` and
-``machine_code``; ``option_sets``, ``update``, ``norms``, ``materialised``, ``vectors`` and
-``samples``, a family of kernels each; ``catalogue``, all of them.
+``machine_code``; ``option_sets``, ``update``, ``norms``, ``accumulate``, ``materialised``,
+``vectors`` and ``samples``, a family of kernels each; ``catalogue``, all of them.
 """
 
 from .catalogue import variants

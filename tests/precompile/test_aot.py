@@ -18,7 +18,7 @@ import json
 from triton.runtime.jit import JITFunction
 from fusedopt.examples.lion import LION
 from fusedopt.kernels import aot
-from fusedopt.kernels.aot import materialised, norms, update
+from fusedopt.kernels.aot import accumulate, materialised, norms, update
 from fusedopt.kernels.aot.compile import specialization
 from fusedopt.kernels.rules import REGISTRY, register
 from fusedopt.precompile import cases
@@ -46,7 +46,8 @@ with fake_driver(target):
     for case in cases.all_cases():
         case.run()
 
-listed = [*update.variants("cuda:90"), *norms.variants(), *materialised.variants()]
+listed = [*update.variants("cuda:90"), *norms.variants(), *accumulate.variants()]
+listed += materialised.variants()
 # No case has samples in two tensors.
 listed = [variant for variant in listed if variant.constants.get("PARTS", 1) == 1]
 missing = [

@@ -118,8 +118,8 @@ def test_a_model_of_usual_layers_launches_nothing_else(
 def test_every_variant_of_codegen_is_among_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     """``codegen`` lists variants by hand: whatever it has, a step must have launched."""
     from fusedopt.backends import triton as launching
-    from fusedopt.backends import triton_samples
-    from fusedopt.kernels.aot import materialised, norms, update
+    from fusedopt.backends import triton_accumulate, triton_samples
+    from fusedopt.kernels.aot import accumulate, materialised, norms, update
     from fusedopt.precompile import cases
 
     seen = set()
@@ -132,9 +132,11 @@ def test_every_variant_of_codegen_is_among_the_cases(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(launching, "launch", note)
     monkeypatch.setattr(triton_samples, "launch", note)
+    monkeypatch.setattr(triton_accumulate, "launch", note)
     for case in cases.all_cases():
         case.run()
-    for variant in (*update.variants(), *norms.variants(), *materialised.variants()):
+    families = (update, norms, accumulate, materialised)
+    for variant in (variant for family in families for variant in family.variants()):
         if variant.constants.get("PARTS", 1) == 1:
             wanted = variant.kernel.__name__, variant.threads, _constants(variant.constants)
             assert wanted in seen, variant.name

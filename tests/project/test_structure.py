@@ -33,6 +33,8 @@ LAYERS = (
     "optimizer",
     "optimizers",
     "batch_decoupled",
+    "release",
+    "accumulation",
     "scaling",
     "svag",
     # The package itself: what users import.
