@@ -103,13 +103,12 @@ def test_in_a_new_group(name: str) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
 @each
-def test_after_an_edit(name: str, backend: str) -> None:
+def test_after_an_edit(name: str) -> None:
     # Catches a plan that does not look again, and a group before it that was updated already.
     cls, dtype, options, message = REFUSED[name]
     params = [parameter(dtype), parameter(dtype)]
-    optimizer = cls([{"params": [p]} for p in params], lr=0.1, backend=backend)
+    optimizer = cls([{"params": [p]} for p in params], lr=0.1, backend="reference")
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
