@@ -72,6 +72,10 @@ class Plan:
         self._group = groups[group_of[0]]
         formats = [format_of(request.rule, group) for group in groups]
         self._names = [formats[index].names for index in group_of]
+        # By a parameter's number among these it is rounded; of a part, whoever steps it looks.
+        self._numbered: list[Tensor] | None = None
+        if request.groups is request.whole_groups and any(f.device.draws for f in formats):
+            self._numbered = _everything(request)
         self._states = states
         self._all_params = list(request.state)
         self._all_states = list(request.state.values())
@@ -143,6 +147,8 @@ class Plan:
             and request.span == self.span
             and self._is_set(request)
         ):
+            return False
+        if self._numbered is not None and not identical(_everything(request), self._numbered):
             return False
         # Not a look-up a parameter: hashing a tensor is a call into Python.
         if not identical(request.state, self._all_params) or not identical(
@@ -300,8 +306,7 @@ def _entries(
     """
     numbers: dict[int, int] = {}
     if any(format.device.draws for format in formats):
-        everything = [p for group in request.whole_groups for p in group["params"]]
-        numbers = {id(p): i for i, p in enumerate(everything)}
+        numbers = {id(p): i for i, p in enumerate(_everything(request))}
     alike = list(zip(options_of, formats, strict=True))
     places: dict[Any, list[int]] = {}
     for place, k in enumerate(chosen):
@@ -326,6 +331,11 @@ def _entries(
             )
         )
     return found
+
+
+def _everything(request: Request) -> list[Tensor]:
+    """List the parameters of the whole optimizer, with a gradient or without."""
+    return [p for group in request.whole_groups for p in group["params"]]
 
 
 def _draw(p: Tensor, number: int, format: GroupFormat) -> Draw:

@@ -143,6 +143,19 @@ def test_one_launch_for_all(monkeypatch) -> None:
     assert launches == [len(list(model.parameters()))] * 3
 
 
+def test_wide_accesses_where_addresses_allow(monkeypatch, device) -> None:
+    # Nothing else shows it where there is no GPU: there it is a fault.
+    seen: list[bool] = []
+    monkeypatch.setattr(
+        triton_accumulate, "launch", lambda *_, **meta: seen.append(bool(meta["ALIGNED"]))
+    )
+    memory, gradient = torch.zeros(33, device=device), torch.ones(33, device=device).to(BF16)
+    sums = sums_on(device, "triton")
+    for total, own in ((memory, gradient), (memory[1:], gradient[:-1]), (memory[4:], gradient[4:])):
+        sums.add([total], [own], [True])
+    assert seen == [True, False, False]
+
+
 @pytest.mark.parametrize("clip", [None, "ours", "torch's"])
 def test_the_optimizer_reads_the_sums(clip) -> None:
     model, twin = _narrow(), _narrow()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_accumulation(outside) -> None:
 def test_two_passes_for_one_step_are_refused() -> None:
     # Without the check these are two steps, and nothing says so.
     with pytest.raises(RuntimeError, match=r"two backward passes for one call.*accumulating\(\)"):
-        run(_adamw, True, loop=_in_parts(2, 2))
+        run(_adamw, True, steps=1, loop=_in_parts(2, 2))
 
 
 def test_the_second_pass_changes_nothing_once_the_loop_is_known() -> None:
@@ -256,26 +257,32 @@ def test_parameters_moved_in_the_groups_keep_their_numbers() -> None:
         if optimizer.state[model.gain]["step"] == 2:
             first, second = optimizer.param_groups
             first["params"].append(second["params"].pop(0))
+        elif optimizer.state[model.gain]["step"] == 3:
+            # All in the second group stay where they are, and are one further on.
+            optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(1).bfloat16()))
 
     def make(model):
         options = {"rounding": "stochastic", "rounding_seed": 2, "backend": "reference"}
         return fusedopt.AdamW(two_groups(model), **options)
 
     bf16 = torch.bfloat16
-    assert_same_run(*(run(make, on, dtype=bf16, loop=loop) for on in (True, False)))
+    assert_same_run(*(run(make, on, steps=6, dtype=bf16, loop=loop) for on in (True, False)))
 
 
 def test_a_checkpoint_in_between() -> None:
-    """Loaded into an optimizer that releases: as into one that does not."""
+    """What it has not is not missed, as it would be of a state that was edited."""
 
     def loop(model, optimizer, release, batch):
         step_after_backward(model, optimizer, release, batch)
-        if optimizer.state[model.gain]["step"] == 2:
-            saved = optimizer.state_dict()
-            saved["state"] = {k: v for k, v in saved["state"].items() if k % 2}
-            optimizer.load_state_dict(saved)
+        if "saved" not in optimizer.__dict__:
+            optimizer.saved = copy.deepcopy(optimizer.state_dict())
+        elif optimizer.saved is not None and optimizer.state[model.gain]["step"] == 3:
+            optimizer.load_state_dict(optimizer.saved)
+            optimizer.saved = None
+        for group in optimizer.param_groups:
+            group["amsgrad"] = True
 
-    assert_same_run(*(run(_adamw, released, loop=loop) for released in (True, False)))
+    assert_same_run(*(run(_adamw, on, steps=5, loop=loop) for on in (True, False)))
 
 
 def test_a_pass_that_makes_a_graph() -> None:

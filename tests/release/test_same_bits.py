@@ -120,8 +120,12 @@ def test_memory_that_changes_between_steps() -> None:
         p = model.narrow.weight
         state = optimizer.state[p]
         step = int(state["step"])
+        square = optimizer.state[model.twice.weight]
         if step == 1:
             state["exp_avg"] = state["exp_avg"].clone() * 2
+            # In the same memory, and in another order.
+            square["exp_avg"] = square["exp_avg"].t()
+            optimizer.state[model.norm.weight]["step"] = torch.tensor(40.0)
         elif step == 2:
             state["step"].add_(5)
             state["exp_avg_sq"].data = state["exp_avg_sq"].clone() * 3
@@ -153,10 +157,10 @@ def test_gradients_that_move_and_come_back() -> None:
     fusedopt.gradient_release(model, ours)
     (hook,) = p._post_accumulate_grad_hooks.values()
     places = [torch.full((5,), float(i)) for i in range(2)]
-    # Of each step which place, and whether the quick way is barred, by an option that changes.
-    for place, nesterov in ((0, False), (0, False), (1, False), (0, True), (0, True), (1, False)):
+    # Of each step which place, and whether the quick way is barred: it leaves tensors to the plan.
+    for place, barred in ((0, False), (0, False), (1, False), (0, True), (1, True), (1, False)):
         for q, optimizer in ((p, ours), (twin, theirs)):
-            optimizer.param_groups[0]["nesterov"] = nesterov
+            optimizer.param_groups[0]["lr"] = torch.tensor(0.1) if barred else 0.1
             q.grad = places[place]
         hook(p)
         theirs.step()
