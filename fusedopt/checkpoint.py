@@ -207,7 +207,7 @@ def kept_states(optimizer: Any, loaded: Mapping[str, Any]) -> list[tuple[Tensor,
                 wrong = placement_problem(p, name, value)
                 if wrong is not None and name in _tensors_of(state, format):
                     raise ValueError(f"{describe(optimizer, p)}: {wrong}")
-            restored(p, kept, optimizer.rule)
+            restored(p, kept, optimizer.rule, format)
             # What is kept beside a parameter is the rest of it, which is yet to be loaded, perhaps.
             beside = {name: kept.pop(name) for name in COMPANIONS if name in kept}
             _fit(optimizer, p, kept, format)

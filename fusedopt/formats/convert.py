@@ -55,7 +55,7 @@ def fit(p: Any, state: State, format: GroupFormat, rule: Rule) -> None:
         MissingScale: for codes without scales.
         ValueError: for a parameter whose states cannot be in groups.
     """
-    restored(p, state, rule)
+    restored(p, state, rule, format)
     for own in format.states:
         value = state.get(own.name)
         if isinstance(value, Tensor) and not _is_kept(value, state, own, p, format):

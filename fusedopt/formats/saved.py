@@ -83,7 +83,7 @@ def shown(p: Any, state: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
     return found
 
 
-def restored(p: Any, state: MutableMapping[str, Any], rule: Rule) -> None:
+def restored(p: Any, state: MutableMapping[str, Any], rule: Rule, format: GroupFormat) -> None:
     """Undo ``shown``, in place; what is as it is kept stays so.
 
     Of groups that now lie otherwise, those whose elements do not have one scale are rounded to
@@ -93,11 +93,13 @@ def restored(p: Any, state: MutableMapping[str, Any], rule: Rule) -> None:
         p: the parameter.
         state: its state dictionary.
         rule: whose states these are.
+        format: that they were saved in.
     """
+    floats = {own.name for own in format.states if own.dtype == torch.float8_e4m3fn}
     for name, value in list(state.items()):
         if not isinstance(value, Tensor):
             continue
-        if name + SCALE in state and value.dtype == _shown_float8(name, rule):
+        if name in floats and value.dtype == _shown_float8(name, rule):
             state[name] = _viewed(value, torch.float8_e4m3fn)
         elif name == "master" and value.dtype == torch.bfloat16:
             state[name] = _viewed(value, torch.int16)
