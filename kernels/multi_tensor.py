@@ -32,6 +32,12 @@ ROWWISE_BLOCK = 256
 # With codes a compiler left to itself takes a dozen more, and none of them for long.
 REGISTERS = 80
 
+
+def register_limit(format: Format) -> int | None:
+    """Registers of a thread at most, or None for as many as the compiler takes."""
+    return None if format == PLAIN else REGISTERS
+
+
 # Rows of the address table in front of the addresses.
 HEADER_ROWS = 2
 
@@ -99,8 +105,8 @@ def update_tensors(
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
                 PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
-        elif DRAWS:
-            # In pieces: what draws would take half as many registers again with masks.
+        elif DRAWS or PARAMETER != "cast":
+            # In pieces: what is no cast would take half as many registers again with masks.
             for part in range(BLOCK // 256):
                 piece = chunk * (BLOCK // 256) + part
                 elements = piece * 256 + tl.arange(0, 256)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..lang import triton
+from . import paths
 from .variant import Report
 
 
@@ -24,9 +25,21 @@ def report(compiled: Any, target: Any) -> Report:
     counts: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
     for kind, vector, bits in access:
         counts[kind][int(bits) * int(vector[2:] or 1)] += 1
+    narrow = Counter(
+        64 if vector else 32
+        for line in paths.whole_chunk(assembly, paths.PTX)[1]
+        # What is not a vector of 64 bits is an address, or a setting.
+        for vector in re.findall(r"\b(?:ld|st)\.global\S*?(?:(\.v2)\.b32|(?<!\.v4)\.b32)\b", line)
+    )
     matrix = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", assembly)
     return Report(
-        registers, stack, shared, dict(counts["ld"]), dict(counts["st"]), tuple(sorted(set(matrix)))
+        registers,
+        stack,
+        shared,
+        dict(counts["ld"]),
+        dict(counts["st"]),
+        tuple(sorted(set(matrix))),
+        dict(narrow),
     )
 
 
@@ -60,6 +73,11 @@ def _report_amd(assembly: str, shared: int) -> Report:
     counts: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     for kind, width in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", assembly):
         counts[kind][widths.get(width, 0)] += 1
+    narrow = Counter(
+        64 if width else 32
+        for line in paths.whole_chunk(assembly, paths.AMD)[1]
+        for width in re.findall(r"\b(?:global|buffer|flat)_(?:load|store)_dword(x2)?\b", line)
+    )
     matrix = tuple(sorted(set(re.findall(r"\bv_mfma\w+", assembly))))
     return Report(
         registers=field("vgpr_count"),
@@ -68,4 +86,5 @@ def _report_amd(assembly: str, shared: int) -> Report:
         loads=dict(counts["load"]),
         stores=dict(counts["store"]),
         matrix=matrix,
+        narrow=dict(narrow),
     )
