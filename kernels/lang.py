@@ -80,23 +80,15 @@ def lerp(a, b, weight):
 # because Triton's default is about to change.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
-# Registers of each lane of an AMD compute unit's SIMD, which its waves share.
-_AMD_REGISTERS = 512
-
-
 def register_options(registers: int | None, backend: str) -> dict[str, int]:
     """Return the compile options that keep a kernel within so many registers a thread.
 
     Args:
         registers: at most; None for any.
-        backend: ``cuda`` or ``hip``, which is told how many waves are to fit; of others nothing is
-            asked.
+        backend: ``cuda``; others are asked nothing: AMD's compiler stays within by itself, and
+            where it is told how many waves are to fit (``waves_per_eu``), it takes stack instead.
     """
-    if registers is None or backend not in ("cuda", "hip"):
-        return {}
-    if backend == "cuda":
-        return {"maxnreg": registers}
-    return {"waves_per_eu": _AMD_REGISTERS // registers}
+    return {} if registers is None or backend != "cuda" else {"maxnreg": registers}
 
 
 # Whether the kernels run as Python on the CPU (TRITON_INTERPRET=1 when this module was imported).

@@ -73,11 +73,14 @@ def _report_amd(assembly: str, shared: int) -> Report:
     counts: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     for kind, width in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", assembly):
         counts[kind][widths.get(width, 0)] += 1
-    narrow = Counter(
-        64 if width else 32
-        for line in paths.whole_chunk(assembly, paths.AMD)[1]
-        for width in re.findall(r"\b(?:global|buffer|flat)_(?:load|store)_dword(x2)?\b", line)
-    )
+    narrow: Counter[int] = Counter()
+    for line in paths.whole_chunk(assembly, paths.AMD)[1]:
+        for kind, pair in re.findall(r"\b(?:global|buffer|flat)_(load|store)_dword(x2)?\b", line):
+            if not pair:
+                narrow[32] += 1
+            elif kind == "store":
+                # What is written has been read: addresses are loaded by the same instruction.
+                narrow[64] += 2
     matrix = tuple(sorted(set(re.findall(r"\bv_mfma\w+", assembly))))
     return Report(
         registers=field("vgpr_count"),

@@ -27,6 +27,10 @@ LAYOUTS = (
     ("bf16", "bf16", "bf16", False),
 )
 
+# Its compiler takes more than NVIDIA's for a few formats, and stack where it is kept from that. With
+# so many four waves fit on a SIMD.
+AMD_REGISTERS = 128
+
 # Rules that are compiled for some formats, and hyper-parameters that choose their options.
 _SOME: tuple[tuple[Rule, Group], ...] = (
     (SGD, {"momentum": 0.9}),
@@ -129,6 +133,7 @@ def update_kept(rule: Rule, group: Group, kept: Kept) -> Variant:
             bytes_per_element=moved.pop(128, None),
             narrow=moved,
             registers=multi_tensor.REGISTERS,
+            amd_registers=AMD_REGISTERS,
         ),
         coefficients=rule.coefficient_names,
     )  # fmt: skip

@@ -29,12 +29,14 @@ class Budget:
             and no fewer; None where that is not counted.
         narrow: besides, by 64-bit accesses and by 32-bit ones, by their widths: codes, and scales.
         registers: registers a thread at most, or None.
+        amd_registers: the same on AMD, where it is another; a compute unit has twice as many.
         matrix: whether products must be the target's matrix instructions.
     """
 
     bytes_per_element: float | None = None
     narrow: Mapping[int, float] = field(default_factory=dict)
     registers: int | None = None
+    amd_registers: int | None = None
     matrix: bool = False
 
     def broken(self, variant: Variant, result: Report, target: Any) -> list[str]:
@@ -47,8 +49,11 @@ class Budget:
             moved = result.moved_by(variant, width)
             if moved != limit:
                 broken.append(f"{width}-bit accesses move {moved:g} bytes an element, not {limit:g}")
-        if self.registers is not None and result.registers > self.registers:
-            broken.append(f"{result.registers} registers, more than {self.registers}")
+        most = self.registers
+        if target.backend == "hip" and self.amd_registers is not None:
+            most = self.amd_registers
+        if most is not None and result.registers > most:
+            broken.append(f"{result.registers} registers, more than {most}")
         if self.matrix:
             product = matrix_instruction(capability(target))
             if not any(name.startswith(product) for name in result.matrix):

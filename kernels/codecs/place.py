@@ -54,7 +54,8 @@ def walk_rows(column, width, numel, chunk, FIRST: tl.constexpr, BLOCK: tl.conste
 
     Returns:
         Offsets in memory, int64 ``[BLOCK]``; which of them are elements; their numbers in the whole
-        parameter, as of ``numbered``; the groups, int64 ``[BLOCK // 128]``, and which there are.
+        parameter, as of ``numbered``; the groups, int64 ``[BLOCK // 128]``, and which there are;
+        and the element that offsets count from, None for the first.
     """
     inner = entry(column, width, FIRST + 3)
     whole = entry(column, width, FIRST + 4)
@@ -76,31 +77,43 @@ def walk_rows(column, width, numel, chunk, FIRST: tl.constexpr, BLOCK: tl.conste
         (index >> 32).to(tl.uint32),
         groups,
         some,
+        None,
     )
 
 
 @jit
-def draw(column, width, lower, upper, step, FIRST: tl.constexpr):
-    """Draw 32 bits an element for a step: anew, and from the sequence of the element's own.
+def draw_settings(column, width, step, FIRST: tl.constexpr):
+    """Form what ``draw`` needs to know of a tensor and a step: two keys, and turns.
 
     Args:
         column: the tensor's column of the table.
         width: columns of the table.
-        lower: numbers of the elements in the whole parameter, the lower halves.
-        upper: the upper halves.
         step: number of the step.
         FIRST: the row of the table that holds the seed.
+    """
+    seed = entry(column, width, FIRST)
+    number = entry(column, width, FIRST + 1)
+    key0, key1 = keys(seed, number, step)
+    turns = (step * 0x9E3779B9 + seed * 0x85EBCA6B + number * 0xC2B2AE35).to(tl.uint32)
+    return key0, key1, turns
+
+
+@jit
+def draw(settings, lower, upper):
+    """Draw 32 bits an element for a step: anew, and from the sequence of the element's own.
+
+    Args:
+        settings: as ``draw_settings`` forms them.
+        lower: numbers of the elements in the whole parameter, the lower halves.
+        upper: the upper halves.
 
     Returns:
         Random bits; and thresholds that are spread evenly over any number of consecutive steps,
         by the golden ratio. Both uint32.
     """
-    seed = entry(column, width, FIRST)
-    number = entry(column, width, FIRST + 1)
-    key0, key1 = keys(seed, number, step)
+    key0, key1, turns = settings
     bits = random_bits(lower, upper, key0, key1)
     # A start of each element's own is enough here: half as much mixing as of random bits.
-    turns = (step * 0x9E3779B9 + seed * 0x85EBCA6B + number * 0xC2B2AE35).to(tl.uint32)
     start = lower ^ tl.mul(upper, 0x27D4EB2F, sanitize_overflow=False)
     thresholds = tl.add(scattered(start), turns, sanitize_overflow=False)
     return bits, thresholds
