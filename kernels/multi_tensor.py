@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from .codecs import codes, compute_type, decode, encode, parameter
 from .codecs.format import PLAIN, Format
-from .codecs.place import draw, draw_settings, numbered, walk_rows
+from .codecs.place import draw, numbered, walk_rows
 from .lang import jit, tl
 
 # Elements and threads of a program. A thread holds 8 elements of each operand: one 16-byte access
@@ -180,9 +180,6 @@ def apply_rule(
 ):  # fmt: skip
     """Update one chunk of parameter and states, whose addresses follow those of the inputs."""
     offsets, mask, lower, upper, groups, some, begin = place
-    settings = None
-    if DRAWS:
-        settings = draw_settings(column, width, step, 2 + len(DTYPES))
     own = address(column, width, 0, DTYPES, ALIGNED, begin) + offsets
     if PARAMETER == "cast" or PARAMETER == "stochastic":
         companion = own
@@ -206,7 +203,7 @@ def apply_rule(
     bits = None
     thresholds = None
     if DRAWS:
-        bits, thresholds = draw(settings, lower, upper)
+        bits, thresholds = draw(column, width, lower, upper, step, 2 + len(DTYPES))
     parameter.store(own, companion, p, mask, bits, PARAMETER)
     for i in tl.static_range(len(STATES)):
         if STATES[i] == "cast":

@@ -14,8 +14,8 @@ Rows of the table behind the addresses, of tensors whose codecs draw::
 and of those that are walked row by row::
 
     row 3    elements of a row
-    row 4    elements here that follow each other in the whole parameter (a multiple of row 3)
-    row 5    how far apart the next such elements begin there
+    row 4    rows here that follow each other in the whole parameter
+    row 5    how far apart the next such rows begin there
 """
 
 from __future__ import annotations
@@ -58,62 +58,56 @@ def walk_rows(column, width, numel, chunk, FIRST: tl.constexpr, BLOCK: tl.conste
         and the element that offsets count from, None for the first.
     """
     inner = entry(column, width, FIRST + 3)
-    whole = entry(column, width, FIRST + 4)
+    follow = entry(column, width, FIRST + 4).to(tl.uint32)
     apart = entry(column, width, FIRST + 5)
-    a_row = (inner + 127) // 128
-    groups = chunk * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
-    some = groups < numel // inner * a_row
-    begin = groups // a_row * inner + groups % a_row * 128
+    # There are less than 2^32 groups, since there are less than 2^31 programs: quotients of 64 bits
+    # are functions, around which registers run out.
+    a_row = ((inner + 127) // 128).to(tl.uint32)
+    groups = (chunk * (BLOCK // 128)).to(tl.uint32) + tl.arange(0, BLOCK // 128).to(tl.uint32)
+    row = groups // a_row
+    within = (groups % a_row).to(tl.int64) * 128
+    begin = row.to(tl.int64) * inner + within
+    some = begin < numel
     lanes = tl.arange(0, 128)
-    left = tl.where(some, inner - groups % a_row * 128, 0)
+    left = tl.where(some, inner - within, 0)
     mask = tl.expand_dims(lanes, 0) < tl.expand_dims(left, 1)
     offsets = tl.expand_dims(begin, 1) + tl.expand_dims(lanes, 0)
-    there = begin // whole * apart + begin % whole + entry(column, width, FIRST + 2)
+    there = (row // follow).to(tl.int64) * apart + (row % follow).to(tl.int64) * inner
+    there += within + entry(column, width, FIRST + 2)
     index = tl.reshape(tl.expand_dims(there, 1) + tl.expand_dims(lanes, 0), (BLOCK,))
     return (
         tl.reshape(offsets, (BLOCK,)),
         tl.reshape(mask, (BLOCK,)),
         index.to(tl.uint32),
         (index >> 32).to(tl.uint32),
-        groups,
+        groups.to(tl.int64),
         some,
         None,
     )
 
 
 @jit
-def draw_settings(column, width, step, FIRST: tl.constexpr):
-    """Form what ``draw`` needs to know of a tensor and a step: two keys, and turns.
+def draw(column, width, lower, upper, step, FIRST: tl.constexpr):
+    """Draw 32 bits an element for a step: anew, and from the sequence of the element's own.
 
     Args:
         column: the tensor's column of the table.
         width: columns of the table.
-        step: number of the step.
-        FIRST: the row of the table that holds the seed.
-    """
-    seed = entry(column, width, FIRST)
-    number = entry(column, width, FIRST + 1)
-    key0, key1 = keys(seed, number, step)
-    turns = (step * 0x9E3779B9 + seed * 0x85EBCA6B + number * 0xC2B2AE35).to(tl.uint32)
-    return key0, key1, turns
-
-
-@jit
-def draw(settings, lower, upper):
-    """Draw 32 bits an element for a step: anew, and from the sequence of the element's own.
-
-    Args:
-        settings: as ``draw_settings`` forms them.
         lower: numbers of the elements in the whole parameter, the lower halves.
         upper: the upper halves.
+        step: number of the step.
+        FIRST: the row of the table that holds the seed.
 
     Returns:
         Random bits; and thresholds that are spread evenly over any number of consecutive steps,
         by the golden ratio. Both uint32.
     """
-    key0, key1, turns = settings
+    seed = entry(column, width, FIRST)
+    number = entry(column, width, FIRST + 1)
+    key0, key1 = keys(seed, number, step)
     bits = random_bits(lower, upper, key0, key1)
     # A start of each element's own is enough here: half as much mixing as of random bits.
+    turns = (step * 0x9E3779B9 + seed * 0x85EBCA6B + number * 0xC2B2AE35).to(tl.uint32)
     start = lower ^ tl.mul(upper, 0x27D4EB2F, sanitize_overflow=False)
     thresholds = tl.add(scattered(start), turns, sanitize_overflow=False)
     return bits, thresholds
