@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def is_wanted(options: argparse.Namespace) -> bool:
     """Whether memory is asked for."""
+    more = (options.gradient, options.states, options.master, options.rounding)
+    asked = options.option or options.clip or options.release
+    return _has_size(options) or bool(asked) or any(value is not None for value in more)
+
+
+def _has_size(options: argparse.Namespace) -> bool:
     return options.model_parameters is not None or options.shapes is not None
 
 
@@ -57,6 +64,8 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         Problem: for arguments that mean nothing.
     """
+    if not _has_size(options):
+        raise Problem("how large is the model? --model-parameters or --shapes says it")
     kind = _optimizer(options.optimizer)
     group = _group(kind, options)
     gradient = options.gradient or options.params
@@ -189,10 +198,14 @@ def print_tables(found: dict[str, Any]) -> None:
             row = found[name]
             table.add_row(label, "", *_cells(row["kept_bytes"], row["moved_bytes"], count))
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        # A file has no edge.
+        console = Console(width=110)
     console.print(table)
     for note in found["notes"]:
         console.print(note, markup=False)
 
 
 def _cells(kept: float, moved: float, count: float) -> list[str]:
-    return [f"{kept:.4g}", f"{moved:.4g}", f"{kept * count / 1e9:.4g}", f"{moved * count / 1e9:.4g}"]
+    in_all = (f"{size * count / 1e9:.4g}" for size in (kept, moved))
+    return [f"{kept:.6g}", f"{moved:.6g}", *in_all]

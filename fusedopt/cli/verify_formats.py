@@ -35,8 +35,8 @@ FORMATS: Mapping[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bf16 and int8": (BF16, {"state_dtype": {"exp_avg": BF16, "exp_avg_sq": "int8"}}),
 }
 # Whole chunks and ragged ones, rows that end within a group, scalars, and none at all.
-SHAPES = ((1024,), (2500,), (3, 150), (3, 5, 7), (), (0,), (1,))
-STEPS = 4
+SHAPES = ((1024,), (1300,), (3, 150), (), (0,), (1,))
+STEPS = 2
 
 
 @jit
@@ -100,8 +100,7 @@ def compare_all(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def _differing(dtype: torch.dtype, options: dict[str, Any], device: torch.device) -> int:
-    group = {"lr": 1.0, "amsgrad": False, **options}
-    runs = _runs(HOLD, group, dtype, device)
+    runs = _runs(HOLD, {"lr": 1.0, "amsgrad": False}, options, dtype, device)
     count = 0
     for gradients in _gradients(dtype, device, extreme=True):
         _step(runs, gradients)
@@ -111,8 +110,7 @@ def _differing(dtype: torch.dtype, options: dict[str, Any], device: torch.device
 
 
 def _worst(dtype: torch.dtype, options: dict[str, Any], device: torch.device) -> float:
-    group = {**ADAM.example_groups[0], **options}
-    runs = _runs(ADAM, group, dtype, device)
+    runs = _runs(ADAM, ADAM.example_groups[0], options, dtype, device)
     worst = 0.0
     for gradients in _gradients(dtype, device, extreme=False):
         before = [p.detach().clone() for p in runs[0][0]]
@@ -126,7 +124,7 @@ def _worst(dtype: torch.dtype, options: dict[str, Any], device: torch.device) ->
 
 
 def _runs(
-    rule: Rule, group: Group, dtype: torch.dtype, device: torch.device
+    rule: Rule, group: Group, options: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> list[tuple[list[Any], FusedOptimizer]]:
     generator = torch.Generator().manual_seed(1)
     start = [torch.randn(shape, generator=generator).to(device, dtype) for shape in SHAPES]
@@ -134,7 +132,7 @@ def _runs(
     runs = []
     for backend in ("triton", "reference"):
         params = [nn.Parameter(x.clone()) for x in start]
-        runs.append((params, kind(params, dict(group), backend=backend)))
+        runs.append((params, kind(params, dict(group), backend=backend, **options)))
     return runs
 
 
@@ -148,8 +146,8 @@ def _gradients(dtype: torch.dtype, device: torch.device, extreme: bool) -> Itera
                 # Over many octaves, with zeros, and a nan in the longest.
                 x = x * 2.0 ** torch.randint(-20, 12, shape, generator=generator)
                 x = torch.where(torch.rand(shape, generator=generator) < 0.05, 0.0, x)
-            if extreme and x.numel() == 2500:
-                x[1300] = torch.nan
+            if extreme and x.numel() == 1300:
+                x[1100] = torch.nan
             found.append(x.to(device, dtype))
         yield found
 

@@ -76,6 +76,7 @@ def update_kept_from_samples(kept: Kept) -> Variant:
     format = kept.format(rule, group)
     types = (*kept.types, *kept.kept_types(rule, group))
     launch = launch_config.default(kept.aligned, kept.rowwise)
+    limit = multi_tensor.register_limit(format)
     moved = {}
     if kept.aligned and not kept.rowwise:
         moved = bytes_by_width(types, format, n_inputs=1)
@@ -89,13 +90,13 @@ def update_kept_from_samples(kept: Kept) -> Variant:
             launch.block, format, kept.rowwise,
         ),
         threads=launch.threads,
-        registers=multi_tensor.register_limit(format),
+        registers=limit,
         block=launch.block,
         budget=Budget(
             bytes_per_element=moved.pop(128, None),
             narrow=moved,
-            registers=multi_tensor.REGISTERS,
-            amd_registers=AMD_REGISTERS,
+            registers=limit,
+            amd_registers=limit and AMD_REGISTERS,
         ),
         coefficients=rule.coefficient_names,
     )  # fmt: skip

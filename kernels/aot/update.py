@@ -117,6 +117,7 @@ def update_kept(rule: Rule, group: Group, kept: Kept) -> Variant:
     types = (*kept.types, *squares, *kept.kept_types(rule, group))
     launch = default(kept.aligned, kept.rowwise)
     is_counted = kept.aligned and not kept.rowwise
+    limit = multi_tensor.register_limit(format)
     moved = bytes_by_width(types, format, len(rule.degrees)) if is_counted else {}
     return Variant(
         name=f"{rule.label(options)} {kept.name}",
@@ -127,13 +128,13 @@ def update_kept(rule: Rule, group: Group, kept: Kept) -> Variant:
             kept.rowwise,
         ),
         threads=launch.threads,
-        registers=multi_tensor.register_limit(format),
+        registers=limit,
         block=launch.block,
         budget=Budget(
             bytes_per_element=moved.pop(128, None),
             narrow=moved,
-            registers=multi_tensor.REGISTERS,
-            amd_registers=AMD_REGISTERS,
+            registers=limit,
+            amd_registers=limit and AMD_REGISTERS,
         ),
         coefficients=rule.coefficient_names,
     )  # fmt: skip
