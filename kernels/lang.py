@@ -80,6 +80,7 @@ def lerp(a, b, weight):
 # because Triton's default is about to change.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
+
 def register_options(registers: int | None, backend: str) -> dict[str, int]:
     """Return the compile options that keep a kernel within so many registers a thread.
 

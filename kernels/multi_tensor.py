@@ -209,8 +209,8 @@ def apply_rule(
         if STATES[i] == "cast":
             encode(pointers[i], states[i], mask)
         else:
-            # Here addresses are read again: they come while codes are formed, and to keep them would
-            # take four registers a state.
+            # Here addresses are read again: they come while codes are formed, and to keep them
+            # would take four registers a state.
             pointer = address(column, width, ROWS[i], DTYPES, ALIGNED, begin) + offsets
             scale = address(column, width, ROWS[i] + 1, DTYPES, False) + groups
             codes.store(

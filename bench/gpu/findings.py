@@ -198,6 +198,12 @@ def tune(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {f"AdamW {types}": name or "default" for types, name in chosen}
 
 
+def formats(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return of each format the share of a copy's bandwidth; a missed aim is a figure."""
+    found = _one(setting.work / "formats")["formats"]
+    return {f"{name} % of copy": 100 * row["of_copy"] for name, row in found.items()}
+
+
 def first_step(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return how many first steps were taken; their seconds are in the file."""
     result = _one(setting.work / "first-step")

@@ -40,7 +40,7 @@ STEPS = 2
 
 
 @jit
-def _hold(p, inputs, states, coefficients, OPTIONS: tl.constexpr):  # noqa: N803
+def _hold(p, inputs, states, coefficients, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     fresh = coefficients[0] > 0.5
     value = inputs[0]
     magnitude = tl.abs(value)

@@ -1,7 +1,7 @@
 """Bytes of parameters, gradients and states: kept, and moved by a step, as formats have them.
 
 An update reads everything once and writes everything but the gradient. What it moves is what the
-kernels are compiled for: ``kernels/aot/update.py`` has the same sums as budgets of the machine code.
+kernels are compiled for: ``kernels/aot/update.py`` has these sums as budgets of the machine code.
 """
 
 from __future__ import annotations
@@ -82,8 +82,12 @@ def of_tensors(
     """List what belongs to whole tensors: exactly, step counts included.
 
     Args:
+        rule: as of ``of_element``, and what follows.
+        group: the hyper-parameters.
+        parameter: type of parameters.
+        gradient: type of gradients.
         shapes: of the parameters; of shards, those of their parts.
-        rule, group, parameter, gradient, clip: as of ``of_element``.
+        clip: whether the norm is taken.
     """
     elements = sum(map(math.prod, shapes))
     scales = sum(math.prod(_scale_shape(shape)) for shape in shapes)

@@ -152,9 +152,7 @@ def take_steps_from_samples(
             _step(rule, group, precision, p, norm, GradSampleSquares())
 
 
-def _parameters(
-    rule: Rule, group: Group, dtype: str, numel: int, aligned: bool
-) -> Iterator[Any]:
+def _parameters(rule: Rule, group: Group, dtype: str, numel: int, aligned: bool) -> Iterator[Any]:
     yield _parameter(dtype, numel, aligned)
     if format_of(rule, group).codecs:
         columns = COLUMNS + numel - NUMEL

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..lang import triton
 from . import paths
-from .variant import Report
+from .variant import Report, Variant
 
 
 def report(compiled: Any, target: Any) -> Report:
@@ -43,18 +43,35 @@ def report(compiled: Any, target: Any) -> Report:
     )
 
 
+def instructions(compiled: Any, target: Any, variant: Variant) -> float | None:
+    """Count the instructions that a whole chunk takes, an element; None where there is no such.
+
+    They are those of one way through the machine code, the shortest, a thread's times threads.
+    """
+    if target.backend == "hip":
+        parts = paths.whole_chunk(compiled.asm["amdgcn"], paths.AMD)
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            parts = paths.whole_chunk(_run("nvdisasm", "-c", file.name), paths.SASS)
+    count = sum(map(len, parts))
+    return count * variant.threads / variant.block if count and variant.block else None
+
+
+def _run(tool: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run(
+        [str(path), *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
 def _cubin_resources(cubin: bytes) -> tuple[int, int]:
     """Registers and stack bytes of a cubin: PTX does not show what the assembler spills."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        output = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        output = _run("cuobjdump", "--dump-resource-usage", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", output)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {output!r}")

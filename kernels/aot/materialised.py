@@ -23,7 +23,11 @@ def variants() -> Iterator[Variant]:
             yield update_from_samples(rule, samples, parts=1)
     yield update_from_samples("BatchDecoupledAdam", "fp32", parts=2)
     yield update_from_samples("BatchDecoupledAdam", "fp32", parts=1, aligned=False)
-    for parameter, states in (("remainder", "fp32"), ("stochastic", "int8"), ("remainder8", "int8")):
+    for parameter, states in (
+        ("remainder", "fp32"),
+        ("stochastic", "int8"),
+        ("remainder8", "int8"),
+    ):
         yield update_kept_from_samples(Kept(("bf16", "bf16"), parameter, states))
     yield update_kept_from_samples(Kept(("bf16", "bf16"), "remainder8", "int8", rowwise=True))
 

@@ -99,7 +99,10 @@ def whole_chunk(text: str, syntax: Syntax) -> tuple[list[str], list[str]]:
                 best[target] = min(best.get(target, found), found)
     way = min(found for name, found in done.items() if blocks[name].ends)[2]
     first = next(i for i, name in enumerate(way) if blocks[name].is_wide)
-    lines = [[line for name in part for line in blocks[name].lines] for part in (way[:first], way[first:])]
+    lines = [
+        [line for name in part for line in blocks[name].lines]
+        for part in (way[:first], way[first:])
+    ]
     return lines[0], lines[1]
 
 

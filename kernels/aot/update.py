@@ -27,8 +27,8 @@ LAYOUTS = (
     ("bf16", "bf16", "bf16", False),
 )
 
-# Its compiler takes more than NVIDIA's for a few formats, and stack where it is kept from that. With
-# so many four waves fit on a SIMD.
+# AMD's compiler takes more than NVIDIA's for a few formats, and stack where it is kept from that.
+# With so many four waves fit on a SIMD.
 AMD_REGISTERS = 128
 
 # Rules that are compiled for some formats, and hyper-parameters that choose their options.

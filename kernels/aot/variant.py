@@ -48,7 +48,9 @@ class Budget:
         for width, limit in {**wanted, **self.narrow}.items():
             moved = result.moved_by(variant, width)
             if moved != limit:
-                broken.append(f"{width}-bit accesses move {moved:g} bytes an element, not {limit:g}")
+                broken.append(
+                    f"{width}-bit accesses move {moved:g} bytes an element, not {limit:g}"
+                )
         most = self.registers
         if target.backend == "hip" and self.amd_registers is not None:
             most = self.amd_registers

@@ -35,7 +35,8 @@ def key(kernel, warps, registers, signature, constexprs, attrs):
     names = kernel.arg_names
     constants = sorted((names[place], text(value)) for (place,), value in constexprs.items())
     divisible = sorted(names[place] for (place,), facts in attrs.items() if facts)
-    return json.dumps([kernel.__name__, warps, registers, sorted(signature.items()), constants, divisible])
+    types = sorted(signature.items())
+    return json.dumps([kernel.__name__, warps, registers, types, constants, divisible])
 
 launched = set()
 
