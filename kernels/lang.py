@@ -80,5 +80,17 @@ def lerp(a, b, weight):
 # because Triton's default is about to change.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
+
+def register_options(registers: int | None, backend: str) -> dict[str, int]:
+    """Return the compile options that keep a kernel within so many registers a thread.
+
+    Args:
+        registers: at most; None for any.
+        backend: ``cuda``; others are asked nothing: AMD's compiler stays within by itself, and
+            where it is told how many waves are to fit (``waves_per_eu``), it takes stack instead.
+    """
+    return {} if registers is None or backend != "cuda" else {"maxnreg": registers}
+
+
 # Whether the kernels run as Python on the CPU (TRITON_INTERPRET=1 when this module was imported).
 INTERPRETED = triton is not None and not isinstance(lerp, triton.JITFunction)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import lang
-from .lang import COMPILE_OPTIONS, INTERPRETED, tl, triton
+from .lang import COMPILE_OPTIONS, INTERPRETED, register_options, tl, triton
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -41,19 +41,21 @@ def launch(
         threads: of each.
         device: that the tensors are on.
         arguments: of the kernel.
-        registers: of a thread at most, where the device's compiler can be told; None for any.
+        registers: of a thread, at most; None for any.
         meta: the kernel's compile-time arguments.
     """
     settle(kernel)
     with _device_guard(device):
         warps = threads // warp_size(device)
-        if registers is not None and _takes_registers(device):
-            meta["maxnreg"] = registers
-        kernel[(programs,)](*arguments, num_warps=warps, **COMPILE_OPTIONS, **meta)
+        limit = register_options(registers, compiler(device))
+        kernel[(programs,)](*arguments, num_warps=warps, **COMPILE_OPTIONS, **limit, **meta)
 
 
-def _takes_registers(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None
+def compiler(device: torch.device) -> str:
+    """Name Triton's backend for a device: ``cuda``, ``hip``, or nothing for the interpreter."""
+    if device.type != "cuda":
+        return ""
+    return "cuda" if torch.version.hip is None else "hip"
 
 
 @cache

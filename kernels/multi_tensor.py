@@ -32,6 +32,12 @@ ROWWISE_BLOCK = 256
 # With codes a compiler left to itself takes a dozen more, and none of them for long.
 REGISTERS = 80
 
+
+def register_limit(format: Format) -> int | None:
+    """Registers of a thread at most, or None for as many as the compiler takes."""
+    return None if format == PLAIN else REGISTERS
+
+
 # Rows of the address table in front of the addresses.
 HEADER_ROWS = 2
 
@@ -99,8 +105,8 @@ def update_tensors(
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
                 PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
-        elif DRAWS:
-            # In pieces: what draws would take half as many registers again with masks.
+        elif DRAWS or PARAMETER != "cast":
+            # In pieces: what is no cast would take half as many registers again with masks.
             for part in range(BLOCK // 256):
                 piece = chunk * (BLOCK // 256) + part
                 elements = piece * 256 + tl.arange(0, 256)
@@ -123,10 +129,13 @@ def update_tensors(
 def whole_chunk(column, width, offsets, chunk, DTYPES: tl.constexpr, DRAWS: tl.constexpr):
     """Place a chunk all of which are elements: as ``codecs.place.walk_rows`` returns it."""
     if DRAWS:
-        lower, upper, groups = numbered(column, width, chunk, 2 + len(DTYPES), offsets.shape[0])
-        return offsets, None, lower, upper, groups, None
+        BLOCK: tl.constexpr = offsets.shape[0]
+        lower, upper, groups = numbered(column, width, chunk, 2 + len(DTYPES), BLOCK)
+        # In 32 bits from the chunk's begin: an address of 64 bits a lane and operand costs AMD's
+        # compiler a dozen registers.
+        return tl.arange(0, BLOCK), None, lower, upper, groups, None, chunk * BLOCK
     else:
-        return offsets, None, None, None, None, None
+        return offsets, None, None, None, None, None, None
 
 
 @jit
@@ -134,9 +143,9 @@ def last_chunk(column, width, numel, offsets, chunk, DTYPES: tl.constexpr, DRAWS
     """Place a chunk that the tensor ends in."""
     if DRAWS:
         lower, upper, groups = numbered(column, width, chunk, 2 + len(DTYPES), offsets.shape[0])
-        return offsets, offsets < numel, lower, upper, groups, groups * 128 < numel
+        return offsets, offsets < numel, lower, upper, groups, groups * 128 < numel, None
     else:
-        return offsets, offsets < numel, None, None, None, None
+        return offsets, offsets < numel, None, None, None, None, None
 
 
 @jit
@@ -151,8 +160,8 @@ def _update_chunk(
     offsets, mask = place[0], place[1]
     inputs = ()
     for i in tl.static_range(n_inputs):
-        x = decode(address(column, width, 1 + i, DTYPES, ALIGNED) + offsets, mask, COMPUTE)
-        x = x * scale
+        pointer = address(column, width, 1 + i, DTYPES, ALIGNED, place[6]) + offsets
+        x = decode(pointer, mask, COMPUTE) * scale
         if DEGREES[i] == 2:
             x = x * scale
         inputs = inputs + (x,)
@@ -170,27 +179,24 @@ def apply_rule(
     ROWS: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk of parameter and states, whose addresses follow those of the inputs."""
-    offsets, mask, lower, upper, groups, some = place
-    own = address(column, width, 0, DTYPES, ALIGNED) + offsets
+    offsets, mask, lower, upper, groups, some, begin = place
+    own = address(column, width, 0, DTYPES, ALIGNED, begin) + offsets
     if PARAMETER == "cast" or PARAMETER == "stochastic":
         companion = own
     else:
-        companion = address(column, width, 1 + N_INPUTS, DTYPES, ALIGNED) + offsets
+        companion = address(column, width, 1 + N_INPUTS, DTYPES, ALIGNED, begin) + offsets
     p = parameter.load(own, companion, mask, PARAMETER, COMPUTE)
     # Addresses of states are kept from load to store: a store might alias the table, so that
     # reading an address again would wait for it.
     pointers = ()
-    scales = ()
     states = ()
     for i in tl.static_range(len(STATES)):
-        pointer = address(column, width, ROWS[i], DTYPES, ALIGNED) + offsets
+        pointer = address(column, width, ROWS[i], DTYPES, ALIGNED, begin) + offsets
         pointers = pointers + (pointer,)
         if STATES[i] == "cast":
-            scales = scales + (pointer,)
             states = states + (decode(pointer, mask, COMPUTE),)
         else:
             scale = address(column, width, ROWS[i] + 1, DTYPES, False) + groups
-            scales = scales + (scale,)
             x = codes.load(pointer, scale, mask, some, STATES[i])
             states = states + (x.to(COMPUTE),)
     p, states = RULE(p, inputs, states, scalars, OPTIONS)
@@ -203,18 +209,30 @@ def apply_rule(
         if STATES[i] == "cast":
             encode(pointers[i], states[i], mask)
         else:
+            # Here addresses are read again: they come while codes are formed, and to keep them
+            # would take four registers a state.
+            pointer = address(column, width, ROWS[i], DTYPES, ALIGNED, begin) + offsets
+            scale = address(column, width, ROWS[i] + 1, DTYPES, False) + groups
             codes.store(
-                pointers[i], scales[i], states[i].to(tl.float32), mask, some,
+                pointer, scale, states[i].to(tl.float32), mask, some,
                 thresholds, STATES[i],
             )  # fmt: skip
 
 
 @jit
-def address(column, width, OPERAND: tl.constexpr, DTYPES: tl.constexpr, ALIGNED: tl.constexpr):
-    """Read an operand's address and give it its type and, where it holds, its alignment."""
+def address(
+    column, width,
+    OPERAND: tl.constexpr, DTYPES: tl.constexpr, ALIGNED: tl.constexpr, begin=None,
+):  # fmt: skip
+    """Read an operand's address and give it its type and, where it holds, its alignment.
+
+    With ``begin`` it is that of this element, a multiple of 16.
+    """
     # 2 is HEADER_ROWS, in int64 because a table can have many columns.
     value = tl.load(column + (2 + OPERAND) * width.to(tl.int64))
     pointer = value.to(tl.pointer_type(DTYPES[OPERAND]))
+    if begin is not None:
+        pointer += begin
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer

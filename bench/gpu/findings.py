@@ -70,12 +70,18 @@ def tests(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 def verify(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return the worst distance in each type."""
     found = json.loads(outcomes[0].output)
-    figures: dict[str, Any] = {"compared": len(found["rows"]) + len(found["operations"])}
+    parts = ("rows", "formats", "operations")
+    figures: dict[str, Any] = {"compared": sum(len(found[name]) for name in parts)}
     for row in found["rows"]:
         name = f"{row['dtype']} ulps"
         figures[name] = max(figures.get(name, 0.0), row["worst_ulps"])
-    rows = [*found["rows"], *found["operations"]]
-    failed = [row.get("rule", row.get("operation")) for row in rows if not row["passed"]]
+    figures["bits of formats"] = sum(row["differing"] for row in found["formats"])
+    rows = [row for name in parts for row in found[name]]
+    failed = [
+        row.get("rule", row.get("format", row.get("operation")))
+        for row in rows
+        if not row["passed"]
+    ]
     if failed or not rows:
         raise Bad(f"{len(failed)} of {len(rows)} comparisons failed: {', '.join(failed)}", figures)
     return figures
@@ -190,6 +196,12 @@ def tune(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     results = _one(setting.work / "tune")["results"]
     chosen = ((x["types"], x["chosen"] and x["chosen"]["name"]) for x in results)
     return {f"AdamW {types}": name or "default" for types, name in chosen}
+
+
+def formats(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return of each format the share of a copy's bandwidth; a missed aim is a figure."""
+    found = _one(setting.work / "formats")["formats"]
+    return {f"{name} % of copy": 100 * row["of_copy"] for name, row in found.items()}
 
 
 def first_step(setting: Setting, outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -166,6 +166,12 @@ def _tune(setting: Setting) -> list[Command]:
     return [Command("tune", python("-m", "bench.tune", *options))]
 
 
+def _formats(setting: Setting) -> list[Command]:
+    table = str(setting.work / "formats" / "formats.json")
+    # Whatever it comes to, the formats that were measured are figures.
+    return [Command("formats", python("-m", "bench.gpu.formats", "--out", table), required=False)]
+
+
 def _first_step(setting: Setting) -> list[Command]:
     folder = str(setting.work / "first-step")
     return [Command("first step", fusedopt("bench", "first-step", "--core", "--out", folder))]
@@ -250,6 +256,7 @@ STAGES = (
     Stage("bench", 45, _bench, findings.bench),
     Stage("tests", 70, _tests, findings.tests),
     Stage("sanitizer", 30, _memcheck, findings.sanitizer),
+    Stage("formats", 90, _formats, findings.formats, kept=False),
     Stage("first-step", 40, _first_step, findings.first_step, kept=False),
     Stage("racecheck", 40, _racecheck, findings.sanitizer, kept=False),
     Stage("native", 40, _native, findings.native, kept=False),

@@ -124,7 +124,8 @@ class Operands:
         found = []
         for row in rows:
             seed, number, walk = self._entries.draws[row]
-            found.append((seed, number, walk.first, walk.inner, walk.whole, walk.apart))
+            follow = walk.whole // walk.inner
+            found.append((seed, number, walk.first, walk.inner, follow, walk.apart))
         count = ROWWISE_ROWS if rowwise else DRAW_ROWS
         return torch.tensor(found, dtype=torch.int64, device="cpu").T[:count]
 

@@ -163,7 +163,7 @@ class Bucket:
                 rule, key.options, types, len(key.counts), key.aligned, shape.block, *kept
             )
             self._extra = (device_vector(key.counts, device),)
-        self._registers = multi_tensor.REGISTERS if key.format.has_codes else None
+        self._registers = multi_tensor.register_limit(key.format)
 
     @cached_property
     def norm_programs(self) -> int:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"processes to compile with; default: one a processor, here {jobs}",
     )
     parser.add_argument(
+        "--only", action="append", metavar="TEXT", help="variants whose names have it, repeatable"
+    )
+    parser.add_argument(
+        "--instructions",
+        action="store_true",
+        help="count those that an element of a whole chunk takes",
+    )
+    parser.add_argument(
         "--baseline", type=Path, metavar="FILE", help="hold every variant to what it used then"
     )
     parser.add_argument(
@@ -58,8 +66,19 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"codegen: {error}", file=sys.stderr)
         return 2
+    if options.only and (options.baseline or options.record):
+        print("codegen: a baseline is of all variants: leave --only out", file=sys.stderr)
+        return 2
     try:
-        rows = list(_compile_all(targets, options.jobs, quiet=options.json))
+        rows = list(
+            _compile_all(
+                targets,
+                options.jobs,
+                quiet=options.json,
+                only=options.only or (),
+                instructions=options.instructions,
+            )
+        )
     except BrokenProcessPool:
         print(
             f"codegen: a compiling process has ended by itself: does Triton {_triton_version()}"
@@ -72,6 +91,9 @@ def run(options: argparse.Namespace) -> int:
     if known is not None:
         result["baseline"] = codegen_baseline.compare(rows, known, _triton_version())
         result["regressed"] = sum(bool(row.get("regressed")) for row in rows)
+    if not rows:
+        print(f"codegen: no variant has {' or '.join(options.only)} in its name", file=sys.stderr)
+        return 2
     if options.json:
         print(json.dumps(result, indent=2))
     else:
@@ -98,17 +120,21 @@ def _unusable(targets: Sequence[str]) -> str | None:
     return target_problem(targets)
 
 
-def _compile_all(targets: Sequence[str], jobs: int, quiet: bool) -> Iterator[dict[str, Any]]:
+def _compile_all(
+    targets: Sequence[str], jobs: int, quiet: bool, only: Sequence[str], instructions: bool
+) -> Iterator[dict[str, Any]]:
     work = [
         (target, variant.name)
         for target in targets
         for variant in aot.variants(aot.parse_target(target))
+        if not only or any(text in variant.name for text in only)
     ]
+    compile_one = partial(compile_row, instructions=instructions)
     with (
         ProcessPoolExecutor(max(1, jobs), mp_context=get_context("spawn")) as pool,
         progress("compiling", quiet) as show,
     ):
-        for done, row in enumerate(pool.map(compile_row, work, chunksize=4), 1):
+        for done, row in enumerate(pool.map(compile_one, work, chunksize=4), 1):
             show(f"{row['target']} {row['variant']}", done, len(work))
             yield row
 
@@ -118,7 +144,7 @@ def _variants(target: str) -> dict[str, Any]:
     return {variant.name: variant for variant in aot.variants(aot.parse_target(target))}
 
 
-def compile_row(work: tuple[str, str]) -> dict[str, Any]:
+def compile_row(work: tuple[str, str], instructions: bool = False) -> dict[str, Any]:
     """Compile one variant for one target and say what it uses and which budgets it breaks.
 
     Variants travel between processes by name: a kernel cannot be pickled.
@@ -134,7 +160,10 @@ def compile_row(work: tuple[str, str]) -> dict[str, Any]:
     if variant.coefficients:
         row["coefficients"] = list(variant.coefficients)
     try:
-        result = aot.report(aot.compile_variant(variant, target), target)
+        compiled = aot.compile_variant(variant, target)
+        result = aot.report(compiled, target)
+        if instructions:
+            row["instructions_per_element"] = aot.instructions(compiled, target, variant)
     except Exception as error:  # noqa: BLE001 - whatever the compiler raises is a finding
         return {**row, "broken": [f"does not compile: {type(error).__name__}: {error}"[:600]]}
     return {
@@ -163,11 +192,14 @@ def _print_tables(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> Non
         table.add_column("variant", no_wrap=True)
         for column in ("registers", "stack", "shared", "B/element", "128-bit ld/st"):
             table.add_column(column, justify="right")
+        counted = any("instructions_per_element" in row for row in rows)
+        if counted:
+            table.add_column("instructions/element", justify="right")
         table.add_column("matrix")
         table.add_column("broken budgets, and more than the baseline")
         for row in (r for r in rows if r["target"] == target):
             complaints = [*row["broken"], *row.get("regressed", [])]
-            table.add_row(row["variant"], *_cells(row), "; ".join(complaints) or "-")
+            table.add_row(row["variant"], *_cells(row, counted), "; ".join(complaints) or "-")
         console.print(table)
     broken = sum(bool(row["broken"]) for row in rows)
     console.print(
@@ -190,9 +222,10 @@ def _print_comparison(result: dict[str, Any]) -> None:
     )
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], counted: bool) -> list[str]:
     if "registers" not in row:
-        return ["-"] * 6
+        return ["-"] * (6 + counted)
+    count = row.get("instructions_per_element")
     wide = f"{row['loads'].get('128', 0)}/{row['stores'].get('128', 0)}"
     moved = row["bytes_per_element"]
     return [
@@ -201,5 +234,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
         str(row["shared"]),
         f"{moved:g}" if moved else "-",
         wide,
+        *([f"{count:.0f}" if count else "-"] if counted else []),
         ", ".join(row["matrix"]) or "-",
     ]

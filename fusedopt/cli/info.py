@@ -1,4 +1,7 @@
-"""``python -m fusedopt info``: what this machine has, and which backend is used for it."""
+"""``python -m fusedopt info``: what this machine has, and which backend is used for it.
+
+With ``--model-parameters`` or ``--shapes``: what a model and its optimizer keep and move.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import argparse
 import json
 import os
 import platform
+import sys
 from typing import Any
 
 import torch
 
 import fusedopt
 from fusedopt import backends
+from fusedopt.cli import info_memory
 from fusedopt.kernels import lang
 from fusedopt.kernels.rules import REGISTRY
 
@@ -19,10 +24,13 @@ from fusedopt.kernels.rules import REGISTRY
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--json", action="store_true", help="machine-readable output, nothing else")
+    info_memory.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print what was found."""
+    if info_memory.is_wanted(options):
+        return _run_memory(options)
     facts = collect()
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -42,6 +50,19 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     console.print(table)
     console.print(devices)
+    return 0
+
+
+def _run_memory(options: argparse.Namespace) -> int:
+    try:
+        found = info_memory.collect(options)
+    except info_memory.Problem as problem:
+        print(f"info: {problem}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        info_memory.print_tables(found)
     return 0
 
 

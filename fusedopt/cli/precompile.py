@@ -16,10 +16,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fusedopt import FusedOptimizer
+from fusedopt.cli import precision
 from fusedopt.cli import precompile_report as report
 from fusedopt.cli.progress import progress
 from fusedopt.cli.targets import problem as target_problem
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="per-sample squares of usual layers, too; their kernels depend on shapes",
     )
+    precision.add_arguments(parser)
     jobs = aot.processors()
     parser.add_argument(
         "--jobs",
@@ -146,8 +148,21 @@ def _check(options: argparse.Namespace) -> Request:
         cache=cache,
         imports=tuple(options.imports or ()),
         statistics=options.statistics,
+        precision=_precision(options, rules),
         jobs=options.jobs,
     )
+
+
+def _precision(options: argparse.Namespace, rules: Sequence[str]) -> dict[str, Any]:
+    """Return the options of precision, of which at least one rule must know what to make."""
+    from fusedopt.precompile.cases import problem
+
+    chosen = precision.chosen(options)
+    wanted = [REGISTRY[name] for name in rules] or list(REGISTRY.values())
+    found = [problem(r, {**group, **chosen}) for r in wanted for group in r.example_groups]
+    if None not in found:
+        raise Problem(found[0])
+    return chosen
 
 
 def _import(names: Sequence[str]) -> None:
@@ -180,13 +195,7 @@ def _own_targets() -> list[str]:
 
 def _rule(name: str) -> str:
     """Return the rule of a name, which may be that of an optimizer."""
-    import fusedopt
-
-    classes = {
-        key: value.rule.name
-        for key, value in vars(fusedopt).items()
-        if isinstance(value, type) and issubclass(value, FusedOptimizer) and hasattr(value, "rule")
-    }
+    classes = {key: value.rule.name for key, value in precision.optimizers().items()}
     names = {**classes, **{rule: rule for rule in REGISTRY}}
     if name not in names:
         raise Problem(f"no rule {name!r}: there are {', '.join(sorted(names))}")

@@ -18,10 +18,14 @@ module at its first launch.
 Kernels of per-sample squares depend on the shapes of layers, which are not
 known here. Without --statistics they are left out; with it, left out are
 convolutions, widths that are no multiples of 16, transposed or sliced inputs,
-and float32 matrix products in tf32. Left out in any case: states of another
-type than their parameter, per-sample gradients in lists, and option sets that
-no combination of a rule's example groups shows. What is left out is compiled
-when it is first used.
+and float32 matrix products in tf32. Left out in any case: per-sample gradients
+in lists, and option sets that no combination of a rule's example groups shows.
+What is left out is compiled when it is first used.
+
+Steps are taken with the options of precision that are given (--states,
+--master, --rounding), and with none without: one run for each that parameter
+groups have, into the same cache. Left out of those is what only shards need
+that are cut along an inner dimension and rounded stochastically.
 
 With TRITON_STORE_BINARY_ONLY=1 entries take a third of the space, without what
 debugging needs.

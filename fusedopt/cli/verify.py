@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from fusedopt import backends
-from fusedopt.cli import verify_samples
+from fusedopt.cli import verify_formats, verify_samples
 from fusedopt.cli.progress import progress
 from fusedopt.kernels import lang
 from fusedopt.kernels.rules import REGISTRY
@@ -52,13 +52,15 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     with _overflow_unannounced():
         rows = list(_compare_all(device, quiet=options.json))
+        formats = list(_compare_formats(device, quiet=options.json))
         operations = list(_compare_operations(device, quiet=options.json))
-    failed = [row for row in (*rows, *operations) if not row["passed"]]
+    failed = [row for row in (*rows, *formats, *operations) if not row["passed"]]
     if options.json:
-        found = {"rows": rows, "operations": operations, "failed": len(failed)}
+        found = {"rows": rows, "formats": formats, "operations": operations, "failed": len(failed)}
         print(json.dumps({"device": options.device, **found}, indent=2))
     else:
         _print_table(rows, options.device)
+        _print_formats(formats)
         _print_operations(operations)
     return 1 if failed else 0
 
@@ -98,6 +100,11 @@ def _compare_all(device: torch.device, quiet: bool) -> Iterator[dict[str, Any]]:
         }
 
 
+def _compare_formats(device: torch.device, quiet: bool) -> Iterator[dict[str, Any]]:
+    rows = verify_formats.compare_all(device)
+    yield from _tracked(rows, "formats", len(verify_formats.FORMATS), quiet)
+
+
 def _compare_operations(device: torch.device, quiet: bool) -> Iterator[dict[str, Any]]:
     total = len(verify_samples.OPERATIONS) * len(verify_samples.DTYPES)
     rows = verify_samples.compare_all(device)
@@ -134,6 +141,23 @@ def _print_table(rows: list[dict[str, Any]], device: str) -> None:
     console = Console()
     console.print(table)
     console.print(f"backend: {backends.choose(device)[1]}")
+
+
+def _print_formats(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="formats of parameters and states: bits that differ, and a step of Adam")
+    table.add_column("format")
+    table.add_column("type")
+    for column in ("differ", "worst ulps", "tolerance"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for row in rows:
+        passed = "ok" if row["passed"] else "FAILED"
+        ulps = f"{row['worst_ulps']:.3g}", f"{row['tolerance_ulps']:g}"
+        table.add_row(row["format"], row["dtype"], str(row["differing"]), *ulps, passed)
+    Console().print(table)
 
 
 def _print_operations(rows: list[dict[str, Any]]) -> None:

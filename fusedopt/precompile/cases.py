@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..accumulation import GradientAccumulator
 from ..clipping import GlobalNorm
+from ..formats import check_options, check_parameters, format_of
 from ..kernels.aot import DTYPES
 from ..kernels.aot.option_sets import option_sets
 from ..kernels.aot.update import LAYOUTS
@@ -58,6 +60,11 @@ SAMPLE_LAYOUTS = tuple(
 CLIPS: tuple[float | None, ...] = (None, 2.0, math.inf)
 
 NUMEL = 4 * ALIGNMENT
+# Rows that end within a group, of which codes are walked row by row.
+COLUMNS = 9 * ALIGNMENT
+
+# Options of precision, as optimizers take them.
+Precision = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,20 +89,36 @@ class Case:
         return in_rules and (not types or self.types <= set(types))
 
 
-def all_cases() -> Iterator[Case]:
-    """Every kind of step of every registered rule."""
+def all_cases(precision: Precision = MappingProxyType({})) -> Iterator[Case]:
+    """Every kind of step of every registered rule.
+
+    Args:
+        precision: options; left out is what they do not go with.
+    """
     for rule in REGISTRY.values():
         for number, group in enumerate(option_sets(rule)):
+            if problem(rule, {**group, **precision}) is not None:
+                continue
             for layout in STEP_LAYOUTS:
-                yield _case("step", rule, number, group, layout, take_steps)
+                yield from _case("step", rule, number, group, precision, layout, take_steps)
             # What GradSampleSquares makes is a gradient and its squares.
             if rule.degrees == (1, 2):
+                run = take_steps_from_samples
                 for layout in SAMPLE_LAYOUTS:
-                    yield _case("samples", rule, number, group, layout, take_steps_from_samples)
+                    yield from _case("samples", rule, number, group, precision, layout, run)
     for param, gradient, aligned in SUM_LAYOUTS:
         name = f"micro-batches {param} {gradient}{'' if aligned else ' unaligned'}"
         run = partial(accumulate, param, gradient, aligned)
         yield Case(name, None, frozenset((param, gradient)), run)
+
+
+def problem(rule: Rule, group: Group) -> str | None:
+    """Say why options of precision are no good for a rule; None where they are."""
+    try:
+        check_options(rule, group)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _case(
@@ -103,35 +126,52 @@ def _case(
     rule: Rule,
     number: int,
     group: Group,
+    precision: Precision,
     layout: tuple[str, str, bool],
-    run: Callable[[Rule, Group, str, str, bool], None],
-) -> Case:
+    run: Callable[[Rule, Group, Precision, str, str, bool], None],
+) -> Iterator[Case]:
     param, gradient, aligned = layout
+    try:
+        check_parameters({**group, **precision, "params": [_parameter(param, 1, aligned)]})
+    except ValueError:
+        return
     types = param if param == gradient else f"{param}/{gradient} gradient"
     name = f"{rule.label(rule.options(group))} {kind} {number} {types}"
+    name += "".join(f" {key}={value}" for key, value in precision.items())
     name += "" if aligned else " unaligned"
     types_of = frozenset((param, gradient))
-    return Case(name, rule.name, types_of, lambda: run(rule, group, *layout))
+    yield Case(name, rule.name, types_of, lambda: run(rule, group, precision, *layout))
 
 
-def take_steps(rule: Rule, group: Group, param: str, gradient: str, aligned: bool) -> None:
+def take_steps(
+    rule: Rule, group: Group, precision: Precision, param: str, gradient: str, aligned: bool
+) -> None:
     """Take a step without clipping and with either norm."""
     for norm in CLIPS:
-        p = _parameter(param, NUMEL, aligned)
-        p.grad_dtype = None
-        p.grad = torch.zeros_like(p, dtype=TORCH_DTYPES[gradient])
-        _step(rule, group, p, norm, statistics_for(rule))
+        for p in _parameters(rule, {**group, **precision}, param, NUMEL, aligned):
+            p.grad_dtype = None
+            p.grad = torch.zeros_like(p, dtype=TORCH_DTYPES[gradient])
+            _step(rule, group, precision, p, norm, statistics_for(rule))
 
 
 def take_steps_from_samples(
-    rule: Rule, group: Group, param: str, samples: str, aligned: bool
+    rule: Rule, group: Group, precision: Precision, param: str, samples: str, aligned: bool
 ) -> None:
     """Take steps on per-sample gradients that lie in memory; clipping takes another way."""
     for norm in CLIPS:
         # Samples lie one behind the other: their size decides, too.
-        p = _parameter(param, NUMEL if aligned else NUMEL + 1, aligned)
-        p.grad_sample = torch.zeros(3, p.numel(), dtype=TORCH_DTYPES[samples])  # type: ignore[attr-defined]
-        _step(rule, group, p, norm, GradSampleSquares())
+        numel = NUMEL if aligned else NUMEL + 1
+        for p in _parameters(rule, {**group, **precision}, param, numel, aligned):
+            p.grad_sample = torch.zeros(3, *p.shape, dtype=TORCH_DTYPES[samples])
+            _step(rule, group, precision, p, norm, GradSampleSquares())
+
+
+def _parameters(rule: Rule, group: Group, dtype: str, numel: int, aligned: bool) -> Iterator[Any]:
+    yield _parameter(dtype, numel, aligned)
+    if format_of(rule, group).codecs:
+        columns = COLUMNS + numel - NUMEL
+        p = _parameter(dtype, 3 * columns, aligned)
+        yield torch.nn.Parameter(p.detach().view(3, columns))
 
 
 def accumulate(param: str, gradient: str, aligned: bool) -> None:
@@ -148,8 +188,14 @@ def _parameter(dtype: str, numel: int, aligned: bool) -> Any:
 
 
 def _step(
-    rule: Rule, group: Group, p: Tensor, norm: float | None, statistics: Statistics | None
+    rule: Rule,
+    group: Group,
+    precision: Precision,
+    p: Tensor,
+    norm: float | None,
+    statistics: Statistics | None,
 ) -> None:
     kind = type(rule.name, (FusedOptimizer,), {"rule": rule})
     clip = None if norm is None else GlobalNorm(1.0, norm_type=norm)
-    kind([p], dict(group), backend="triton", clip=clip, statistics=statistics).step()
+    more = {"clip": clip, "statistics": statistics, **precision}
+    kind([p], dict(group), backend="triton", **more).step()

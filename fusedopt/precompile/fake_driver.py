@@ -92,6 +92,7 @@ def _answers(target: Any) -> Iterator[tuple[Callable[..., Any], Callable[..., An
     fastest = "tf32" if has_tf32(target.arch if target.backend == "hip" else None) else "ieee"
     yield backends._triton_runs_on, lambda device: (True, "a fake driver")
     yield launching.warp_size, lambda device: target.warp_size
+    yield launching.compiler, lambda device: target.backend
     yield tiles.capability, lambda device: aot.capability(target)
     yield tiles.processors, lambda device: PROCESSORS
     yield tiles.fastest_precision, lambda device: fastest

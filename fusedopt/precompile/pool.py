@@ -31,7 +31,13 @@ def compile_all(request: Request, step: Step) -> tuple[list[Row], dict[str, Any]
     """
     with contextlib.ExitStack() as stack:
         library, problem = _library(request, stack)
-        settings = work.Settings(str(request.cache), request.imports, request.statistics, library)
+        settings = work.Settings(
+            cache=str(request.cache),
+            imports=request.imports,
+            statistics=request.statistics,
+            precision=request.precision,
+            library=library,
+        )
         pool = stack.enter_context(
             # Not forked: threads of torch, and contexts of a GPU, do not survive that.
             ProcessPoolExecutor(

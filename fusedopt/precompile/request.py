@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Called with what goes on, and how many of how many variants are done.
 Step = Callable[..., None]
@@ -21,6 +22,7 @@ class Request:
         cache: an absolute path, writable.
         imports: modules that register rules.
         statistics: whether per-sample squares are wanted.
+        precision: options that steps are taken with, as optimizers take them.
         jobs: processes.
     """
 
@@ -30,4 +32,5 @@ class Request:
     cache: Path
     imports: tuple[str, ...]
     statistics: bool
+    precision: Mapping[str, Any]
     jobs: int

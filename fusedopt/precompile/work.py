@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ class Settings:
         cache: directory of the Triton cache.
         imports: modules that register rules.
         statistics: whether kernels of per-sample squares are wanted.
+        precision: options that steps are taken with.
         library: directory of a driver library to link C modules against, or None to build none.
     """
 
     cache: str
     imports: tuple[str, ...] = ()
     statistics: bool = False
+    precision: Mapping[str, Any] = field(default_factory=dict)
     library: str | None = None
 
 
@@ -75,7 +77,7 @@ def _cases() -> dict[str, Any]:
 
     # Slow ones first, so that no process is left with one at the end.
     wanted = list(per_sample.cases()) if _settings.statistics else []
-    wanted += cases.all_cases()
+    wanted += cases.all_cases(_settings.precision)
     by_name = {case.name: case for case in wanted}
     if len(by_name) != len(wanted):
         raise RuntimeError("two cases have one name")

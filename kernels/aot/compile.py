@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..lang import COMPILE_OPTIONS, triton
+from ..lang import COMPILE_OPTIONS, register_options, triton
 from .variant import Variant
 
 
@@ -29,6 +29,7 @@ def compile_variant(variant: Variant, target: Any) -> Any:
 
     source = ASTSource(fn=variant.kernel, **specialization(variant))
     options = {"num_warps": variant.threads // target.warp_size, **COMPILE_OPTIONS}
+    options |= register_options(variant.registers, target.backend)
     if variant.stages is not None:
         options["num_stages"] = variant.stages
     return triton.compile(source, target=target, options=options)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..lang import triton
-from .variant import Report
+from . import paths
+from .variant import Report, Variant
 
 
 def report(compiled: Any, target: Any) -> Report:
@@ -24,24 +25,53 @@ def report(compiled: Any, target: Any) -> Report:
     counts: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
     for kind, vector, bits in access:
         counts[kind][int(bits) * int(vector[2:] or 1)] += 1
+    narrow = Counter(
+        64 if vector else 32
+        for line in paths.whole_chunk(assembly, paths.PTX)[1]
+        # What is not a vector of 64 bits is an address, or a setting.
+        for vector in re.findall(r"\b(?:ld|st)\.global\S*?(?:(\.v2)\.b32|(?<!\.v4)\.b32)\b", line)
+    )
     matrix = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", assembly)
     return Report(
-        registers, stack, shared, dict(counts["ld"]), dict(counts["st"]), tuple(sorted(set(matrix)))
+        registers,
+        stack,
+        shared,
+        dict(counts["ld"]),
+        dict(counts["st"]),
+        tuple(sorted(set(matrix))),
+        dict(narrow),
     )
+
+
+def instructions(compiled: Any, target: Any, variant: Variant) -> float | None:
+    """Count the instructions that a whole chunk takes, an element; None where there is no such.
+
+    They are those of one way through the machine code, the shortest, a thread's times threads.
+    """
+    if target.backend == "hip":
+        parts = paths.whole_chunk(compiled.asm["amdgcn"], paths.AMD)
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            parts = paths.whole_chunk(_run("nvdisasm", "-c", file.name), paths.SASS)
+    count = sum(map(len, parts))
+    return count * variant.threads / variant.block if count and variant.block else None
+
+
+def _run(tool: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run(
+        [str(path), *arguments], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def _cubin_resources(cubin: bytes) -> tuple[int, int]:
     """Registers and stack bytes of a cubin: PTX does not show what the assembler spills."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        output = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        output = _run("cuobjdump", "--dump-resource-usage", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", output)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {output!r}")
@@ -60,6 +90,14 @@ def _report_amd(assembly: str, shared: int) -> Report:
     counts: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     for kind, width in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", assembly):
         counts[kind][widths.get(width, 0)] += 1
+    narrow: Counter[int] = Counter()
+    for line in paths.whole_chunk(assembly, paths.AMD)[1]:
+        for kind, pair in re.findall(r"\b(?:global|buffer|flat)_(load|store)_dword(x2)?\b", line):
+            if not pair:
+                narrow[32] += 1
+            elif kind == "store":
+                # What is written has been read: addresses are loaded by the same instruction.
+                narrow[64] += 2
     matrix = tuple(sorted(set(re.findall(r"\bv_mfma\w+", assembly))))
     return Report(
         registers=field("vgpr_count"),
@@ -68,4 +106,5 @@ def _report_amd(assembly: str, shared: int) -> Report:
         loads=dict(counts["load"]),
         stores=dict(counts["store"]),
         matrix=matrix,
+        narrow=dict(narrow),
     )

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from .. import launch_config, multi_tensor
 from ..per_sample import materialised
-from ..rules import REGISTRY
-from .update import TABLE
-from .variant import DTYPES, Budget, Variant, element_type
+from ..rules import BATCH_DECOUPLED_ADAM, REGISTRY
+from .formats import Kept
+from .update import AMD_REGISTERS, TABLE, bytes_by_width
+from .variant import DTYPES, Budget, Variant, element_bytes, element_type
 
 # Loads that the loop over samples has in its text: four at a time, and the rest one by one.
 LOADS = 5
@@ -22,6 +23,13 @@ def variants() -> Iterator[Variant]:
             yield update_from_samples(rule, samples, parts=1)
     yield update_from_samples("BatchDecoupledAdam", "fp32", parts=2)
     yield update_from_samples("BatchDecoupledAdam", "fp32", parts=1, aligned=False)
+    for parameter, states in (
+        ("remainder", "fp32"),
+        ("stochastic", "int8"),
+        ("remainder8", "int8"),
+    ):
+        yield update_kept_from_samples(Kept(("bf16", "bf16"), parameter, states))
+    yield update_kept_from_samples(Kept(("bf16", "bf16"), "remainder8", "int8", rowwise=True))
 
 
 def reduce_samples(samples: str) -> Variant:
@@ -63,3 +71,36 @@ def update_from_samples(rule: str, samples: str, parts: int, aligned: bool = Tru
         budget=Budget(bytes_per_element=moved if aligned else None),
         coefficients=known.coefficient_names,
     )
+
+
+def update_kept_from_samples(kept: Kept) -> Variant:
+    """The same for parameters and states that are kept in another way."""
+    rule = BATCH_DECOUPLED_ADAM
+    group = rule.example_groups[0]
+    format = kept.format(rule, group)
+    types = (*kept.types, *kept.kept_types(rule, group))
+    launch = launch_config.default(kept.aligned, kept.rowwise)
+    limit = multi_tensor.register_limit(format)
+    moved = {}
+    if kept.aligned and not kept.rowwise:
+        moved = bytes_by_width(types, format, n_inputs=1)
+        moved[128] += (LOADS - 1) * element_bytes(kept.types[1])
+    return Variant(
+        name=f"update_from_samples {rule.name} {kept.name}",
+        kernel=materialised.update_from_samples,
+        arguments={**TABLE, "coefficients": "*fp64", "control": "*fp64", "counts": "*i32"},
+        constants=materialised.update_from_samples_constants(
+            rule, rule.options(group), tuple(map(element_type, types)), 1, kept.aligned,
+            launch.block, format, kept.rowwise,
+        ),
+        threads=launch.threads,
+        registers=limit,
+        block=launch.block,
+        budget=Budget(
+            bytes_per_element=moved.pop(128, None),
+            narrow=moved,
+            registers=limit,
+            amd_registers=limit and AMD_REGISTERS,
+        ),
+        coefficients=rule.coefficient_names,
+    )  # fmt: skip

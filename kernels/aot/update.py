@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .. import multi_tensor
-from ..launch_config import update_launch_config
-from ..rule import Rule
-from ..rules import REGISTRY
+from ..codecs.format import Format
+from ..codecs.place import GROUP
+from ..launch_config import default, update_launch_config
+from ..rule import Group, Rule
+from ..rules import ADAM, BATCH_DECOUPLED_ADAM, REGISTRY, RMSPROP, SGD
+from . import formats
+from .formats import Kept
 from .option_sets import option_sets
-from .variant import DTYPES, Budget, Variant, alignment_suffix, element_type
+from .variant import DTYPES, Budget, Variant, alignment_suffix, element_bytes, element_type
 
 # What every kernel takes that finds its tensors by the table of addresses.
 TABLE = {"table": "*i64", "width": "i32", "chunk_tensor": "*i32", "chunk_index": "*i32"}
@@ -21,6 +25,18 @@ LAYOUTS = (
     ("bf16", "fp32", "bf16", True),
     ("fp32", "fp32", "fp32", False),
     ("bf16", "bf16", "bf16", False),
+)
+
+# AMD's compiler takes more than NVIDIA's for a few formats, and stack where it is kept from that.
+# With so many four waves fit on a SIMD.
+AMD_REGISTERS = 128
+
+# Rules that are compiled for some formats, and hyper-parameters that choose their options.
+_SOME: tuple[tuple[Rule, Group], ...] = (
+    (SGD, {"momentum": 0.9}),
+    (RMSPROP, {}),
+    (RMSPROP, {"momentum": 0.9}),
+    (BATCH_DECOUPLED_ADAM, {}),
 )
 
 
@@ -39,6 +55,14 @@ def variants(architecture: str = "") -> Iterator[Variant]:
                 inputs = [gradient if degree == 1 else squares for degree in rule.degrees]
                 types = (param, *inputs, *[state] * key[1])
                 yield update_tensors(rule, key[0], types, aligned, architecture)
+    for kept in formats.every():
+        yield update_kept(ADAM, ADAM.example_groups[0], kept)
+    for rule, more in _SOME:
+        for kept in formats.some():
+            yield update_kept(rule, {**rule.example_groups[0], **more}, kept)
+    for parameter in ("", "remainder8"):
+        group = {**ADAM.example_groups[0], "amsgrad": True}
+        yield update_kept(ADAM, group, Kept(("bf16", "bf16"), parameter, "int8"))
 
 
 def update_tensors(
@@ -80,3 +104,57 @@ def update_tensors(
         ),
         coefficients=rule.coefficient_names,
     )
+
+
+def update_kept(rule: Rule, group: Group, kept: Kept) -> Variant:
+    """The update kernel with a rule, for parameters and states that are kept in another way.
+
+    Whole chunks of aligned tensors move in 128-bit accesses where an element has two bytes or more,
+    and in 64-bit ones where it has one; of each group a scale of 32 bits is read, and written.
+    """
+    format, options = kept.format(rule, group), rule.options(group)
+    squares = ["fp64" if kept.types[0] == "fp64" else "fp32"] * (len(rule.degrees) - 1)
+    types = (*kept.types, *squares, *kept.kept_types(rule, group))
+    launch = default(kept.aligned, kept.rowwise)
+    is_counted = kept.aligned and not kept.rowwise
+    limit = multi_tensor.register_limit(format)
+    moved = bytes_by_width(types, format, len(rule.degrees)) if is_counted else {}
+    return Variant(
+        name=f"{rule.label(options)} {kept.name}",
+        kernel=multi_tensor.update_tensors,
+        arguments={**TABLE, "coefficients": "*fp64", "control": "*fp64"},
+        constants=multi_tensor.update_constants(
+            rule, options, tuple(map(element_type, types)), kept.aligned, launch.block, format,
+            kept.rowwise,
+        ),
+        threads=launch.threads,
+        registers=limit,
+        block=launch.block,
+        budget=Budget(
+            bytes_per_element=moved.pop(128, None),
+            narrow=moved,
+            registers=limit,
+            amd_registers=limit and AMD_REGISTERS,
+        ),
+        coefficients=rule.coefficient_names,
+    )  # fmt: skip
+
+
+def bytes_by_width(types: Sequence[str], format: Format, n_inputs: int) -> dict[int, float]:
+    """Return the bytes an element that one pass moves, by the width of the access in bits.
+
+    Args:
+        types: of parameter, inputs, and what is kept.
+        format: how parameter and states are.
+        n_inputs: how many of them are read alone.
+    """
+    scales = set(format.scales(n_inputs)) if format.states else set()
+    moved = {128: 0.0, 64: 0.0, 32: 0.0}
+    for row, name in enumerate(types):
+        passes = 1 if 1 <= row <= n_inputs else 2
+        size = element_bytes(name)
+        if row in scales:
+            moved[32] += passes * size / GROUP
+        else:
+            moved[64 if size == 1 else 128] += passes * size
+    return {width: count for width, count in moved.items() if count}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..codecs.place import GROUP
 from ..lang import tl
 from ..launch_config import SIZES
 from ..per_sample.shapes import matrix_instruction
@@ -26,12 +27,16 @@ class Budget:
     Attributes:
         bytes_per_element: bytes an element that whole chunks move by 128-bit accesses, no more
             and no fewer; None where that is not counted.
+        narrow: besides, by 64-bit accesses and by 32-bit ones, by their widths: codes, and scales.
         registers: registers a thread at most, or None.
+        amd_registers: the same on AMD, where it is another; a compute unit has twice as many.
         matrix: whether products must be the target's matrix instructions.
     """
 
     bytes_per_element: float | None = None
+    narrow: Mapping[int, float] = field(default_factory=dict)
     registers: int | None = None
+    amd_registers: int | None = None
     matrix: bool = False
 
     def broken(self, variant: Variant, result: Report, target: Any) -> list[str]:
@@ -39,17 +44,22 @@ class Budget:
         broken = []
         if result.stack > 0:
             broken.append(f"{result.stack} bytes of stack")
-        moved = result.bytes_moved(variant)
-        if self.bytes_per_element is not None and moved != self.bytes_per_element:
-            broken.append(
-                f"128-bit accesses move {moved:g} bytes an element, not {self.bytes_per_element:g}"
-            )
-        if self.registers is not None and result.registers > self.registers:
-            broken.append(f"{result.registers} registers, more than {self.registers}")
+        wanted = {} if self.bytes_per_element is None else {128: self.bytes_per_element}
+        for width, limit in {**wanted, **self.narrow}.items():
+            moved = result.moved_by(variant, width)
+            if moved != limit:
+                broken.append(
+                    f"{width}-bit accesses move {moved:g} bytes an element, not {limit:g}"
+                )
+        most = self.registers
+        if target.backend == "hip" and self.amd_registers is not None:
+            most = self.amd_registers
+        if most is not None and result.registers > most:
+            broken.append(f"{result.registers} registers, more than {most}")
         if self.matrix:
-            wanted = matrix_instruction(capability(target))
-            if not any(name.startswith(wanted) for name in result.matrix):
-                broken.append(f"no {wanted} instruction")
+            product = matrix_instruction(capability(target))
+            if not any(name.startswith(product) for name in result.matrix):
+                broken.append(f"no {product} instruction")
         return broken
 
 
@@ -64,6 +74,7 @@ class Variant:
             argument is named in ``constants`` instead where the launcher makes it one (None, 1).
         constants: value of each compile-time argument.
         threads: threads of a program.
+        registers: that the compiler is told to keep a thread within, or None.
         stages: depth of the software pipeline, or None for the compiler's default.
         block: elements that a program owns, where bytes an element are counted; otherwise 0.
         divisible: integer arguments that are multiples of 16. Addresses always are: torch
@@ -77,6 +88,7 @@ class Variant:
     arguments: Mapping[str, str]
     constants: Mapping[str, Any]
     threads: int
+    registers: int | None = None
     stages: int | None = None
     block: int = 0
     divisible: tuple[str, ...] = ()
@@ -95,6 +107,8 @@ class Report:
         loads: number of load instructions from global memory, by width in bits.
         stores: the same for stores.
         matrix: names of matrix instructions.
+        narrow: number of accesses of 64 and of 32 bits that a whole chunk takes, without those to
+            the table of addresses, where it has 128-bit ones.
     """
 
     registers: int
@@ -103,16 +117,34 @@ class Report:
     loads: dict[int, int]
     stores: dict[int, int]
     matrix: tuple[str, ...]
+    narrow: dict[int, int] = field(default_factory=dict)
 
     def bytes_moved(self, variant: Variant) -> float:
-        """Bytes an element moved by 128-bit accesses, those of whole chunks."""
-        accesses = self.loads.get(128, 0) + self.stores.get(128, 0)
-        return 16 * accesses * variant.threads / variant.block if variant.block else 0.0
+        """Bytes an element that whole chunks move, by the widths that the variant's budget has."""
+        return sum(self.moved_by(variant, width) for width in (128, *variant.budget.narrow))
+
+    def moved_by(self, variant: Variant, width: int) -> float:
+        """Bytes an element that whole chunks move by accesses of a width in bits."""
+        if not variant.block:
+            return 0.0
+        if width == 128:
+            accesses = self.loads.get(128, 0) + self.stores.get(128, 0)
+        else:
+            accesses = self.narrow.get(width, 0)
+        if width == 32:
+            # Scales: the threads of a group read one together, and one of them writes it.
+            return 4 * accesses / GROUP
+        return width / 8 * accesses * variant.threads / variant.block
 
 
 def element_type(name: str) -> Any:
-    """Triton's type of a name in DTYPES."""
+    """Triton's type of a name."""
     return TYPES[name]
+
+
+def element_bytes(name: str) -> int:
+    """Bytes of an element of the type of a name."""
+    return int(TYPES[name].primitive_bitwidth) // 8
 
 
 def alignment_suffix(aligned: bool) -> str:

@@ -14,8 +14,8 @@ Rows of the table behind the addresses, of tensors whose codecs draw::
 and of those that are walked row by row::
 
     row 3    elements of a row
-    row 4    elements here that follow each other in the whole parameter (a multiple of row 3)
-    row 5    how far apart the next such elements begin there
+    row 4    rows here that follow each other in the whole parameter
+    row 5    how far apart the next such rows begin there
 """
 
 from __future__ import annotations
@@ -54,28 +54,35 @@ def walk_rows(column, width, numel, chunk, FIRST: tl.constexpr, BLOCK: tl.conste
 
     Returns:
         Offsets in memory, int64 ``[BLOCK]``; which of them are elements; their numbers in the whole
-        parameter, as of ``numbered``; the groups, int64 ``[BLOCK // 128]``, and which there are.
+        parameter, as of ``numbered``; the groups, int64 ``[BLOCK // 128]``, and which there are;
+        and the element that offsets count from, None for the first.
     """
     inner = entry(column, width, FIRST + 3)
-    whole = entry(column, width, FIRST + 4)
+    follow = entry(column, width, FIRST + 4).to(tl.uint32)
     apart = entry(column, width, FIRST + 5)
-    a_row = (inner + 127) // 128
-    groups = chunk * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
-    some = groups < numel // inner * a_row
-    begin = groups // a_row * inner + groups % a_row * 128
+    # There are less than 2^32 groups, since there are less than 2^31 programs: quotients of 64 bits
+    # are functions, around which registers run out.
+    a_row = ((inner + 127) // 128).to(tl.uint32)
+    groups = (chunk * (BLOCK // 128)).to(tl.uint32) + tl.arange(0, BLOCK // 128).to(tl.uint32)
+    row = groups // a_row
+    within = (groups % a_row).to(tl.int64) * 128
+    begin = row.to(tl.int64) * inner + within
+    some = begin < numel
     lanes = tl.arange(0, 128)
-    left = tl.where(some, inner - groups % a_row * 128, 0)
+    left = tl.where(some, inner - within, 0)
     mask = tl.expand_dims(lanes, 0) < tl.expand_dims(left, 1)
     offsets = tl.expand_dims(begin, 1) + tl.expand_dims(lanes, 0)
-    there = begin // whole * apart + begin % whole + entry(column, width, FIRST + 2)
+    there = (row // follow).to(tl.int64) * apart + (row % follow).to(tl.int64) * inner
+    there += within + entry(column, width, FIRST + 2)
     index = tl.reshape(tl.expand_dims(there, 1) + tl.expand_dims(lanes, 0), (BLOCK,))
     return (
         tl.reshape(offsets, (BLOCK,)),
         tl.reshape(mask, (BLOCK,)),
         index.to(tl.uint32),
         (index >> 32).to(tl.uint32),
-        groups,
+        groups.to(tl.int64),
         some,
+        None,
     )
 
 

@@ -170,44 +170,63 @@ def update_from_samples(
         chunk = tl.load(chunk_index + program).to(tl.int64)
         start = chunk * BLOCK
         offsets = start + tl.arange(0, BLOCK)
+        # Samples are reduced before a chunk is placed, which would keep its numbers over the loop.
         if ROWWISE:
             place = walk_rows(column, width, numel, chunk, 2 + len(DTYPES), BLOCK)
-            _update_chunk(
-                column, width, counts, numel, place, step, scale, scalars,
-                RULE, OPTIONS, DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
-                PARAMETER, STATES, ROWS, DRAWS,
+            inputs = _reduced(
+                column, width, counts, numel, place[0], place[1], scale,
+                DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
+            )  # fmt: skip
+            apply_rule(
+                column, width, place, step, inputs, scalars,
+                RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
         elif start + BLOCK <= numel:
-            whole = whole_chunk(column, width, offsets, chunk, DTYPES, DRAWS)
-            _update_chunk(
-                column, width, counts, numel, whole, step, scale, scalars,
-                RULE, OPTIONS, DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
-                PARAMETER, STATES, ROWS, DRAWS,
+            inputs = _reduced(
+                column, width, counts, numel, offsets, None, scale,
+                DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
             )  # fmt: skip
+            whole = whole_chunk(column, width, offsets, chunk, DTYPES, DRAWS)
+            apply_rule(
+                column, width, whole, step, inputs, scalars,
+                RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
+            )  # fmt: skip
+        elif DRAWS or PARAMETER != "cast":
+            for part in range(BLOCK // 256):
+                piece = chunk * (BLOCK // 256) + part
+                elements = piece * 256 + tl.arange(0, 256)
+                inputs = _reduced(
+                    column, width, counts, numel, elements, elements < numel, scale,
+                    DTYPES, COMPUTE, ALIGNED, 256, PARTS,
+                )  # fmt: skip
+                last = last_chunk(column, width, numel, elements, piece, DTYPES, DRAWS)
+                apply_rule(
+                    column, width, last, step, inputs, scalars,
+                    RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
+                )  # fmt: skip
         else:
+            inputs = _reduced(
+                column, width, counts, numel, offsets, offsets < numel, scale,
+                DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
+            )  # fmt: skip
             last = last_chunk(column, width, numel, offsets, chunk, DTYPES, DRAWS)
-            _update_chunk(
-                column, width, counts, numel, last, step, scale, scalars,
-                RULE, OPTIONS, DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
-                PARAMETER, STATES, ROWS, DRAWS,
+            apply_rule(
+                column, width, last, step, inputs, scalars,
+                RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
 
 
 @jit
-def _update_chunk(
-    column, width, counts, numel, place, step, scale, scalars,
-    RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PARAMETER: tl.constexpr,
-    STATES: tl.constexpr, ROWS: tl.constexpr, DRAWS: tl.constexpr,
+def _reduced(
+    column, width, counts, numel, offsets, mask, scale,
+    DTYPES: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
+    """Return a chunk's sum and sum of squares over the samples, as a rule takes them."""
     total, squares = _sum_samples(
-        column, width, counts, numel, place[0], place[1], 1, PARTS, DTYPES, COMPUTE, ALIGNED, BLOCK
+        column, width, counts, numel, offsets, mask, 1, PARTS, DTYPES, COMPUTE, ALIGNED, BLOCK
     )
-    inputs = (total * scale, squares * scale * scale)
-    apply_rule(
-        column, width, place, step, inputs, scalars,
-        RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
-    )  # fmt: skip
+    return total * scale, squares * scale * scale
 
 
 # Below the kernels, whose lines are a part of their keys in Triton's cache.

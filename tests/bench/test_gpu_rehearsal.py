@@ -15,7 +15,7 @@ from gpu_command import ROOT, module, python
 # The order in which facts are worth most, and what comes only if time is left.
 WANTED = ["info", "precompile", "verify", "step", "per-sample", "training"]
 WANTED += ["tune", "bench", "tests", "sanitizer"]
-IF_TIME = ["first-step", "racecheck", "native", "profile"]
+IF_TIME = ["formats", "first-step", "racecheck", "native", "profile"]
 BAD = {
     "fails": "import sys; sys.exit(3)",
     "overruns": "import time; time.sleep(60)",

@@ -136,7 +136,7 @@ def test_tests_are_read(setting):
 def test_verify_is_read(setting):
     findings = module("findings")
     rows = [VERIFY, {**VERIFY, "worst_ulps": 5.0}]
-    found = {"rows": rows, "operations": []}
+    found = {"rows": rows, "formats": [], "operations": []}
     assert findings.verify(setting, [_outcome("verify", json.dumps(found))])["float32 ulps"] == 5.0
     found["operations"] = [{"operation": "bias", "dtype": "float16", "passed": False}]
     with pytest.raises(findings.Bad, match="bias"):

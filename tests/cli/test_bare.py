@@ -71,6 +71,7 @@ def test_verify_and_demo_draw_nothing_for_json(tmp_path):
         "from fusedopt.kernels.rules import REGISTRY\n"
         "verify.REGISTRY = {'SGD': REGISTRY['SGD']}\ntesting.SHAPES = ((4,),)\n"
         "verify.verify_samples.compare_all = lambda device: iter(())\n"
+        "verify.verify_formats.compare_all = lambda device: iter(())\n"
     )
     done = run_without(["rich"], "verify", "--json", interpret=True, before=before)
     assert done.returncode == 0 and json.loads(done.stdout)["failed"] == 0, done.stderr

@@ -12,7 +12,9 @@ import pytest
 
 from fusedopt.kernels import aot
 from fusedopt.kernels.aot import Budget, Report
-from fusedopt.kernels.aot.update import update_tensors
+from fusedopt.kernels.aot.formats import Kept
+from fusedopt.kernels.aot.update import update_kept, update_tensors
+from fusedopt.kernels.rules import ADAM as ADAM_RULE
 from fusedopt.kernels.rules import REGISTRY
 
 # Compiled in one subprocess without the interpreter, which this process has turned on.
@@ -46,7 +48,19 @@ BYTES = {
     "Lion fp32": 20,
     "partial_norms (2) fp32": 4,
     "partial_norms (inf) bf16": 2,
+    # Scales have 4 / 128 bytes a state, read and written.
+    "Adam bf16 stochastic int8 states": 10.125,
+    "Adam bf16 remainder8 int8 states": 12.125,
+    "Adam bf16 bf16 and uint8 states": 12.0625,
+    "Adam bf16 remainder bf16 states": 18,
+    "Adam bf16 float32 master fp32 states": 30,
+    "SGD (momentum) bf16 int8 states": 8.0625,
+    "update_from_samples BatchDecoupledAdam bf16 remainder8 int8 states": 20.125,
+    # Walked row by row, and off 16 bytes: narrow accesses, which are not counted.
+    "Adam bf16 remainder8 int8 states rowwise": 0,
+    "Adam bf16 remainder8 int8 states unaligned": 0,
 }
+CODED = [name for name in BYTES if "states" in name]
 
 
 # The same for the per-sample kernels: for each variant, the broken budgets, whether shared memory
@@ -100,6 +114,42 @@ def test_budgets_hold(compiled):
     assert compiled["Adam fp32"][1] <= 64
 
 
+def test_codes_take_no_more_registers_than_are_let(compiled):
+    # As many as six programs of 128 threads share an SM with. Left to itself the assembler takes
+    # more: this also sees that it is told.
+    assert {name: compiled[name][1] for name in CODED if compiled[name][1] > 80} == {}
+
+
+def test_an_element_of_a_whole_chunk_takes_instructions():
+    """Counted on one way through the machine code, and more of them where more is done."""
+    command = ("-m", "fusedopt", "codegen", "--target", "cuda:90", "--instructions", "--json")
+    names = ("Adam bf16 fp8 states", "Adam bf16 stochastic fp8 states", "SGD bf16 unaligned")
+    only = [word for name in names for word in ("--only", name)]
+    result = _without_interpreter(*command, *only)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["variants"]
+    found = {row["variant"]: row["instructions_per_element"] for row in rows}
+    assert 60 < found[names[0]] < found[names[1]] - 20 < 300
+    # All of its accesses are narrow: which of its ways is a whole chunk's cannot be told.
+    assert found[names[2]] is None
+
+
+def test_some_variants_are_no_baseline(tmp_path, capsys):
+    command = (
+        "codegen",
+        "--target",
+        "cuda:90",
+        "--only",
+        "SGD fp32",
+        "--record",
+        str(tmp_path / "x"),
+    )
+    result = _without_interpreter("-m", "fusedopt", *command)
+    assert result.returncode == 2 and "a baseline is of all variants" in result.stderr
+    result = _without_interpreter("-m", "fusedopt", *command[:3], "--only", "Lion bf17")
+    assert result.returncode == 2 and "no variant has Lion bf17" in result.stderr
+
+
 ADAM = update_tensors(REGISTRY["Adam"], (False,), ("fp32",) * 4)
 GOOD = Report(registers=60, stack=0, shared=0, loads={128: 8}, stores={128: 6}, matrix=())
 
@@ -118,6 +168,37 @@ def test_a_broken_budget_is_named(change, complaint):
     report = Report(**{**vars(GOOD), **change})
     broken = ADAM.budget.broken(ADAM, report, aot.parse_target("cuda:90"))
     assert [complaint in text for text in broken] == ([True] if complaint else [])
+
+
+CODES = update_kept(ADAM_RULE, ADAM_RULE.example_groups[0], Kept(("bf16", "bf16"), "", "int8"))
+FEW = Report(
+    registers=80,
+    stack=0,
+    shared=32,
+    loads={128: 2},
+    stores={128: 1},
+    matrix=(),
+    narrow={64: 4, 32: 4},
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint", "target"),
+    [
+        ({}, None, "cuda:90"),
+        ({"narrow": {64: 3, 32: 4}}, "64-bit accesses move 3 bytes", "cuda:90"),
+        ({"narrow": {64: 4, 32: 5}}, "32-bit accesses move", "cuda:90"),
+        # A master in two accesses, where one is wide enough.
+        ({"loads": {128: 1}, "narrow": {64: 6, 32: 4}}, "128-bit accesses move 4 bytes", "cuda:90"),
+        ({"registers": 81}, "81 registers", "cuda:90"),
+        ({"registers": 128}, None, "hip:gfx942"),
+        ({"registers": 129}, "129 registers", "hip:gfx942"),
+    ],
+)
+def test_a_broken_budget_of_codes_is_named(change, complaint, target):
+    report = Report(**{**vars(FEW), **change})
+    broken = CODES.budget.broken(CODES, report, aot.parse_target(target))
+    assert (complaint is None and not broken) or complaint in " ".join(broken)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +237,11 @@ def test_a_broken_budget_makes_the_command_fail(monkeypatch, capsys):
         rows = [{**row, "broken": broken}]
         monkeypatch.setattr(codegen, "_compile_all", lambda *_, rows=rows, **__: iter(rows))
         chosen = {"target": ["cuda:90"], "json": True, "jobs": 1}
-        options = type("Options", (), {**chosen, "baseline": None, "record": None})
+        options = type(
+            "Options",
+            (),
+            {**chosen, "baseline": None, "record": None, "only": None, "instructions": False},
+        )
         assert codegen.run(options) == status
         assert json.loads(capsys.readouterr().out)["broken"] == status
 
@@ -171,7 +256,11 @@ def test_a_compiler_that_ends_its_process_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(codegen, "_unusable", lambda targets: None)
     monkeypatch.setattr(codegen, "_compile_all", compile_all)
     chosen = {"target": ["cuda:130"], "json": True, "jobs": 1}
-    options = type("Options", (), {**chosen, "baseline": None, "record": None})
+    options = type(
+        "Options",
+        (),
+        {**chosen, "baseline": None, "record": None, "only": None, "instructions": False},
+    )
     assert codegen.run(options) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and "cuda:130" in printed.err and printed.err.count("\n") == 1

@@ -1,0 +1,44 @@
+"""AdamW in every format beside a copy of its bytes, tried on the CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from gpu_command import module
+
+from fusedopt.kernels import lang
+
+
+@pytest.mark.skipif(not lang.INTERPRETED, reason="the interpreter's")
+def test_formats_are_measured_and_read(tmp_path, capsys, monkeypatch):
+    formats, stages, findings = module("formats"), module("stages"), module("findings")
+    table = tmp_path / "formats" / "formats.json"
+    table.parent.mkdir()
+    chosen = ["--format", "plain", "--format", "remainder8 + int8"]
+    arguments = ["--device", "cpu", "--elements", "2048", "--rounds", "3", "--out", str(table)]
+    assert formats.main([*arguments, *chosen]) == 0
+    found = json.loads(table.read_text())
+    assert {name: row["bytes"] for name, row in found["formats"].items()} == {
+        "plain": 14, "remainder8 + int8": 12.125,
+    }  # fmt: skip
+    for row in found["formats"].values():
+        speeds = row["gbps"]["median"], row["copy_gbps"]["median"]
+        assert row["of_copy"] == pytest.approx(speeds[0] / speeds[1]) and min(speeds) > 0
+    setting = stages.Setting(tmp_path, tmp_path, "cuda:90")
+    read = findings.formats(setting, [])
+    assert read["plain % of copy"] == pytest.approx(100 * found["formats"]["plain"]["of_copy"])
+    with pytest.raises(SystemExit):
+        formats.main([*arguments[:3], "0", "--out", str(table)])
+
+
+def test_every_format_is_one_of_the_optimizers():
+    # Catches an option that is refused on the machine that time is paid for.
+    import torch
+
+    import fusedopt
+
+    formats = module("formats")
+    for options in formats.FORMATS.values():
+        p = torch.nn.Parameter(torch.empty(1, dtype=formats.DTYPE, device="meta"))
+        fusedopt.AdamW([p], **options)
