@@ -136,6 +136,7 @@ def _check(options: argparse.Namespace) -> Request:
     unknown = [name for name in options.types or [] if name not in aot.DTYPES]
     if unknown:
         raise Problem(f"no type {unknown[0]!r}: there are {', '.join(aot.DTYPES)}")
+    asked = _precision(options, rules)
     if options.cache == "":
         raise Problem("--cache is empty: name a folder, or leave the option out")
     # Not resolved: entries hold this path, and ranks must come by the same.
@@ -148,7 +149,7 @@ def _check(options: argparse.Namespace) -> Request:
         cache=cache,
         imports=tuple(options.imports or ()),
         statistics=options.statistics,
-        precision=_precision(options, rules),
+        precision=asked,
         jobs=options.jobs,
     )
 

@@ -13,12 +13,15 @@ REMAINDER_STOCHASTIC = "remainder, stochastic"
 FLOAT32 = "float32"
 COMPANIONS = (KAHAN, REMAINDER, REMAINDER_STOCHASTIC, FLOAT32)
 
+PARAMETERS = (CAST, STOCHASTIC, *COMPANIONS)
+
 # Of a state besides: in 8 bits with a scale for each group, of either sign or not below 0.
 SIGNED = "signed"
 UNSIGNED = "unsigned"
 FLOAT8 = "float8"
 POSITIVE_FLOAT8 = "positive float8"
 CODES = (SIGNED, UNSIGNED, FLOAT8, POSITIVE_FLOAT8)
+STATES = (CAST, *CODES)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .images import Image
-from .table import C_TYPES, LIBRARY, EntryPoint, Row
+from .table import C_TYPES, LIBRARY, EntryPoint, Row, codecs
 from .trace import Symbol, leaf, statements
 
 Tables = Mapping[str, Sequence[Row]]
@@ -227,4 +227,4 @@ def as_json(images: Sequence[Image], tables: Tables, versions: dict[str, str]) -
                 "sha256": image.sha256,
             }
         )
-    return json.dumps({**versions, "kernels": listed}, indent=2) + "\n"
+    return json.dumps({**versions, "codecs": codecs(), "kernels": listed}, indent=2) + "\n"

@@ -14,6 +14,7 @@ from typing import Any
 from fusedopt.kernels.aot import Variant
 from fusedopt.kernels.aot.norms import clip_factor, partial_norms
 from fusedopt.kernels.aot.update import update_tensors
+from fusedopt.kernels.codecs import format
 from fusedopt.kernels.rule import Group, Rule
 from fusedopt.kernels.rules import ADAM, RMSPROP, SGD
 
@@ -29,6 +30,10 @@ TYPES = (
     ("fp32", "bf16", "fp32"),
     ("fp64", "fp64", "fp64"),
 )
+
+# How parameters and states are kept: of the kernels' codecs, those that the library has.
+PARAMETERS = (format.CAST,)
+STATES = (format.CAST,)
 
 # The enumerator of ``fusedopt.h``, by Triton's name of the type; "" where there is no operand.
 C_TYPES = {
@@ -179,6 +184,17 @@ LIBRARY = (
         counts_steps=False,
     ),
 )
+
+
+def codecs() -> dict[str, dict[str, list[str]]]:
+    """Name the codecs of parameters and of states that the library has, and those it has not."""
+    return {
+        kind: {"offered": list(own), "not_offered": [name for name in known if name not in own]}
+        for kind, own, known in (
+            ("parameters", PARAMETERS, format.PARAMETERS),
+            ("states", STATES, format.STATES),
+        )
+    }
 
 
 @dataclass(frozen=True, eq=False)

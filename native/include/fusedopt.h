@@ -2,7 +2,8 @@
  *
  * Every step function updates any number of tensors in place, with one launch for each combination
  * of set, alignment and selected code. The update is that of the torch.optim class of the same name;
- * arithmetic is in float32 (float64 where the tensors are), rounded on store and not before.
+ * arithmetic is in float32 (float64 where the tensors are), rounded on store and not before, to
+ * nearest: 8-bit states, masters beside parameters, and stochastic rounding are the Python library's.
  *
  * Addresses of tensors are device addresses of the context's device, as numbers from cuMemAlloc,
  * cudaMalloc or a framework. The arrays that hold them are on the host; the library reads them

@@ -51,6 +51,7 @@ def fake_driver(name):
         target = GPUTarget("hip", architecture, 64)
     triton.runtime.driver.set_active(Driver(target))
     launching.warp_size = lambda device: target.warp_size
+    launching.compiler = lambda device: target.backend
 
 backends._triton_runs_on = lambda device: (True, "a fake driver")
 real = None
@@ -58,8 +59,9 @@ if sys.argv[1] == "with modules":
     from triton.backends.nvidia import driver as real
 
 def parameters(dtype):
-    # Whole chunks and ragged ones, a scalar, none at all, and one that is not aligned.
-    sizes = [(4096,), (2500,), (3, 5), (), (0,)]
+    # Whole chunks and ragged ones, rows that end within a group, a scalar, none at all, and one
+    # that is not aligned.
+    sizes = [(4096,), (2500,), (3, 150), (), (0,)]
     own = [torch.nn.Parameter(torch.zeros(s, dtype=dtype)) for s in sizes]
     return own + [torch.nn.Parameter(torch.zeros(65, dtype=dtype)[1:])]
 

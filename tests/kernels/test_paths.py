@@ -30,7 +30,7 @@ $L__BB0_4:
 SASS = """
         /*0000*/                   LDG.E R0, desc[UR4][R2.64] ;
         /*0010*/               @P0 EXIT ;
-        /*0020*/               @P1 BRA `(.L_x_0) ;
+        /*0020*/                   BRA.U !UP1, `(.L_x_0) ;
         /*0030*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0040*/              @!P2 BRA `(.L_x_1) ;
         /*0050*/                   MOV R9, R8 ;
@@ -85,7 +85,7 @@ def _words(lines: list[str]) -> list[str]:
             ["ld.global.v4.b32", "ld.global.v2.b32", "st.global.b32", "ret;"],
         ),
         (
-            SASS, paths.SASS, ["LDG.E", "EXIT", "BRA"],
+            SASS, paths.SASS, ["LDG.E", "EXIT", "BRA.U"],
             ["LDG.E.128", "BRA", "FMUL", "STG.E.128", "EXIT"],
         ),
         (

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import checkout  # noqa: F401  # native.generate is imported from it
 import pytest
 
+from fusedopt.kernels.codecs import format
 from native.generate import images, sources
-from native.generate.table import LIBRARY, rows
+from native.generate.table import LIBRARY, codecs, rows
 from native.generate.trace import Symbol, leaf, literal, statements
 
 A, B = leaf("a"), leaf("b")
@@ -165,3 +167,29 @@ def test_symbols_are_not_compared_by_accident():
     assert isinstance(A == A, Symbol)
     with pytest.raises(TypeError):
         hash(A)
+
+
+def test_the_codecs_that_there_are_not_are_named():
+    # Catches a codec of the kernels' of which nobody has said whether the library has it, and one
+    # that is said to be offered by no kernel.
+    readme = (Path(__file__).resolve().parents[2] / "native/README.md").read_text(encoding="utf-8")
+    limits = readme.partition("## Limits")[2].partition("##")[0]
+    found = codecs()
+    for kind, known in (("parameters", format.PARAMETERS), ("states", format.STATES)):
+        own = found[kind]
+        assert sorted(own["offered"] + own["not_offered"]) == sorted(known)
+        for name in known:
+            assert f"`{name}`" in limits, name
+    kept = {
+        (row.variant.constants["PARAMETER"], *row.variant.constants["STATES"])
+        for row in rows("cuda:90")
+        if "PARAMETER" in row.variant.constants
+    }
+    assert {own[0] for own in kept} == set(found["parameters"]["offered"])
+    assert {name for own in kept for name in own[1:]} == set(found["states"]["offered"])
+
+
+def test_no_state_or_companion_is_left_out_of_the_list():
+    # Every name that the file of codecs has is in one of the two lists.
+    names = {v for k, v in vars(format).items() if k.isupper() and isinstance(v, str)}
+    assert names == {*format.PARAMETERS, *format.STATES}

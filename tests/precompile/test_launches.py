@@ -147,3 +147,42 @@ def _constants(values: Any) -> frozenset[tuple[str, str]]:
     return frozenset(
         (name, getattr(value, "__name__", None) or str(value)) for name, value in known.items()
     )
+
+
+FORMATS: tuple[dict[str, Any], ...] = (
+    {"state_dtype": "int8", "master": "remainder8"},
+    {"state_dtype": {"exp_avg_sq": "fp8"}, "rounding": "stochastic"},
+    {"master": "float32"},
+)
+FORMAT = """
+from fusedopt.precompile import work
+
+precision, other = json.loads(sys.argv[2])
+work.prepare(work.Settings("unused", precision=precision))
+found = {}
+for target in ("cuda:90", "hip:gfx942"):
+    tasks, failed = work.find(target, ("Adam", "SGD"), ("bf16",))
+    assert not failed, failed
+    known = {task.key for task in tasks}
+    for name, options in (("own", precision), ("other", other)):
+        launched = {}
+        note = lambda key, kernel: bool(launched.setdefault(key, kernel)) and False
+        fake_driver(target)
+        with work._compiling_only(note):
+            train(dtype="bfloat16", clip="2", **options)
+        missing = [kernel for key, kernel in launched.items() if key not in known]
+        found[f"{target} {name}"] = len(launched), missing
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("number", range(len(FORMATS)))
+def test_steps_in_the_format_that_is_asked_for_are_found(number: int) -> None:
+    """Catches a key that lacks the limit of registers, and tensors that are walked row by row."""
+    own, other = FORMATS[number], FORMATS[number - 1]
+    result = run_python("-c", TRAINING + FORMAT, "without", json.dumps([own, other]))
+    assert result.returncode == 0, result.stderr
+    for name, (launched, missing) in json.loads(result.stdout).items():
+        assert launched >= 4, name
+        # What belongs to another format is not among them: the list is not simply everything.
+        assert missing == [] if name.endswith("own") else "update_tensors" in missing, name

@@ -26,6 +26,13 @@ pytestmark = needs_compiler
         (["--target", "cuda:90", "--import", "no_such"], "--import no_such: No module"),
         (["--target", "cuda:90", "--import", "json"], "json registered no rule"),
         (["--target", "cuda:90", "--jobs", "0"], "--jobs must be at least 1"),
+        (["--target", "cuda:90", "--states", "int8", "--rule", "SGDX"], "no rule 'SGDX'"),
+        (["--target", "cuda:90", "--master", "remainder9"], "master must be one of"),
+        (
+            ["--target", "cuda:90", "--master", "remainder", "--rounding", "kahan"],
+            "does not go with",
+        ),
+        (["--target", "cuda:90", "--rule", "SGD", "--states", "exp_avg=int8"], "SGD keeps"),
         # A shell's variable that is not set, in place of the folder.
         (["--target", "cuda:90", "--cache", ""], "--cache is empty"),
     ],
