@@ -46,6 +46,19 @@ def variants(architecture: str = "") -> Iterator[Variant]:
     Args:
         architecture: for which, as in ``launch_config.update_launch_config``.
     """
+    yield from plain_variants(architecture)
+    for kept in formats.every():
+        yield update_kept(ADAM, ADAM.example_groups[0], kept)
+    for rule, more in _SOME:
+        for kept in formats.some():
+            yield update_kept(rule, {**rule.example_groups[0], **more}, kept)
+    for parameter in ("", "remainder8"):
+        group = {**ADAM.example_groups[0], "amsgrad": True}
+        yield update_kept(ADAM, group, Kept(("bf16", "bf16"), parameter, "int8"))
+
+
+def plain_variants(architecture: str = "") -> Iterator[Variant]:
+    """Those of parameters and states as torch keeps them."""
     for rule in REGISTRY.values():
         for group in option_sets(rule):
             key = rule.options(group), len(rule.states(group))
@@ -55,14 +68,6 @@ def variants(architecture: str = "") -> Iterator[Variant]:
                 inputs = [gradient if degree == 1 else squares for degree in rule.degrees]
                 types = (param, *inputs, *[state] * key[1])
                 yield update_tensors(rule, key[0], types, aligned, architecture)
-    for kept in formats.every():
-        yield update_kept(ADAM, ADAM.example_groups[0], kept)
-    for rule, more in _SOME:
-        for kept in formats.some():
-            yield update_kept(rule, {**rule.example_groups[0], **more}, kept)
-    for parameter in ("", "remainder8"):
-        group = {**ADAM.example_groups[0], "amsgrad": True}
-        yield update_kept(ADAM, group, Kept(("bf16", "bf16"), parameter, "int8"))
 
 
 def update_tensors(
