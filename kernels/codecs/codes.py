@@ -183,11 +183,11 @@ def _encode_power(pattern, thresholds, SIGNED: tl.constexpr):
     low = ((found & -unit) - TOP) * POWER + 0x3F800000
     high = low + unit * POWER
     if SIGNED:
-        # Between 0 and level(1).
+        # Between 0 and level(1), where the code is 1. A choice of it costs ten registers.
         below = pattern < FIRST
         high = tl.where(below, low, high)
         low = tl.where(below, 0, low)
-        code = tl.where(below, 0, code)
+        code -= below.to(tl.int32)
     low = low.to(tl.float32, bitcast=True)
     gap = high.to(tl.float32, bitcast=True) - low
     threshold = ((thresholds >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
