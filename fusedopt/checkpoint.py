@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .clipping import GlobalNorm
 from .completion import FORMAT, TORCHS, is_creating
-from .formats import GroupFormat, check_parameters, format_of, keeps_steps
+from .formats import GroupFormat, check_parameters, format_of, keeps_state
 from .formats.convert import COMPANIONS, companion_problem, decoded, fit, is_compressed
 from .formats.group import SCALE
 from .formats.saved import PLAIN, name_of, restored, shown
@@ -557,8 +557,7 @@ def is_initialising(optimizer: Any) -> bool:
     gradients that are not zero: there, distributed checkpoint has to be the caller.
     """
     rule = optimizer.rule
-    groups = optimizer.param_groups
-    if optimizer.state or not any(keeps_steps(rule, g) or format_of(rule, g).names for g in groups):
+    if optimizer.state or not any(keeps_state(rule, group) for group in optimizer.param_groups):
         return False
     feeds = optimizer.statistics is not None or len(rule.degrees) > 1
     if not feeds and not is_creating():

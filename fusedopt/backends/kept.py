@@ -141,6 +141,8 @@ class Kept:
             bits = random_bits(index, key0, key1).view(own.shape)
         if self._format.has_codes:
             seed, parameter_number, _ = self._draw
-            turns = number * 0x9E3779B9 + (seed * 0x85EBCA6B + parameter_number * 0xC2B2AE35)
-            thresholds = spread(index, turns & 0xFFFFFFFF).view(own.shape)
+            # Cut before it is added: the step may be a tensor, and a seed has 64 bits.
+            begin = (seed * 0x85EBCA6B + parameter_number * 0xC2B2AE35) & 0xFFFFFFFF
+            turns = (number * 0x9E3779B9 + begin) & 0xFFFFFFFF
+            thresholds = spread(index, turns).view(own.shape)
         return bits, thresholds

@@ -1,6 +1,6 @@
 """How parameters and states are kept in memory, as parameter groups ask for it."""
 
-from .group import GroupFormat, StateFormat, format_of, keeps_steps
+from .group import GroupFormat, StateFormat, format_of, keeps_state, keeps_steps
 from .options import OPTIONS, check_options, check_parameters
 
 __all__ = [
@@ -10,5 +10,6 @@ __all__ = [
     "check_options",
     "check_parameters",
     "format_of",
+    "keeps_state",
     "keeps_steps",
 ]

@@ -162,6 +162,14 @@ def codec_of(dtype: torch.dtype, nonnegative: bool) -> str | None:
     return codec if dtype == CODE_DTYPES[codec] else None
 
 
+def keeps_state(rule: Rule, group: Group) -> bool:
+    """Whether anything is kept of a group's parameters: tensors, or the step."""
+    if rule.counts_steps:
+        return True
+    format = format_of(rule, group)
+    return bool(format.names) or format.device.draws
+
+
 def keeps_steps(rule: Rule, group: Group) -> bool:
     """Whether ``state["step"]`` is kept: the rule reads it, or what is stored depends on it."""
     return rule.counts_steps or format_of(rule, group).device.draws

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..clipping import GlobalNorm
-from ..formats import format_of, keeps_steps
+from ..formats import keeps_state
 from ..kernels.rule import Rule
 from ..memory.dtensor import placed_as, specs_of
 from ..memory.storage import local_tensors, unwrapped
@@ -278,8 +278,7 @@ def _overflowed(
     # A skipped step leaves no trace, so no state may be created by it. Reading the flag then
     # waits for the device, at the first steps only.
     rule = optimizer.rule
-    groups = optimizer.param_groups
-    keeps = [keeps_steps(rule, g) or bool(format_of(rule, g).names) for g in groups]
+    keeps = [keeps_state(rule, group) for group in optimizer.param_groups]
     creates_state = any(
         keeps[index] and p not in optimizer.state for p, index in zip(params, group_of, strict=True)
     )

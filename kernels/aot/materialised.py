@@ -8,7 +8,7 @@ from .. import launch_config, multi_tensor
 from ..per_sample import materialised
 from ..rules import BATCH_DECOUPLED_ADAM, REGISTRY
 from .formats import Kept
-from .update import AMD_REGISTERS, TABLE, bytes_by_width
+from .update import TABLE, bytes_by_width, kept_budget
 from .variant import DTYPES, Budget, Variant, element_bytes, element_type
 
 # Loads that the loop over samples has in its text: four at a time, and the rest one by one.
@@ -96,11 +96,6 @@ def update_kept_from_samples(kept: Kept) -> Variant:
         threads=launch.threads,
         registers=limit,
         block=launch.block,
-        budget=Budget(
-            bytes_per_element=moved.pop(128, None),
-            narrow=moved,
-            registers=limit,
-            amd_registers=limit and AMD_REGISTERS,
-        ),
+        budget=kept_budget(moved, limit),
         coefficients=rule.coefficient_names,
     )  # fmt: skip

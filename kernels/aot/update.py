@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from .. import multi_tensor
 from ..codecs.format import Format
@@ -135,14 +135,24 @@ def update_kept(rule: Rule, group: Group, kept: Kept) -> Variant:
         threads=launch.threads,
         registers=limit,
         block=launch.block,
-        budget=Budget(
-            bytes_per_element=moved.pop(128, None),
-            narrow=moved,
-            registers=limit,
-            amd_registers=limit and AMD_REGISTERS,
-        ),
+        budget=kept_budget(moved, limit),
         coefficients=rule.coefficient_names,
     )  # fmt: skip
+
+
+def kept_budget(moved: Mapping[int, float], limit: int | None) -> Budget:
+    """Return what a variant may use that keeps tensors in other formats than as they are.
+
+    Args:
+        moved: bytes an element by width of the access; nothing where they are not counted.
+        limit: registers of a thread on NVIDIA's.
+    """
+    return Budget(
+        bytes_per_element=moved.get(128),
+        narrow={width: size for width, size in moved.items() if width != 128},
+        registers=limit,
+        amd_registers=limit and AMD_REGISTERS,
+    )
 
 
 def bytes_by_width(types: Sequence[str], format: Format, n_inputs: int) -> dict[int, float]:

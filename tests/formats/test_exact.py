@@ -100,3 +100,20 @@ def test_who_has_no_gradient_has_a_number(backend: str) -> None:
         found.append(optimizer)
     assert_same_bits_of(bits_of(found[0])[1:], bits_of(found[1])[1:])
     assert (params_of(found[1])[0] == 1).all()
+
+
+@both_backends
+def test_a_seed_of_64_bits_beside_a_step_on_the_device(backend: str) -> None:
+    # Catches a seed that is multiplied beyond what can be added to a tensor.
+    kept = []
+    for capturable in (False, True):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 300).bfloat16())
+        p.grad = torch.linspace(1, 2, 300).bfloat16()
+        optimizer = fusedopt.AdamW(
+            [p], state_dtype="int8", rounding="stochastic", rounding_seed=-(1 << 63) + 12345,
+            capturable=capturable, backend=backend,
+        )  # fmt: skip
+        optimizer.step()
+        kept.append((p.detach(), *(optimizer.state[p][n] for n in ("exp_avg", "exp_avg_sq"))))
+    for host, device in zip(*kept, strict=True):
+        assert torch.equal(host, device)
