@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import multi_tensor
+from .codecs.format import PLAIN, Format
 
 TUNED = Path(__file__).resolve().with_name("tuned.json")
 
@@ -59,9 +60,10 @@ def types_key(dtypes: Sequence[str]) -> str:
     return dtypes[0] if len(set(dtypes)) == 1 else "/".join(dtypes)
 
 
-def default(aligned: bool, rowwise: bool = False) -> LaunchConfig:
+def default(aligned: bool, rowwise: bool = False, format: Format = PLAIN) -> LaunchConfig:
     """What stands where nothing was measured."""
-    return LaunchConfig(multi_tensor.block_size(aligned, rowwise), multi_tensor.THREADS)
+    block = multi_tensor.block_size(aligned, rowwise, format)
+    return LaunchConfig(block, multi_tensor.THREADS)
 
 
 def update_launch_config(

@@ -27,8 +27,8 @@ BLOCK = 1024
 THREADS = 128
 # Without alignment each element has an address of its own, which takes registers.
 UNALIGNED_BLOCK = 512
-# So it is where groups are walked one by one.
-ROWWISE_BLOCK = 256
+# So it does with codecs besides, and where groups are walked one by one.
+SMALL_BLOCK = 256
 # With codes a compiler left to itself takes a dozen more, and none of them for long.
 REGISTERS = 80
 
@@ -42,10 +42,10 @@ def register_limit(format: Format) -> int | None:
 HEADER_ROWS = 2
 
 
-def block_size(aligned: bool, rowwise: bool = False) -> int:
+def block_size(aligned: bool, rowwise: bool = False, format: Format = PLAIN) -> int:
     """Elements a program owns."""
-    if rowwise:
-        return ROWWISE_BLOCK
+    if rowwise or not (aligned or format == PLAIN):
+        return SMALL_BLOCK
     return BLOCK if aligned else UNALIGNED_BLOCK
 
 

@@ -249,7 +249,7 @@ class Bucket:
 
 def _launch_config(rule: Rule, device: torch.device, key: BucketKey) -> launch_config.LaunchConfig:
     if key.counts is not None or key.format != PLAIN:
-        return launch_config.default(key.aligned, key.rowwise)
+        return launch_config.default(key.aligned, key.rowwise, key.format)
     names = [str(TRITON_DTYPES[t]) for t in key.dtypes]
     return launch_config.update_launch_config(
         device_architecture(device), rule.name, names, key.aligned

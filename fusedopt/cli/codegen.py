@@ -204,7 +204,7 @@ def _print_tables(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> Non
     broken = sum(bool(row["broken"]) for row in rows)
     console.print(
         f"{len(rows)} variants compiled for {len(targets)} targets, {broken} break a budget. "
-        "B/element: bytes that whole chunks of aligned tensors move."
+        "B/element: bytes that whole chunks of aligned tensors move; of embeddings, what is read."
     )
 
 

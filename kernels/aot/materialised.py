@@ -79,7 +79,7 @@ def update_kept_from_samples(kept: Kept) -> Variant:
     group = rule.example_groups[0]
     format = kept.format(rule, group)
     types = (*kept.types, *kept.kept_types(rule, group))
-    launch = launch_config.default(kept.aligned, kept.rowwise)
+    launch = launch_config.default(kept.aligned, kept.rowwise, format)
     limit = multi_tensor.register_limit(format)
     moved = {}
     if kept.aligned and not kept.rowwise:

@@ -120,7 +120,7 @@ def update_kept(rule: Rule, group: Group, kept: Kept) -> Variant:
     format, options = kept.format(rule, group), rule.options(group)
     squares = ["fp64" if kept.types[0] == "fp64" else "fp32"] * (len(rule.degrees) - 1)
     types = (*kept.types, *squares, *kept.kept_types(rule, group))
-    launch = default(kept.aligned, kept.rowwise)
+    launch = default(kept.aligned, kept.rowwise, format)
     is_counted = kept.aligned and not kept.rowwise
     limit = multi_tensor.register_limit(format)
     moved = bytes_by_width(types, format, len(rule.degrees)) if is_counted else {}

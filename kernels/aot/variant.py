@@ -27,6 +27,7 @@ class Budget:
     Attributes:
         bytes_per_element: bytes an element that whole chunks move by 128-bit accesses, no more
             and no fewer; None where that is not counted.
+        read_per_element: the same of 128-bit loads alone.
         narrow: besides, by 64-bit accesses and by 32-bit ones, by their widths: codes, and scales.
         registers: registers a thread at most, or None.
         amd_registers: the same on AMD, where it is another; a compute unit has twice as many.
@@ -34,6 +35,7 @@ class Budget:
     """
 
     bytes_per_element: float | None = None
+    read_per_element: float | None = None
     narrow: Mapping[int, float] = field(default_factory=dict)
     registers: int | None = None
     amd_registers: int | None = None
@@ -51,6 +53,11 @@ class Budget:
                 broken.append(
                     f"{width}-bit accesses move {moved:g} bytes an element, not {limit:g}"
                 )
+        read = result.read_by(variant)
+        if self.read_per_element not in (None, read):
+            broken.append(
+                f"128-bit loads read {read:g} bytes an element, not {self.read_per_element:g}"
+            )
         most = self.registers
         if target.backend == "hip" and self.amd_registers is not None:
             most = self.amd_registers
@@ -120,8 +127,14 @@ class Report:
     narrow: dict[int, int] = field(default_factory=dict)
 
     def bytes_moved(self, variant: Variant) -> float:
-        """Bytes an element that whole chunks move, by the widths that the variant's budget has."""
+        """Bytes an element that whole chunks move, by what the variant's budget has."""
+        if variant.budget.read_per_element is not None:
+            return self.read_by(variant)
         return sum(self.moved_by(variant, width) for width in (128, *variant.budget.narrow))
+
+    def read_by(self, variant: Variant) -> float:
+        """Bytes an element that 128-bit loads read."""
+        return 16 * self.loads.get(128, 0) * variant.threads / max(variant.block, 1)
 
     def moved_by(self, variant: Variant, width: int) -> float:
         """Bytes an element that whole chunks move by accesses of a width in bits."""

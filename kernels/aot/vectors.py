@@ -121,7 +121,11 @@ def finish(dtype: str, chunked: bool) -> Variant:
 
 
 def sum_chunks(dtype: str, segmented: bool, aligned: bool = True) -> Variant:
-    """Stage 1 of an embedding."""
+    """Stage 1 of an embedding.
+
+    Unless rows are unaligned, errors are read once, by 128-bit loads, and the squares that they are
+    added to. How often a store stands in the code is up to the compiler.
+    """
     constants = {"e_column": 1, **embedding.sum_chunks_constants(True, segmented)}
     label = f"{' segmented' if segmented else ''}{'' if aligned else ' unaligned'}"
     return Variant(
@@ -143,7 +147,9 @@ def sum_chunks(dtype: str, segmented: bool, aligned: bool = True) -> Variant:
         },
         constants=constants,
         threads=embedding.THREADS,
+        block=embedding.AT_ONCE * embedding.BLOCK,
         divisible=("e_sample", "e_row", "width") if aligned else (),
+        budget=Budget(read_per_element=DTYPES[dtype] + 4 if aligned else None),
     )
 
 

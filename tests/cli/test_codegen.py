@@ -56,6 +56,12 @@ BYTES = {
     "Adam bf16 float32 master fp32 states": 30,
     "SGD (momentum) bf16 int8 states": 8.0625,
     "update_from_samples BatchDecoupledAdam bf16 remainder8 int8 states": 20.125,
+    # Of layers' parameters, what is read: errors and input once, for gradient and squares together.
+    "partial_sums bias bf16": 2,
+    "partial_sums gain and bias bf16": 4,
+    "partial_sums RMSNorm gain fp32": 8,
+    # Errors once, and the squares that they are added to.
+    "embedding sum_chunks bf16": 6,
     # Walked row by row, and off 16 bytes: narrow accesses, which are not counted.
     "Adam bf16 remainder8 int8 states rowwise": 0,
     "Adam bf16 remainder8 int8 states unaligned": 0,
@@ -199,6 +205,15 @@ def test_a_broken_budget_of_codes_is_named(change, complaint, target):
     report = Report(**{**vars(FEW), **change})
     broken = CODES.budget.broken(CODES, report, aot.parse_target(target))
     assert (complaint is None and not broken) or complaint in " ".join(broken)
+
+
+def test_a_second_read_is_named():
+    names = {v.name: v for v in aot.variants(aot.parse_target("cuda:90"))}
+    own = names["embedding sum_chunks bf16"]
+    loads = own.budget.read_per_element * own.block / own.threads / 16
+    for factor, broken in ((1, []), (2, ["128-bit loads read 12 bytes an element, not 6"])):
+        report = Report(**{**vars(GOOD), "loads": {128: int(factor * loads)}})
+        assert own.budget.broken(own, report, aot.parse_target("cuda:90")) == broken
 
 
 @pytest.mark.parametrize(
