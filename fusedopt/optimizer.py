@@ -337,7 +337,7 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizer of the same name does, with the clipping bound.
 
-        Options that torch's class has not are saved aside: see ``fusedopt.checkpoint``.
+        Options that torch's class has not are saved aside: see ``fusedopt.checkpoint.aside``.
 
         Returns:
             A dictionary of plain values and tensors that both load.
