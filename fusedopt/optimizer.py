@@ -341,9 +341,12 @@ class FusedOptimizer(Optimizer):
 
         Returns:
             A dictionary of plain values and tensors that both load.
+
+        Raises:
+            ValueError: for codes without scales, and for a master or the like that was taken away.
         """
         state_dict: dict[str, Any] = super().state_dict()
-        show_formats(self, state_dict)
+        show_formats(self, state_dict, self._known_of)
         config = None if self.clip is None else self.clip.config()
         for group in state_dict["param_groups"]:
             group["clip"] = config
@@ -352,6 +355,12 @@ class FusedOptimizer(Optimizer):
                 claim(group, self.form)
         self._lent = Lent(state_dict) if is_completing() else None
         return state_dict
+
+    def _known_of(self, p: Tensor) -> frozenset[str]:
+        """Return the entries that the state of a parameter had when it was last looked at."""
+        release = self.gradient_release
+        known = self._engine.known_of(p)
+        return known if release is None else known | release.known_of(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by this class or by torch's optimizer of the same name.

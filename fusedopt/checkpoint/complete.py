@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ..formats import format_of
+from ..kernels.rule import Group, Rule
 from ..step.checks import describe
 
 
@@ -45,15 +47,38 @@ def is_number(step: Any) -> bool:
     return isinstance(step, float) or (isinstance(step, int) and abs(step) < 1 << 63)
 
 
-def check_complete(rule: Any, names: tuple[str, ...], state: Mapping[str, Any], who: Any) -> None:
-    """Raise where a state has some of what the rule keeps, but not all of it.
+def beside(rule: Rule, group: Group) -> tuple[str, ...]:
+    """Return the entries of a state that its format asks for and its rule does not.
+
+    The rest of the parameter, and the count that random bits depend on.
+    """
+    format = format_of(rule, group)
+    counts = ("step",) if format.device.draws and not rule.counts_steps else ()
+    return counts if format.companion is None else (format.companion, *counts)
+
+
+def has_any(state: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether a state has some of what is kept: else nothing yet, or only what users keep there."""
+    return any(state.get(name) is not None for name in (*names, "step"))
+
+
+def check_complete(
+    rule: Rule, names: Sequence[str], besides: Sequence[str], state: Mapping[str, Any], who: Any
+) -> None:
+    """Raise where a state has some of what is kept, but not all of it.
+
+    Args:
+        rule: that keeps it.
+        names: of its entries.
+        besides: those that the format keeps.
+        state: of a parameter.
+        who: the parameter, for messages.
 
     Raises:
         IncompleteState: naming the parameter and the first key that is missing.
         ValueError: for a step count that is no number.
     """
-    if not any(state.get(name) is not None for name in (*names, "step")):
-        # Nothing yet, or only what users keep there.
+    if not has_any(state, (*names, *besides)):
         return
     missing = [name for name in names if state.get(name) is None]
     if rule.counts_steps:
@@ -63,7 +88,8 @@ def check_complete(rule: Any, names: tuple[str, ...], state: Mapping[str, Any], 
             raise ValueError(f"{who}: its state 'step' is no number, but {state['step']!r}")
     elif len(missing) == len(names):
         # As torch's SGD, whose buffers begin with the first step that has momentum.
-        return
+        missing = []
+    missing += [name for name in besides if state.get(name) is None]
     if missing:
         raise incomplete(who, missing[0], state)
 

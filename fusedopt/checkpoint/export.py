@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..formats.convert import decoded
-
-Group = dict[str, Any]
+from ..kernels.rule import Group, Rule
 
 
 def export_state_dict(optimizer: Any) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def export_state_dict(optimizer: Any) -> dict[str, Any]:
     return {"state": states, "param_groups": saved["param_groups"]}
 
 
-def _exported(p: Tensor, state: Mapping[str, Any], rule: Any, group: Group) -> dict[str, Any]:
+def _exported(p: Tensor, state: Mapping[str, Any], rule: Rule, group: Group) -> dict[str, Any]:
     names = rule.states(group)
     found = {}
     for name, value in state.items():

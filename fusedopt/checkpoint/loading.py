@@ -31,7 +31,6 @@ def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, A
     groups = [dict(group) for group in state_dict["param_groups"]]
     clip: Any = ...
     for group in groups:
-        group.pop(FORMAT, None)
         found = carried(group.pop("clip", ABSENT))
         # Clipping spans groups: a checkpoint holds one bound, written into each of them.
         clip = found if clip is ... and found is not ABSENT else clip
@@ -45,6 +44,8 @@ def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, A
         for own, saved in zip(optimizer.param_groups, groups, strict=True):
             check_states(optimizer, own, saved, loaded["state"])
         loaded["state"] = without_gaps(optimizer, loaded["state"])
+    for group in groups:
+        group.pop(FORMAT, None)
     return loaded, clip
 
 

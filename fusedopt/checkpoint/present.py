@@ -7,10 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..formats import format_of
-from .complete import Place, check_complete
-
-Group = dict[str, Any]
+from .complete import Place, beside, check_complete
 
 
 def check_present(
@@ -38,19 +35,14 @@ def check_present(
     # A rule of a user's own need not have examples.
     groups = rule.example_groups or optimizer.param_groups
     base = set.intersection(*(set(rule.states(group)) for group in groups))
-    names_of = [_asked(rule, group) for group in optimizer.param_groups]
+    names_of = [rule.states(group) for group in optimizer.param_groups]
+    besides_of = [beside(rule, group) for group in optimizer.param_groups]
     for p, index in zip(parameters, group_of, strict=True):
         if p in optimizer.state:
-            who = Place(optimizer, p)
-            due = base | present.names(p)
-            names = tuple(name for name in names_of[index] if name in due)
-            check_complete(rule, names, optimizer.state[p], who)
-
-
-def _asked(rule: Any, group: Group) -> tuple[str, ...]:
-    """Return the entries that hold what a state and a parameter are, beside their scales."""
-    companion = format_of(rule, group).companion
-    return rule.states(group) if companion is None else (*rule.states(group), companion)
+            was = present.names(p)
+            names = [name for name in names_of[index] if name in base or name in was]
+            besides = [name for name in besides_of[index] if name in was]
+            check_complete(rule, names, besides, optimizer.state[p], Place(optimizer, p))
 
 
 class Present:
@@ -94,12 +86,12 @@ class Present:
         found: dict[Tensor, frozenset[str]] = {}
         for group in optimizer.param_groups:
             names = frozenset(optimizer.rule.states(group))
-            beside = frozenset(_asked(optimizer.rule, group)) - names
+            besides = frozenset(beside(optimizer.rule, group))
             for p in group["params"] if isinstance(group["params"], (list, tuple)) else ():
                 state = optimizer.state.get(p)
                 if isinstance(state, Mapping) and state:
                     old = self.names(p)
-                    there = {n for n in names | beside if state.get(n) is not None}
+                    there = {n for n in names | besides if state.get(n) is not None}
                     # A checkpoint may be one of torch's, without what is beside the parameter.
                     found[p] = frozenset(there | (names & old))
         self._names = found

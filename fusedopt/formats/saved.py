@@ -27,10 +27,17 @@ from ..kernels.rule import Rule
 from ..memory import codes
 from ..memory.dtensor import is_dtensor, local_of, sharded_like
 from ..memory.walk import rows_of, runs_along_first, walk_of
-from .group import CODED, SCALE, GroupFormat, codec_of
+from .group import CODED, COMPANIONS, SCALE, GroupFormat, codec_of
 from .tensors import local_scale_shape, whole_scale_shape
 
 PLAIN = "plain"
+_CODES = ("int8", "fp8")
+# By what a name says of a master, its types: in a file, and in memory.
+_MASTERS = {
+    "int16": (torch.bfloat16, torch.int16),
+    "int8": (torch.int8,),
+    "float32": (torch.float32,),
+}
 
 
 def name_of(format: GroupFormat, params: Sequence[Any]) -> str:
@@ -53,6 +60,34 @@ def name_of(format: GroupFormat, params: Sequence[Any]) -> str:
         kind = str(format.companion_dtype or "parameter").removeprefix("torch.")
         found.append(f"{format.companion}={kind}")
     return ",".join(found) or PLAIN
+
+
+def companion_kinds(name: str) -> dict[str, str]:
+    """Return what a name says is kept beside each parameter, and how."""
+    return {key: kind for key, kind in _parts(name) if key in COMPANIONS}
+
+
+def has_codes(name: str) -> bool:
+    """Return whether a name says that states are in 8 bits."""
+    return any(key not in COMPANIONS and kind in _CODES for key, kind in _parts(name))
+
+
+def _parts(name: str) -> list[tuple[str, str]]:
+    parts = (part.partition("=") for part in name.split(","))
+    return [(key, kind) for key, _, kind in parts]
+
+
+def kind_problem(key: str, kind: str, value: Tensor) -> str | None:
+    """Say how what is kept beside a parameter is not what a name says; None where it is.
+
+    Args:
+        key: of the state dictionary.
+        kind: what the name says.
+        value: the tensor.
+    """
+    if key != "master" or value.dtype in _MASTERS.get(kind, ()):
+        return None
+    return f"has type {value.dtype}, and the format that it was saved in is {key}={kind}"
 
 
 def _cut_rows(p: Any) -> tuple[int, int | None] | None:
