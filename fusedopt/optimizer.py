@@ -11,7 +11,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
-from .checkpoint import claim, kept_states, put_aside, saved_form, show_formats, unpacked
+from .checkpoint import (
+    as_floats,
+    as_patterns,
+    check_flattened,
+    claim,
+    kept_states,
+    put_aside,
+    saved_form,
+    show_formats,
+    unpacked,
+)
 from .clipping import GlobalNorm
 from .completion import TORCHS, Lent, is_completed, is_completing
 from .engine import Engine
@@ -343,8 +353,10 @@ class FusedOptimizer(Optimizer):
             A dictionary of plain values and tensors that both load.
 
         Raises:
-            ValueError: for codes without scales, and for a master or the like that was taken away.
+            ValueError: for codes without scales, for a master or the like that was taken away, and
+                where ``FullyShardedDataParallel`` gathers what it could not load.
         """
+        check_flattened(self)
         state_dict: dict[str, Any] = super().state_dict()
         show_formats(self, state_dict, self._known_of)
         config = None if self.clip is None else self.clip.config()
@@ -406,10 +418,13 @@ class FusedOptimizer(Optimizer):
             self.clip.configure(clip)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend, "clip": self.clip}
+        state = {**super().__getstate__(), "backend": self.backend, "clip": self.clip}
+        states, patterns = as_patterns(self.state)
+        return {**state, "state": states, "patterns": patterns} if patterns else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        as_floats(self.state, self.__dict__.pop("patterns", ()))
         if "_engine" in self.__dict__:
             self._engine.reset()
         else:

@@ -110,9 +110,9 @@ def shown(p: Any, state: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
         if not isinstance(value, Tensor):
             continue
         if value.dtype == torch.float8_e4m3fn:
-            found[name] = _viewed(value, _shown_float8(name, rule))
+            found[name] = viewed(value, _shown_float8(name, rule))
         elif name == "master" and value.dtype == torch.int16:
-            found[name] = _viewed(value, torch.bfloat16)
+            found[name] = viewed(value, torch.bfloat16)
         elif _is_scale(name, state) and runs_along_first(p.shape):
             found[name] = _of_each(p, value)
     return found
@@ -135,9 +135,9 @@ def restored(p: Any, state: MutableMapping[str, Any], rule: Rule, format: GroupF
         if not isinstance(value, Tensor):
             continue
         if name in floats and value.dtype == _shown_float8(name, rule):
-            state[name] = _viewed(value, torch.float8_e4m3fn)
+            state[name] = viewed(value, torch.float8_e4m3fn)
         elif name == "master" and value.dtype == torch.bfloat16:
-            state[name] = _viewed(value, torch.int16)
+            state[name] = viewed(value, torch.int16)
     for name in [n for n in state if _is_scale(n, state)]:
         if _is_of_each(p, state[name]):
             _regroup(p, state, name[: -len(SCALE)], rule)
@@ -152,7 +152,7 @@ def _shown_float8(name: str, rule: Rule) -> torch.dtype:
     return torch.int8 if name in rule.nonnegative else torch.uint8
 
 
-def _viewed(tensor: Any, dtype: torch.dtype) -> Tensor:
+def viewed(tensor: Any, dtype: torch.dtype) -> Tensor:
     """Take patterns for another type of the same width."""
     if is_dtensor(tensor):
         return sharded_like(tensor, local_of(tensor).view(dtype))
