@@ -103,6 +103,15 @@ def test_an_entry_that_is_missing_is_named(rule: str, format: str, key: str) -> 
     assert_refused(new(rule, None), saved, words, kind)
 
 
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_counts_that_all_states_lack_are_missed(format: str) -> None:
+    # Catches thresholds of codes that begin anew: codes tell that there was a count.
+    saved = through_file(new("momentum", format).state_dict())
+    for state in saved["state"].values():
+        del state["step"]
+    assert_refused(new("momentum", format), saved, r"\['params'\]\[0\].*no 'step'")
+
+
 @pytest.mark.parametrize("format", ["remainder", "float32", "kahan", "int8, remainder"])
 def test_a_master_without_the_rest_is_refused(format: str) -> None:
     # Catches moments that begin at zero beside a master that goes on.
@@ -158,7 +167,11 @@ def test_what_has_not_begun_yet_is_saved_as_it_would_begin(
     back = new(rule, format)
     for p, q in zip(params_of(back), params_of(ours), strict=True):
         p.data.copy_(q)
-    back.load_state_dict(through_file(ours.state_dict()))
+    saved = through_file(ours.state_dict())
+    back.load_state_dict(saved)
+    if format == "float32" and rule != "SGD":
+        master, p = saved["state"][1]["master"], params_of(ours)[1]
+        assert torch.equal(master, p.float())
     assert [list(state) for state in ours.state.values()] == keys
     for state in back.state.values():
         # Of what SGD keeps without momentum, nothing tells that it was ever stepped.
