@@ -26,6 +26,8 @@ TORCHS = "differentiable"
 FORMAT = "state_format"
 _TORCH = "torch.distributed.checkpoint.state_dict"
 _LOAD, _READ, _INIT = "_load_optim_state_dict", "_get_optim_state_dict", "_init_optim_state"
+_FSDP = "torch.distributed.fsdp.fully_sharded_data_parallel"
+_GATHER = ("optim_state_dict", "full_optim_state_dict", "sharded_optim_state_dict")
 # Decorators of torch's lie between.
 _DEPTH = 20
 
@@ -49,6 +51,19 @@ def is_completed() -> bool:
 def is_creating() -> bool:
     """Whether torch calls ``step()`` to have states created, which it then reads or replaces."""
     return _are_calling((_INIT,))
+
+
+def is_gathering() -> bool:
+    """Whether torch asks for a state that it gathers, of flat parameters if these are."""
+    frame = sys._getframe(1)
+    for _ in range(_DEPTH):
+        if frame is None:
+            break
+        where, name = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if (where == _TORCH and name == _READ) or (where == _FSDP and name in _GATHER):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _are_calling(names: Iterable[str]) -> bool:

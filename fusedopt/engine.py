@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Present, check_present, initialise, is_initialising
-from .formats import check_parameters, format_of
+from .formats import check_parameters, format_of, keeps_steps
 from .formats.fitting import fit_states
 from .memory.device import is_capturing
 from .step.checks import check_gradients, check_memory, check_states, describe
@@ -151,13 +151,20 @@ class Engine:
         except Exception:
             self._forget(optimizer, zip(params, created, strict=True))
             raise
-        names_of = [format_of(optimizer.rule, group).names for group in request.groups]
+        rule = optimizer.rule
+        names_of = [format_of(rule, group).names for group in request.groups]
+        counts = [keeps_steps(rule, group) for group in request.groups]
+        names_of = [(*n, "step") if own else n for n, own in zip(names_of, counts, strict=True)]
         self._present.note(params, names_of, group_of)
         return self.plan
 
     def look_at_states(self, optimizer: Any) -> None:
         """Note which entries each state has: what is missing later was taken away."""
         self._present.look(optimizer)
+
+    def known_of(self, p: Tensor) -> frozenset[str]:
+        """Return the entries that the state of a parameter had when it was last looked at."""
+        return self._present.names(p)
 
     def _forget(self, optimizer: Any, created: Iterable[tuple[Tensor, Sequence[str]]]) -> None:
         """Remove states that were created for a step which did not come about."""

@@ -11,7 +11,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
-from .checkpoint import claim, kept_states, put_aside, saved_form, show_formats, unpacked
+from .checkpoint import (
+    as_floats,
+    as_patterns,
+    check_flattened,
+    claim,
+    kept_states,
+    put_aside,
+    saved_form,
+    show_formats,
+    unpacked,
+)
 from .clipping import GlobalNorm
 from .completion import TORCHS, Lent, is_completed, is_completing
 from .engine import Engine
@@ -337,13 +347,18 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizer of the same name does, with the clipping bound.
 
-        Options that torch's class has not are saved aside: see ``fusedopt.checkpoint``.
+        Options that torch's class has not are saved aside: see ``fusedopt.checkpoint.aside``.
 
         Returns:
             A dictionary of plain values and tensors that both load.
+
+        Raises:
+            ValueError: for codes without scales, for a master or the like that was taken away, and
+                where ``FullyShardedDataParallel`` gathers what it could not load.
         """
+        check_flattened(self)
         state_dict: dict[str, Any] = super().state_dict()
-        show_formats(self, state_dict)
+        show_formats(self, state_dict, self._known_of)
         config = None if self.clip is None else self.clip.config()
         for group in state_dict["param_groups"]:
             group["clip"] = config
@@ -352,6 +367,12 @@ class FusedOptimizer(Optimizer):
                 claim(group, self.form)
         self._lent = Lent(state_dict) if is_completing() else None
         return state_dict
+
+    def _known_of(self, p: Tensor) -> frozenset[str]:
+        """Return the entries that the state of a parameter had when it was last looked at."""
+        release = self.gradient_release
+        known = self._engine.known_of(p)
+        return known if release is None else known | release.known_of(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by this class or by torch's optimizer of the same name.
@@ -397,10 +418,13 @@ class FusedOptimizer(Optimizer):
             self.clip.configure(clip)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend, "clip": self.clip}
+        state = {**super().__getstate__(), "backend": self.backend, "clip": self.clip}
+        states, patterns = as_patterns(self.state)
+        return {**state, "state": states, "patterns": patterns} if patterns else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        as_floats(self.state, self.__dict__.pop("patterns", ()))
         if "_engine" in self.__dict__:
             self._engine.reset()
         else:

@@ -13,12 +13,11 @@ from ..kernels.rule import Rule
 from ..memory import codes, parameter
 from ..memory.dtensor import is_dtensor, local_of, sharded_like
 from ..memory.walk import walk_of
-from .group import CODED, SCALE, GroupFormat, StateFormat, codec_of
+from .group import CODED, COMPANIONS, SCALE, GroupFormat, StateFormat, codec_of
 from .saved import restored
 from .tensors import local_scale_shape, whole_scale_shape
 
 State = MutableMapping[str, Any]
-COMPANIONS = ("master", "compensation")
 # By the type of a master, how it is kept.
 _MASTERS = {
     torch.int16: device.REMAINDER,

@@ -29,6 +29,8 @@ _MASTERS = {
     "float32": (device.FLOAT32, torch.float32),
 }
 SCALE = "_scale"
+# Keys of what is kept beside a parameter, which belongs to it.
+COMPANIONS = ("master", "compensation")
 CODED = frozenset(CODE_DTYPES.values())
 
 

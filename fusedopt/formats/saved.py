@@ -27,10 +27,17 @@ from ..kernels.rule import Rule
 from ..memory import codes
 from ..memory.dtensor import is_dtensor, local_of, sharded_like
 from ..memory.walk import rows_of, runs_along_first, walk_of
-from .group import CODED, SCALE, GroupFormat, codec_of
+from .group import CODED, COMPANIONS, SCALE, GroupFormat, codec_of
 from .tensors import local_scale_shape, whole_scale_shape
 
 PLAIN = "plain"
+_CODES = ("int8", "fp8")
+# By what a name says of a master, its types: in a file, and in memory.
+_MASTERS = {
+    "int16": (torch.bfloat16, torch.int16),
+    "int8": (torch.int8,),
+    "float32": (torch.float32,),
+}
 
 
 def name_of(format: GroupFormat, params: Sequence[Any]) -> str:
@@ -55,6 +62,34 @@ def name_of(format: GroupFormat, params: Sequence[Any]) -> str:
     return ",".join(found) or PLAIN
 
 
+def companion_kinds(name: str) -> dict[str, str]:
+    """Return what a name says is kept beside each parameter, and how."""
+    return {key: kind for key, kind in _parts(name) if key in COMPANIONS}
+
+
+def has_codes(name: str) -> bool:
+    """Return whether a name says that states are in 8 bits."""
+    return any(key not in COMPANIONS and kind in _CODES for key, kind in _parts(name))
+
+
+def _parts(name: str) -> list[tuple[str, str]]:
+    parts = (part.partition("=") for part in name.split(","))
+    return [(key, kind) for key, _, kind in parts]
+
+
+def kind_problem(key: str, kind: str, value: Tensor) -> str | None:
+    """Say how what is kept beside a parameter is not what a name says; None where it is.
+
+    Args:
+        key: of the state dictionary.
+        kind: what the name says.
+        value: the tensor.
+    """
+    if key != "master" or value.dtype in _MASTERS.get(kind, ()):
+        return None
+    return f"has type {value.dtype}, and the format that it was saved in is {key}={kind}"
+
+
 def _cut_rows(p: Any) -> tuple[int, int | None] | None:
     if not is_dtensor(p) or runs_along_first(p.shape):
         return None
@@ -75,9 +110,9 @@ def shown(p: Any, state: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
         if not isinstance(value, Tensor):
             continue
         if value.dtype == torch.float8_e4m3fn:
-            found[name] = _viewed(value, _shown_float8(name, rule))
+            found[name] = viewed(value, _shown_float8(name, rule))
         elif name == "master" and value.dtype == torch.int16:
-            found[name] = _viewed(value, torch.bfloat16)
+            found[name] = viewed(value, torch.bfloat16)
         elif _is_scale(name, state) and runs_along_first(p.shape):
             found[name] = _of_each(p, value)
     return found
@@ -100,9 +135,9 @@ def restored(p: Any, state: MutableMapping[str, Any], rule: Rule, format: GroupF
         if not isinstance(value, Tensor):
             continue
         if name in floats and value.dtype == _shown_float8(name, rule):
-            state[name] = _viewed(value, torch.float8_e4m3fn)
+            state[name] = viewed(value, torch.float8_e4m3fn)
         elif name == "master" and value.dtype == torch.bfloat16:
-            state[name] = _viewed(value, torch.int16)
+            state[name] = viewed(value, torch.int16)
     for name in [n for n in state if _is_scale(n, state)]:
         if _is_of_each(p, state[name]):
             _regroup(p, state, name[: -len(SCALE)], rule)
@@ -117,7 +152,7 @@ def _shown_float8(name: str, rule: Rule) -> torch.dtype:
     return torch.int8 if name in rule.nonnegative else torch.uint8
 
 
-def _viewed(tensor: Any, dtype: torch.dtype) -> Tensor:
+def viewed(tensor: Any, dtype: torch.dtype) -> Tensor:
     """Take patterns for another type of the same width."""
     if is_dtensor(tensor):
         return sharded_like(tensor, local_of(tensor).view(dtype))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.codecs import format as device
 from ..memory.dtensor import is_dtensor, local_of, sharded_like
+from ..memory.storage import local_tensors
 from ..memory.walk import Rows, rows_of, scale_shape
 from .group import SCALE, GroupFormat
 
@@ -61,6 +62,17 @@ def make_tensor(p: Any, local: Tensor, name: str, format: GroupFormat) -> tuple[
 def starts_as_copy(name: str, format: GroupFormat) -> bool:
     """Whether a tensor begins as the parameter's values, and not at zero."""
     return format.parameter == device.FLOAT32 and name == format.companion
+
+
+def begun(p: Any, name: str, format: GroupFormat) -> Tensor:
+    """Make a tensor for the state of a parameter, with what it begins as; arguments as above."""
+    (local,) = local_tensors([p])
+    tensor, new = make_tensor(p, local, name, format)
+    if starts_as_copy(name, format):
+        new.copy_(local)
+    else:
+        new.zero_()
+    return tensor
 
 
 def problem(p: Any, name: str, state: Tensor, format: GroupFormat) -> str | None:

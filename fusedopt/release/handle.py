@@ -223,6 +223,11 @@ class GradientRelease:
         for single in self._singles:
             single.reset(self.optimizer())
 
+    def known_of(self, p: Tensor) -> frozenset[str]:
+        """Return the entries that the state of a parameter had when it was last looked at."""
+        engines = (single.engine for single in self._singles if single.parameter is p)
+        return frozenset().union(*(engine.known_of(p) for engine in engines))
+
     def push(self) -> None:
         """Make hyper-parameters that are Python numbers current for captured CUDA graphs."""
         for single in self._singles:

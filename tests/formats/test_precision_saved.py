@@ -88,9 +88,6 @@ def into_another_format(optimizer: Any, name: str, backend: str) -> Any:
 
 
 def by_pickle(optimizer: Any, name: str, backend: str) -> Any:
-    if any(v.dtype == torch.float8_e4m3fn for s in optimizer.state.values() for v in s.values()):
-        # torch's pickle of a float8 tensor does not load. torch.save's does.
-        return copy.deepcopy(optimizer)
     return pickle.loads(pickle.dumps(optimizer))
 
 
@@ -98,7 +95,14 @@ def by_deepcopy(optimizer: Any, name: str, backend: str) -> Any:
     return copy.deepcopy(optimizer)
 
 
-WAYS = [by_file, into_a_plain_one, into_another_format, by_pickle, by_deepcopy]
+def whole_by_file(optimizer: Any, name: str, backend: str) -> Any:
+    file = io.BytesIO()
+    torch.save(optimizer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+WAYS = [by_file, into_a_plain_one, into_another_format, by_pickle, by_deepcopy, whole_by_file]
 
 
 # What is saved is the host's part: the kernel goes on from two of them.
@@ -238,6 +242,59 @@ def test_other_rules_export_too() -> None:
                         momentum_form="ema")  # fmt: skip
     with pytest.raises(ValueError, match="momentum_form"):
         fusedopt.export_state_dict(form)
+
+
+AS_TORCH: dict[str, dict[str, Any]] = {
+    "torch": {}, "remainder": {"master": "remainder"}, "kahan": {"rounding": "kahan"},
+    "stochastic": {"rounding": "stochastic"}, "other states": {"state_dtype": {"exp_avg": "int8"}},
+    "bfloat16 once": {"state_dtype": torch.bfloat16}, "int8 once": {"state_dtype": "int8"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AS_TORCH)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_loads_for_no_type_takes_the_parameters(dtype: torch.dtype, name: str) -> None:
+    # Catches states that stay in float32 beside a bfloat16 master, or in a type that an option
+    # asked for which is gone.
+    options = {**HYPER, **AS_TORCH[name], "backend": "reference"}
+    if dtype == torch.float32:
+        options |= {"rounding": None, "master": None}
+    if name.endswith("once"):
+        ours = fusedopt.AdamW([torch.nn.Parameter(draw(0, (2, 150), dtype))], **options)
+        steps([ours], 0, 2)
+        saved = ours.state_dict()
+        for group in saved["param_groups"]:
+            group["state_dtype"] = None
+        options["state_dtype"] = None
+    else:
+        saved = fusedopt.export_state_dict(torchs_like(dtype))
+    back = fusedopt.AdamW([torch.nn.Parameter(draw(0, (2, 150), dtype))], **options)
+    back.load_state_dict(through_file(saved))
+    (state,) = back.state.values()
+    assert state["exp_avg_sq"].dtype == dtype and state["step"].dtype == torch.float32
+    assert is_code(state["exp_avg"]) or state["exp_avg"].dtype == dtype
+    steps([back], 5, 1)
+    assert state["exp_avg_sq"].dtype == dtype
+
+
+def torchs_like(dtype: torch.dtype) -> Any:
+    optimizer = fusedopt.AdamW([torch.nn.Parameter(draw(0, (2, 150), dtype))], **HYPER)
+    steps([optimizer], 0, 2)
+    return optimizer
+
+
+def test_a_live_state_keeps_its_type_where_no_type_is_asked_for() -> None:
+    # Catches what is lost by a change of the option alone: a file is where types are taken.
+    p = torch.nn.Parameter(draw(0, (2, 150)))
+    ours = fusedopt.AdamW([p], **HYPER, state_dtype=torch.float32, master="remainder")
+    steps([ours], 0, 2)
+    held = bits_of(ours)
+    ours.param_groups[0]["state_dtype"] = None
+    assert_same_bits_of(held, copy.deepcopy(ours))
+    steps([ours], 2, 1)
+    assert ours.state[p]["exp_avg"].dtype == torch.float32
+    ours.load_state_dict(ours.state_dict())
+    assert ours.state[p]["exp_avg"].dtype == torch.bfloat16
 
 
 def _no_scale(state: Any, saved: Any) -> None:

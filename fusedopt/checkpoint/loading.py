@@ -1,0 +1,77 @@
+"""A checkpoint looked at before it is loaded: whether it fits, in the form that torch loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..clipping import GlobalNorm
+from ..completion import FORMAT
+from .aside import ABSENT, carried
+from .complete import IncompleteState
+from .groups import complete_groups
+from .states import check_states, with_steps, without_gaps
+
+
+def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Check a checkpoint, and return it in the form that torch loads.
+
+    Args:
+        optimizer: that is to load it.
+        state_dict: what its own or torch's ``state_dict()`` returned; it is not changed.
+
+    Returns:
+        The state, and the arguments of the clip: None for no clip, ``...`` for nothing said.
+
+    Raises:
+        IncompleteState: for a state that is partly there, or another algorithm's.
+        ValueError: for what has no meaning otherwise.
+    """
+    check_form(state_dict)
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    clip: Any = ...
+    for group in groups:
+        found = carried(group.pop("clip", ABSENT))
+        # Clipping spans groups: a checkpoint holds one bound, written into each of them.
+        clip = found if clip is ... and found is not ABSENT else clip
+    if clip is not ... and clip is not None:
+        GlobalNorm(**clip)
+    loaded = {**state_dict, "param_groups": groups}
+    if _sizes(groups) == _sizes(optimizer.param_groups):
+        # Otherwise torch's error says so.
+        complete_groups(optimizer, groups)
+        loaded["state"] = with_steps(optimizer, groups, state_dict["state"])
+        for own, saved in zip(optimizer.param_groups, groups, strict=True):
+            check_states(optimizer, own, saved, loaded["state"])
+        loaded["state"] = without_gaps(optimizer, loaded["state"])
+    for group in groups:
+        group.pop(FORMAT, None)
+    return loaded, clip
+
+
+def check_form(state_dict: Any) -> None:
+    """Raise for what is no optimizer's ``state_dict()``.
+
+    Raises:
+        IncompleteState: without ``"state"`` or ``"param_groups"``.
+        ValueError: where they, or the entries of a state, are of another kind.
+    """
+    for name, kind in (("state", Mapping), ("param_groups", (list, tuple))):
+        if name not in state_dict:
+            raise IncompleteState(
+                f"the checkpoint has no {name!r}, but {', '.join(map(repr, state_dict))}: it is not"
+                " what an optimizer's state_dict() returns"
+            )
+        if not isinstance(state_dict[name], kind):
+            what = "dictionary" if kind is Mapping else "list"
+            raise ValueError(f"{name!r} of the checkpoint is no {what}, but {state_dict[name]!r}")
+    for index, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError(
+                f"param_groups[{index}] of the checkpoint is no dictionary with 'params', but"
+                f" {group!r}"
+            )
+
+
+def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
