@@ -137,7 +137,8 @@ def encode(
         value: float32, of any shape.
         codec: a key of ``CODES``.
         inner: elements of a row.
-        thresholds: int32 of that shape, as of the kernel; to nearest by default.
+        thresholds: int32 of that shape, as of the kernel, before the half turn of states that are
+            never below 0; to nearest by default.
 
     Returns:
         Codes of that shape, and the scales, float32 ``[groups]``.
@@ -149,6 +150,8 @@ def encode(
     inverse = torch.where(scale == 0, 1.0, scale * raised).reciprocal()
     share = groups.abs() * raised[:, None] * inverse[:, None]
     noise = grouped(thresholds, inner) if isinstance(thresholds, Tensor) else thresholds
+    if isinstance(noise, Tensor) and not code.signed:
+        noise = noise ^ -NEAREST
     found = code.encode((_pattern(share) + 2).clamp(max=ONE), noise)
     if not code.signed:
         found = torch.where(groups > 0, found.clamp(min=1), 0)

@@ -26,7 +26,8 @@ for beta = 0.999 that is a fraction of the distance of two codes, and it would n
 It is rounded up where it exceeds a threshold that walks through [0, 1) from step to step, by the
 golden ratio from a place of the element's own, so that of any number of consecutive steps the right
 share is rounded up. A draw anew at each step does so on average, with more noise:
-docs/state_codes.md.
+docs/state_codes.md. States that are >= 0 are half a turn ahead of the others: what rounds a first
+moment up then seldom rounds the second one down.
 
 A state that is >= 0, and above it, is never read as 0: a second moment of 0 leaves eps as the
 denominator, and one update is hundreds of times too long. A group of zeros has a = 0. With a nan or
@@ -111,6 +112,8 @@ def encode(value, scale, thresholds, CODEC: tl.constexpr):
     # In patterns: two units more, so that what was read of a code comes back as it in spite of two
     # roundings, and no more than 1.
     pattern = tl.minimum(share.to(tl.int32, bitcast=True) + 2, 0x3F800000)
+    if CODEC == "unsigned" or CODEC == "positive float8":
+        thresholds = thresholds ^ 0x80000000
     if CODEC == "signed":
         code = _encode_power(pattern, thresholds, True)
         return tl.where(value < 0.0, -code, code).to(tl.int8)
@@ -131,20 +134,19 @@ def decode(codes, scale, CODEC: tl.constexpr):
     scale = tl.expand_dims(scale, 1)
     if CODEC == "signed":
         wide = codes.to(tl.int32)
-        found = _level(tl.abs(wide), True) * scale
-        return tl.where(wide < 0, -found, found)
+        level = _level(tl.abs(wide), True).to(tl.int32, bitcast=True)
+        return (level | (wide & -0x80000000)).to(tl.float32, bitcast=True) * scale
     elif CODEC == "unsigned":
         wide = codes.to(tl.int32)
         return _above_zero(_level(wide, False) * scale, wide)
     else:
         wide = codes.to(tl.uint8, bitcast=True).to(tl.int32)
         # Exponents of a code count from -7, those of float32 from -127.
-        pattern = ((wide & 0x7F) << 20).to(tl.float32, bitcast=True)
-        found = pattern * (2.0**112 / 1.75) * scale
+        pattern = (wide & 0x7F) << 20
         if CODEC == "float8":
-            return tl.where(wide >= 0x80, -found, found)
-        else:
-            return _above_zero(found, wide)
+            pattern |= (wide & 0x80) << 24
+        found = pattern.to(tl.float32, bitcast=True) * (2.0**112 / 1.75) * scale
+        return found if CODEC == "float8" else _above_zero(found, wide)
 
 
 @jit
@@ -176,7 +178,7 @@ def _encode_power(pattern, thresholds, SIGNED: tl.constexpr):
     # The pattern of level(1).
     FIRST: tl.constexpr = (0x3F800000 - TOP) * POWER + 0x3F800000
     # The pattern of q, with all that is behind its point.
-    found = 0x3F800000 + tl.maximum(pattern - FIRST, 0) // POWER
+    found = 0x3F800000 + (tl.maximum(pattern - FIRST, 0).to(tl.uint32) // POWER).to(tl.int32)
     behind = 150 - (found >> 23)
     unit = 1 << behind
     code = ((found & 0x7FFFFF) | 0x800000) >> behind
