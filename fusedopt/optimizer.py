@@ -218,6 +218,10 @@ class FusedOptimizer(Optimizer):
             raise ValueError("differentiable=True is not supported: a fused step has no derivative")
         check_virtual_batch_size(param_group.get("virtual_batch_size"))
         super().add_param_group(param_group)
+        types = self.param_groups[-1].get("state_dtype")
+        if isinstance(types, dict):
+            # Not the caller's, or another group's: changed there, it would change here.
+            self.param_groups[-1]["state_dtype"] = dict(types)
         try:
             self.check_group(self.param_groups[-1])
             check_parameters(self.param_groups[-1])

@@ -16,7 +16,7 @@ one table serves every bucket of a device; the last column holds the step where 
 
 from __future__ import annotations
 
-from .codecs import codes, compute_type, decode, encode, parameter
+from .codecs import codes, compute_type, decode, encode, encode_positive, parameter
 from .codecs.format import PLAIN, Format
 from .codecs.place import draw, numbered, walk_rows
 from .lang import jit, tl
@@ -193,7 +193,7 @@ def apply_rule(
     for i in tl.static_range(len(STATES)):
         pointer = address(column, width, ROWS[i], DTYPES, ALIGNED, begin) + offsets
         pointers = pointers + (pointer,)
-        if STATES[i] == "cast":
+        if STATES[i] == "cast" or STATES[i] == "positive cast":
             states = states + (decode(pointer, mask, COMPUTE),)
         else:
             scale = address(column, width, ROWS[i] + 1, DTYPES, False) + groups
@@ -208,6 +208,8 @@ def apply_rule(
     for i in tl.static_range(len(STATES)):
         if STATES[i] == "cast":
             encode(pointers[i], states[i], mask)
+        elif STATES[i] == "positive cast":
+            encode_positive(pointers[i], states[i], mask)
         else:
             # Here addresses are read again: they come while codes are formed, and to keep them
             # would take four registers a state.

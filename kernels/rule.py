@@ -50,7 +50,9 @@ class Rule:
         n_coefficients: how many scalars ``coefficients`` returns; of their names by default.
         nonnegative: names of the states that are never below 0: their 8-bit codes have no sign.
         differing: ``differing(group) -> names`` of the states whose difference the update takes,
-            the sign of which counts: 8 bits are too few for them.
+            the sign of which counts: 8 bits and 16 are too few for them.
+        peaking: the same of the states whose largest over time is kept, which would grow by what
+            8 bits are rounded by.
         coefficient_names: what they are called, in order, by tables, messages and generated code.
         example_groups: hyper-parameter sets that tests, ``verify`` and ``codegen`` exercise.
     """
@@ -70,6 +72,7 @@ class Rule:
     coefficient_names: tuple[str, ...] = ()
     nonnegative: tuple[str, ...] = ()
     differing: Callable[[Group], tuple[str, ...]] = _no_names
+    peaking: Callable[[Group], tuple[str, ...]] = _no_names
     example_groups: tuple[Group, ...] = field(default=(), hash=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.codecs.format import CAST, CODES
+from ..kernels.codecs.format import CAST, CODES, POSITIVE_CAST
 from ..memory import codes, parameter
-from ..memory.dtypes import compute_dtype, decode, encode
+from ..memory.dtypes import compute_dtype, decode, encode, encode_positive
 from ..memory.layout import is_dense, real_view, same_order
 from ..memory.rounding import keys, random_bits, spread
 from .entry import Entries
@@ -122,7 +122,8 @@ class Kept:
             parameter.store(own, companion, p, self._format.parameter, bits)
         for i, (codec, row) in enumerate(zip(self._codecs, self._rows, strict=True)):
             if codec not in CODES:
-                encode(piece.tensors[row], states[i])
+                store = encode_positive if codec == POSITIVE_CAST else encode
+                store(piece.tensors[row], states[i])
                 continue
             assert thresholds is not None
             found, scale = codes.encode(states[i].float(), codec, piece.inner, thresholds)

@@ -26,8 +26,14 @@ def export_state_dict(optimizer: Any) -> dict[str, Any]:
         What ``state_dict()`` of torch's optimizer returns. Tensors are copies, on the same device.
 
     Raises:
+        TypeError: for another optimizer.
         ValueError: for states that torch's optimizer has no name for, of another form of momentum.
     """
+    if not hasattr(optimizer, "rule"):
+        raise TypeError(
+            f"{type(optimizer).__name__} is none of fusedopt's optimizers: its state_dict() is what"
+            " torch's return"
+        )
     rule = optimizer.rule
     saved = torch.optim.Optimizer.state_dict(optimizer)
     states: dict[Any, Any] = {}

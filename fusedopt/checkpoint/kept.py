@@ -10,7 +10,7 @@ from torch import Tensor
 from ..completion import FORMAT, TORCHS
 from ..formats import GroupFormat, check_parameters, format_of
 from ..formats.convert import companion_problem, fit, is_compressed
-from ..formats.group import COMPANIONS, SCALE
+from ..formats.group import CODED, COMPANIONS, SCALE
 from ..formats.saved import PLAIN, name_of, restored, shown
 from ..formats.tensors import begun, problem
 from ..kernels.rule import Rule
@@ -127,6 +127,7 @@ def _kept(p: Tensor, state: Mapping[str, Any], format: GroupFormat, rule: Rule) 
         if isinstance(value, Tensor) and name != "step"
     }
     _check_placement(p, kept, format)
+    _check_scales(kept)
     restored(p, kept, rule, format)
     # What is kept beside a parameter is the rest of it, which is yet to be loaded, perhaps.
     besides = {name: kept.pop(name) for name in COMPANIONS if name in kept}
@@ -148,6 +149,17 @@ def _check_placement(p: Tensor, kept: State, format: GroupFormat) -> None:
             wrong = placement_problem(p, name, value)
             if wrong is not None:
                 raise ValueError(wrong)
+
+
+def _check_scales(kept: State) -> None:
+    """Raise for codes that were converted to numbers on the way, whose scale still is there."""
+    for name in kept:
+        codes = kept.get(name.removesuffix(SCALE))
+        if name.endswith(SCALE) and codes is not None and codes.dtype not in CODED:
+            raise ValueError(
+                f"its state {name.removesuffix(SCALE)!r} of the checkpoint is of {codes.dtype}, and"
+                f" {name!r} is the scale of codes in 8 bits, which must not be converted"
+            )
 
 
 def _refuse(name: str, problem: str | None) -> None:

@@ -66,11 +66,14 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     """
     if not _has_size(options):
         raise Problem("how large is the model? --model-parameters or --shapes says it")
+    if options.shapes is not None and options.model_parameters is not None:
+        raise Problem(
+            "--model-parameters and --shapes both say how large the model is: leave one out"
+        )
     kind = _optimizer(options.optimizer)
     group = _group(kind, options)
     gradient = options.gradient or options.params
     arguments = (kind.rule, group, options.params, gradient)
-    plain = (fusedopt.AdamW.rule, _plain_group(), torch.float32, torch.float32)
     exact = None
     if options.shapes is not None:
         shapes = read_shapes(options.shapes)
@@ -87,7 +90,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         "optimizer": kind.__name__,
         "exact": exact is not None,
         "tensors": [_row(part, scale) for part in parts],
-        "torch_adamw_float32": _totals(footprint.of_element(*plain, options.clip), 1, count),
+        "torch_adamw_float32": _torchs(count, options.clip),
         "notes": list(NOTES),
     }
     if not options.release:
@@ -103,6 +106,17 @@ def _row(part: Part, scale: float) -> dict[str, Any]:
         "kept_bytes": part.resident * scale,
         "moved_bytes": part.moved * scale,
     }
+
+
+def _torchs(count: float, clip: bool) -> dict[str, float]:
+    """Return the totals of torch's AdamW in float32."""
+    plain = (fusedopt.AdamW.rule, _plain_group(), torch.float32, torch.float32)
+    found = _totals(footprint.of_element(*plain, False), 1, count)
+    if clip:
+        # ``clip_grad_norm_`` reads gradients twice, and writes them once.
+        found["moved_bytes"] += 3 * 4
+        found["moved_gb"] += 3 * 4 * count / 1e9
+    return found
 
 
 def _totals(

@@ -68,11 +68,14 @@ def read_dtype(text: str, also: tuple[str, ...] = ()) -> torch.dtype:
     Raises:
         argparse.ArgumentTypeError: for a type that there is not.
     """
-    if text not in DTYPES:
+    # As torch calls them, too.
+    known = {**DTYPES, **{str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}}
+    text = text.removeprefix("torch.")
+    if text not in known:
         raise argparse.ArgumentTypeError(
             f"no type {text!r}: there are {', '.join([*also, *DTYPES])}"
         )
-    return DTYPES[text]
+    return known[text]
 
 
 def optimizers() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..kernels.codecs import format as device
 from ..kernels.rule import Rule
 from ..memory import codes, parameter
 from ..memory.dtensor import is_dtensor, local_of, sharded_like
+from ..memory.dtypes import positive
 from ..memory.walk import walk_of
 from .group import CODED, COMPANIONS, SCALE, GroupFormat, StateFormat, codec_of
 from .saved import restored
@@ -111,6 +112,7 @@ def _compact(values: Tensor) -> Tensor:
 def _encoded(p: Any, value: Tensor, own: StateFormat, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors that keep a state of some values."""
     if not own.is_coded:
+        value = positive(value) if own.codec == device.POSITIVE_CAST else value
         return {own.name: value.to(dtype)}
     local = local_of(value) if is_dtensor(value) else value
     inner = walk_of(p, coded=True).inner

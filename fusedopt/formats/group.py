@@ -148,7 +148,8 @@ def _state(rule: Rule, name: str, option: Any) -> StateFormat:
     if isinstance(option, str):
         codec = _CODES[option][name in rule.nonnegative]
         return StateFormat(name, codec, CODE_DTYPES[codec])
-    return StateFormat(name, device.CAST, option)
+    positive = option == torch.float16 and name in rule.nonnegative
+    return StateFormat(name, device.POSITIVE_CAST if positive else device.CAST, option)
 
 
 def codec_of(dtype: torch.dtype, nonnegative: bool) -> str | None:

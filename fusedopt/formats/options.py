@@ -37,12 +37,12 @@ def check_options(rule: Rule, group: Group) -> None:
             raise ValueError(
                 f'{where} must be None, a floating torch.dtype, "int8" or "fp8", got {dtype!r}'
             )
-        for state in rule.differing(group):
-            if dtype in _CODES and name in ("", state):
+        for state in rule.states(group):
+            why = _too_coarse(rule, group, state, dtype) if name in ("", state) else None
+            if why is not None:
                 raise ValueError(
-                    f"state_dtype={dtype!r} is too coarse for {state!r}: the update takes the root"
-                    f" of a difference of {' and '.join(rule.differing(group))}, which would fall"
-                    " below 0"
+                    f"state_dtype={dtype!r} is too coarse for {state!r}: {why}. Name the types of"
+                    f" single states, as in state_dtype={{{state!r}: torch.float32}}"
                 )
     rounding, master = group.get("rounding"), group.get("master")
     for option, value, allowed in (
@@ -60,6 +60,19 @@ def check_options(rule: Rule, group: Group) -> None:
     seed = group.get("rounding_seed", 0)
     if type(seed) is not int or not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"rounding_seed must be an int of 64 bits, got {seed!r}")
+
+
+def _too_coarse(rule: Rule, group: Group, state: str, dtype: Any) -> str | None:
+    """Say what would become of an update by a state in few bits; None where that is sound."""
+    differing = rule.differing(group)
+    if state in differing and (dtype in _CODES or dtype in _HALVES):
+        return (
+            f"the update takes the root of a difference of {' and '.join(differing)}, which would"
+            " fall below 0"
+        )
+    if state in rule.peaking(group) and dtype in _CODES:
+        return "the largest over time is kept, which would grow by what codes are rounded up by"
+    return None
 
 
 # An 8-bit remainder is what a float32 is rounded to.
@@ -93,20 +106,21 @@ def check_parameters(group: Group) -> None:
     """
     if all(group.get(name) is None for name in ("state_dtype", "rounding", "master")):
         return
-    for p in group["params"]:
-        _check_parameter(group, p)
+    shapes = (f"one of shape {tuple(p.shape)}" for p in group["params"])
+    names = map(repr, group["param_names"]) if group.get("param_names") else shapes
+    for p, name in zip(group["params"], names, strict=False):
+        _check_parameter(group, p, name)
 
 
-def _check_parameter(group: Group, p: Tensor) -> None:
+def _check_parameter(group: Group, p: Tensor, which: str) -> None:
     rounding, master = group.get("rounding"), group.get("master")
     for option, value in (("rounding", rounding), ("master", master)):
         allowed = (torch.bfloat16,) if str(value).startswith("remainder") else _HALVES
         if value is not None and p.dtype not in allowed:
             names = " or ".join(map(str, allowed))
             raise ValueError(
-                f"{option}={value!r} is for parameters of {names}, and one of shape"
-                f" {tuple(p.shape)} is {p.dtype}. Put it into a parameter group of its own, with"
-                f" {option}=None"
+                f"{option}={value!r} is for parameters of {names}, and {which} is {p.dtype}. Put it"
+                f" into a parameter group of its own, with {option}=None"
             )
     states = group.get("state_dtype")
     asked = states.values() if isinstance(states, dict) else (states,)
@@ -114,7 +128,6 @@ def _check_parameter(group: Group, p: Tensor) -> None:
         for dtype in asked:
             if dtype is not None and dtype not in (torch.float32, torch.float64):
                 raise ValueError(
-                    f"state_dtype={dtype!r} is for real parameters, and one of shape"
-                    f" {tuple(p.shape)} is {p.dtype}. Put it into a parameter group of its own,"
-                    " with state_dtype=None"
+                    f"state_dtype={dtype!r} is for real parameters, and {which} is {p.dtype}. Put"
+                    " it into a parameter group of its own, with state_dtype=None"
                 )

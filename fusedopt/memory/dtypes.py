@@ -36,6 +36,16 @@ def decode(memory: Tensor, compute: torch.dtype) -> Tensor:
     return memory if memory.dtype == compute else memory.to(compute)
 
 
+def encode_positive(memory: Tensor, value: Tensor) -> None:
+    """Do as ``encode``, but keep what is above 0 there: float16 has nothing below 6e-8."""
+    encode(memory, positive(value))
+
+
+def positive(value: Tensor) -> Tensor:
+    """Raise what is above 0 to float16's smallest number at least."""
+    return torch.where(value > 0, value.clamp(min=2.0**-24), value)
+
+
 def encode(memory: Tensor, value: Tensor) -> None:
     """Round ``value`` to the type of ``memory`` and store it there."""
     if memory is not value:

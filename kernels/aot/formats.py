@@ -16,6 +16,7 @@ from ..codecs.format import (
     FLOAT8,
     FLOAT32,
     KAHAN,
+    POSITIVE_CAST,
     POSITIVE_FLOAT8,
     REMAINDER,
     REMAINDER_STOCHASTIC,
@@ -39,7 +40,7 @@ PARAMETERS = {
 # Of states, by name: the codec and type of one of either sign, and of one that is >= 0.
 STATES = {
     "bf16": ((CAST, "bf16"), (CAST, "bf16")),
-    "fp16": ((CAST, "fp16"), (CAST, "fp16")),
+    "fp16": ((CAST, "fp16"), (POSITIVE_CAST, "fp16")),
     "fp32": ((CAST, "fp32"), (CAST, "fp32")),
     "int8": ((SIGNED, "i8"), (UNSIGNED, "u8")),
     "fp8": ((FLOAT8, "u8"), (POSITIVE_FLOAT8, "u8")),
@@ -76,7 +77,7 @@ class Kept:
         """Return the kernel's format with a rule, for hyper-parameters of it."""
         codecs = tuple(codec for codec, _ in self._states(rule, group))
         own = Format(PARAMETERS[self.parameter][0], codecs)
-        return own if own.parameter != CAST or own.has_codes else Format()
+        return own if own.parameter != CAST or set(codecs) - {CAST} else Format()
 
     def kept_types(self, rule: Rule, group: Group) -> tuple[str, ...]:
         """Return the types of what is kept beside a parameter, and then of the states."""
@@ -103,7 +104,7 @@ def every() -> Iterator[Kept]:
     for parameter in ("stochastic", "kahan", "float32 master"):
         yield Kept(("fp16", "fp16"), parameter, "fp16")
     yield Kept(("fp16", "fp16"), "stochastic", "int8")
-    for states in ("bf16", "int8", "fp8", "bf16 and uint8"):
+    for states in ("bf16", "fp16", "int8", "fp8", "bf16 and uint8"):
         yield Kept(("fp32", "fp32"), "", states)
     for parameter in ("", "stochastic", "remainder8"):
         yield Kept(("bf16", "fp32"), parameter, "int8")

@@ -52,9 +52,6 @@ def variants(architecture: str = "") -> Iterator[Variant]:
     for rule, more in _SOME:
         for kept in formats.some():
             yield update_kept(rule, {**rule.example_groups[0], **more}, kept)
-    for parameter in ("", "remainder8"):
-        group = {**ADAM.example_groups[0], "amsgrad": True}
-        yield update_kept(ADAM, group, Kept(("bf16", "bf16"), parameter, "int8"))
 
 
 def plain_variants(architecture: str = "") -> Iterator[Variant]:

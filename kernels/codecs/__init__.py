@@ -6,6 +6,6 @@ stochastic rounding and its random bits. Their twins in PyTorch are in ``fusedop
 cast's in ``dtypes.py``, the others' under their names.
 """
 
-from .cast import compute_type, decode, encode
+from .cast import compute_type, decode, encode, encode_positive
 
-__all__ = ["compute_type", "decode", "encode"]
+__all__ = ["compute_type", "decode", "encode", "encode_positive"]

@@ -24,6 +24,13 @@ def encode(pointers, value, mask):
 
 
 @jit
+def encode_positive(pointers, value, mask):
+    """Do so, but keep what is above 0 there: float16 has nothing below 6e-8."""
+    # 2^-24, its smallest number.
+    encode(pointers, tl.where(value > 0.0, tl.maximum(value, 5.9604644775390625e-08), value), mask)
+
+
+@jit
 def widen(value, COMPUTE: tl.constexpr):
     """Convert a block to a type that has all of its values."""
     if _INTERPRETED and value.dtype == tl.bfloat16:

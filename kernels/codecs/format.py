@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 # Of a parameter: how it is stored, and whether a tensor beside it, its companion, has the rest.
 CAST = "cast"
+# Of a state that is never below 0, in a type that ends at 6e-8.
+POSITIVE_CAST = "positive cast"
 STOCHASTIC = "stochastic"
 KAHAN = "kahan"
 REMAINDER = "remainder"
@@ -21,7 +23,7 @@ UNSIGNED = "unsigned"
 FLOAT8 = "float8"
 POSITIVE_FLOAT8 = "positive float8"
 CODES = (SIGNED, UNSIGNED, FLOAT8, POSITIVE_FLOAT8)
-STATES = (CAST, *CODES)
+STATES = (CAST, POSITIVE_CAST, *CODES)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Format:
 
     Attributes:
         parameter: ``CAST``, ``STOCHASTIC`` or one of ``COMPANIONS``.
-        states: for each state, ``CAST`` or one of ``CODES``; none for as many casts as there are.
+        states: for each state, one of ``STATES``; none for as many casts as there are.
     """
 
     parameter: str = CAST

@@ -122,6 +122,11 @@ def states(group: Group) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
 
 
+def peaking(group: Group) -> tuple[str, ...]:
+    """Return the states whose largest over time is kept."""
+    return NONNEGATIVE if group["amsgrad"] else ()
+
+
 _DEFAULTS = {
     "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0, "amsgrad": False,
     "maximize": False, "decoupled_weight_decay": False, "bias_correction": "adam",
@@ -138,6 +143,7 @@ ADAM = Rule(
     hyper=("lr", "betas", "eps", "weight_decay"),
     coefficient_names=COEFFICIENTS,
     nonnegative=NONNEGATIVE,
+    peaking=peaking,
     example_groups=(
         _DEFAULTS,
         {**_DEFAULTS, "weight_decay": 0.1, "maximize": True},

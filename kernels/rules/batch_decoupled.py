@@ -155,6 +155,7 @@ BATCH_DECOUPLED_ADAM = Rule(
     degrees=(1, 2),
     coefficient_names=ADAM_COEFFICIENTS,
     nonnegative=adam.NONNEGATIVE,
+    peaking=adam.peaking,
     example_groups=(
         {**_ADAM, **_PAIRS},
         {**_ADAM, **_SINGLE, "maximize": True},

@@ -104,6 +104,7 @@ def _rule(rule: Rule, update: Any) -> Rule:
         coefficient_names=(*FACTORS, *rule.coefficient_names),
         nonnegative=rule.nonnegative,
         differing=rule.differing,
+        peaking=rule.peaking,
         example_groups=tuple(
             {**group, **(_SAME if i == 1 else _DOUBLE)}
             for i, group in enumerate(rule.example_groups)

@@ -22,8 +22,10 @@ RULES = {
 
 def stepped(p: Tensor, rule: str, lr: Any, formats: dict[str, Any], backend: str) -> Tensor:
     parameter = torch.nn.Parameter(p.clone())
+    # AMSGrad refuses codes for what it keeps the largest of.
+    types = {"exp_avg": "int8"} if "amsgrad" in RULES[rule] else "int8"
     optimizer = getattr(fusedopt, rule)(
-        [parameter], lr=lr, backend=backend, state_dtype="int8", **RULES[rule], **formats
+        [parameter], lr=lr, backend=backend, state_dtype=types, **RULES[rule], **formats
     )
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

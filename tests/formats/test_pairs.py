@@ -92,7 +92,8 @@ class Run:
         params, every = [torch.nn.Parameter(narrow)], [formats]
         if case["groups"] == "several":
             params.append(torch.nn.Parameter(torch.randn(3, 50).bfloat16()))
-            every.append({"state_dtype": "int8", "rounding": "stochastic", "master": None})
+            codes = option_of("int8", case["rule"])
+            every.append({"state_dtype": codes, "rounding": "stochastic", "master": None})
         sampled = name.startswith("BatchDecoupled")
         common: dict[str, Any] = {"backend": backend}
         if case["capturable"] == "yes":

@@ -104,6 +104,17 @@ def test_an_entry_that_is_missing_is_named(rule: str, format: str, key: str) -> 
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_codes_that_were_converted_are_refused(format: str) -> None:
+    # Catches codes that a cast of all states has made numbers of: 127 instead of 1e-4.
+    saved = through_file(new("AdamW", format).state_dict())
+    state = saved["state"][1]
+    state["exp_avg"] = state["exp_avg"].float()
+    words = r"\['params'\]\[1\].*'exp_avg' .*float32.*must not be converted"
+    for own in (format, None):
+        assert_refused(new("AdamW", own), saved, words, ValueError)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
 def test_counts_that_all_states_lack_are_missed(format: str) -> None:
     # Catches thresholds of codes that begin anew: codes tell that there was a count.
     saved = through_file(new("momentum", format).state_dict())

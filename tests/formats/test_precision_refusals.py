@@ -60,6 +60,15 @@ REFUSED: dict[str, tuple[Any, torch.dtype, dict[str, Any], str]] = {
     "centered-one": (
         RMSPROP, FP32, {"state_dtype": {"grad_avg": "fp8"}, "centered": True}, "state_dtype.*grad",
     ),
+    "centered-bf16": (RMSPROP, FP32, {"state_dtype": BF16, "centered": True}, "square_avg"),
+    "centered-fp16": (
+        RMSPROP, BF16, {"state_dtype": {"square_avg": torch.float16}, "centered": True},
+        "square_avg",
+    ),
+    "amsgrad-int8": (ADAMW, BF16, {"state_dtype": "int8", "amsgrad": True}, "exp_avg_sq.*largest"),
+    "amsgrad-one": (
+        ADAMW, BF16, {"state_dtype": {"max_exp_avg_sq": "fp8"}, "amsgrad": True}, "max_exp_avg_sq",
+    ),
     "complex-int8": (ADAMW, torch.complex64, {"state_dtype": "int8"}, "state_dtype.*complex"),
     "complex-bf16": (SGD, torch.complex64, {"state_dtype": BF16}, "state_dtype.*complex"),
     "complex-master": (SGD, torch.complex64, {"master": "float32"}, "master.*complex"),
@@ -87,6 +96,29 @@ def test_at_construction(name: str) -> None:
         cls([parameter(dtype)], lr=0.1, **options)
     with pytest.raises(ValueError, match=message):
         cls([{"params": [parameter(dtype)], **options}], lr=0.1)
+
+
+def test_a_named_parameter_is_called_by_its_name() -> None:
+    # Catches a shape for whoever gave names: a thousand norms have the same.
+    named = [("norm.weight", parameter(FP32)), ("linear.weight", parameter(BF16))]
+    with pytest.raises(ValueError, match=r"and 'norm\.weight' is torch\.float32"):
+        ADAMW(named, lr=0.1, master="remainder8")
+
+
+def test_types_by_state_are_the_groups_own() -> None:
+    # Catches a dictionary of the caller's, or of another group's, that changes a running optimizer.
+    types = {"exp_avg": "int8"}
+    optimizer = ADAMW(
+        [{"params": [parameter(FP32)]}, {"params": [parameter(FP32)]}], state_dtype=types
+    )
+    types["exp_avg"] = "fp8"
+    first, second = (group["state_dtype"] for group in optimizer.param_groups)
+    assert first == second == {"exp_avg": "int8"} and first is not second
+
+
+def test_another_optimizer_has_nothing_to_export() -> None:
+    with pytest.raises(TypeError, match="AdamW is none of fusedopt's"):
+        fusedopt.export_state_dict(torch.optim.AdamW([parameter(FP32)]))
 
 
 @each
@@ -157,7 +189,10 @@ SOUND: list[tuple[Callable[..., Any], torch.dtype, dict[str, Any]]] = [
     (ADAMW, BF16, {"state_dtype": {"max_exp_avg_sq": "int8"}}),
     (ADAMW, BF16, {"state_dtype": {}}),
     (ADAMW, BF16, {"state_dtype": {"exp_avg": None}}),
-    (RMSPROP, FP32, {"centered": True, "state_dtype": BF16}),
+    (RMSPROP, BF16, {"centered": True}),
+    (RMSPROP, BF16, {"centered": True, "state_dtype": FP32}),
+    (ADAMW, BF16, {"amsgrad": True, "state_dtype": {"exp_avg": "int8"}}),
+    (ADAMW, BF16, {"amsgrad": True, "state_dtype": BF16}),
     (RMSPROP, FP32, {"centered": True, "momentum": 0.5, "state_dtype": {"momentum_buffer": "fp8"}}),
     (SGD, torch.complex64, {"momentum": 0.5, "state_dtype": FP32}),
     (SGD, BF16, {"state_dtype": "int8"}),

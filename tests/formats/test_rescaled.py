@@ -14,7 +14,8 @@ import fusedopt
 from fusedopt import scaling
 
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "AdamW": (fusedopt.AdamW, {"amsgrad": True}),
+    "AdamW": (fusedopt.AdamW, {}),
+    "amsgrad": (fusedopt.AdamW, {"amsgrad": True}),
     "SGD": (fusedopt.SGD, {"momentum": 0.9}),
     "velocity": (fusedopt.SGD, {"momentum": 0.9, "momentum_form": "velocity"}),
     "RMSprop": (fusedopt.RMSprop, {"momentum": 0.5}),
@@ -29,6 +30,8 @@ FORMATS = {
 
 def started(rule: str, **formats: Any) -> Any:
     cls, hyper = RULES[rule]
+    if rule == "amsgrad" and isinstance(formats.get("state_dtype"), str):
+        formats["state_dtype"] = {"exp_avg": formats["state_dtype"]}
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(n, generator=generator).bfloat16()) for n in (150, 3)]
     # Two formats: an error at the second must not leave the first changed.

@@ -47,8 +47,13 @@ KEPT = {
 
 
 def states_for(name: str, rule: str) -> Any:
-    """The option ``state_dtype`` of a name; of a dictionary, what the rule knows."""
+    """The option ``state_dtype`` of a name; of a dictionary, what the rule knows.
+
+    AMSGrad refuses codes for what it keeps the largest of.
+    """
     option = STATE_DTYPES[name]
+    if rule == "amsgrad" and not isinstance(option, torch.dtype):
+        return {"exp_avg": option if isinstance(option, str) else "int8"}
     return {k: v for k, v in option.items() if k in KEPT[rule]} if name == "mixed" else option
 
 

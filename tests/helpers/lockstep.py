@@ -29,7 +29,8 @@ import fusedopt
 # Samples of a gradient, for rules that read them.
 SAMPLES = 3
 # Half a unit below the normal range.
-TINY = {torch.float16: 2.0**-25, torch.bfloat16: 1e-40, torch.float32: 1e-44, torch.float64: 0.0}
+# What is above zero may stay at float16's smallest number.
+TINY = {torch.float16: 2.0**-24, torch.bfloat16: 1e-40, torch.float32: 1e-44, torch.float64: 0.0}
 
 
 def halves(g: Tensor, samples: int) -> Tensor:
