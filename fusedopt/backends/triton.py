@@ -168,7 +168,7 @@ class Bucket:
     @cached_property
     def norm_programs(self) -> int:
         """Number of partial norms."""
-        return sum(-(-n // norms.NORM_BLOCK) for n in self._numels)
+        return sum(map(norms.partial_count, self._numels))
 
     @cached_property
     def _input_rows(self) -> Sequence[Tensor]:
@@ -180,7 +180,7 @@ class Bucket:
         """List the weight of each partial norm, and of what makes their number even."""
         found = []
         for position, numel in zip(self.positions, self._numels, strict=True):
-            found += [weights[position]] * -(-numel // norms.NORM_BLOCK)
+            found += [weights[position]] * norms.partial_count(numel)
         return found + [1.0] * (len(found) % 2)
 
     def memory(self) -> Iterator[Tensor]:
