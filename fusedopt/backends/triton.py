@@ -19,7 +19,7 @@ from ..coefficients import Table
 from ..kernels import launch_config, multi_tensor, norms
 from ..kernels.codecs.format import PLAIN
 from ..kernels.codecs.place import GROUP
-from ..kernels.launch import TRITON_DTYPES, device_architecture, launch, settle
+from ..kernels.launch import TRITON_DTYPES, compiler, device_architecture, launch, settle
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
 from ..memory.device import upload
@@ -154,8 +154,9 @@ class Bucket:
         self._extra: tuple[Tensor, ...] = ()
         if key.counts is None:
             self._meta: dict[str, Any] = multi_tensor.update_constants(
-                rule, key.options, types, key.aligned, shape.block, *kept
-            )
+                rule, key.options, types, key.aligned, shape.block, *kept,
+                backend=compiler(device),
+            )  # fmt: skip
         else:
             # The reduction over samples comes first, in the same kernel.
             self._kernel = materialised.update_from_samples

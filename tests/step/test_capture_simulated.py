@@ -205,3 +205,7 @@ def test_a_factor_and_a_scale_are_each_of_one_step():
     assert found.values.tolist() == [1.0, 0.0]
     found.load(None, None, False, 0.5)
     assert found.values.tolist() == [0.5, 0.0]
+    found.load(None, None, True)
+    found.values[0] = 7.0
+    found.load(None, None, False, 0.5)
+    assert found.values.tolist() == [0.5, 0.0]
