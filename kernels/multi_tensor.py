@@ -71,11 +71,18 @@ def update_tensors(
     ROWS: tl.constexpr,  # for each state, which operand its first tensor is
     DRAWS: tl.constexpr,  # whether something that is kept depends on index and step
     ROWWISE: tl.constexpr,  # whether tensors are walked row by row: see ``codecs/place.py``
+    EARLY: tl.constexpr,  # whether addresses are read before it is known which chunks are whole
 ):
     """Update every chunk in place, unless ``control`` says that the step is to be skipped."""
-    if tl.load(control + 1) == 0:
-        program = tl.program_id(0)
-        column = table + tl.load(chunk_tensor + program)
+    program = tl.program_id(0)
+    tensor = tl.load(chunk_tensor + program)
+    # In int64: beyond 2^31 elements an int32 product would wrap around and pass the mask.
+    chunk = tl.load(chunk_index + program).to(tl.int64)
+    # Neither is below 0: a compiler that does not know it asks for all three at once.
+    if (tl.load(control + 1) == 0) & (tensor >= 0):
+        column = table + tensor
+        # What the data waits for comes first, then what the coefficients do.
+        early = addresses(column, width, len(DTYPES)) if EARLY else None
         numel = tl.load(column)
         row = coefficients + tl.load(column + width) * STRIDE
         scale = tl.load(control).to(COMPUTE)
@@ -85,15 +92,13 @@ def update_tensors(
         step = None
         if DRAWS:
             step = tl.load(row + (STRIDE - 1)).to(tl.int64)
-        # In int64: beyond 2^31 elements an int32 product would wrap around and pass the mask.
-        chunk = tl.load(chunk_index + program).to(tl.int64)
         start = chunk * BLOCK
         # Here, not in the branches: there it takes half as many registers again.
         offsets = start + tl.arange(0, BLOCK)
         if ROWWISE:
             place = walk_rows(column, width, numel, chunk, 2 + len(DTYPES), BLOCK)
             _update_chunk(
-                column, width, place, step, scale, scalars,
+                column, width, early, place, step, scale, scalars,
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
                 PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
@@ -101,7 +106,7 @@ def update_tensors(
         elif start + BLOCK <= numel:
             whole = whole_chunk(column, width, offsets, chunk, DTYPES, DRAWS)
             _update_chunk(
-                column, width, whole, step, scale, scalars,
+                column, width, early, whole, step, scale, scalars,
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
                 PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
@@ -112,14 +117,14 @@ def update_tensors(
                 elements = piece * 256 + tl.arange(0, 256)
                 last = last_chunk(column, width, numel, elements, piece, DTYPES, DRAWS)
                 _update_chunk(
-                    column, width, last, step, scale, scalars,
+                    column, width, early, last, step, scale, scalars,
                     RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
                     PARAMETER, STATES, ROWS, DRAWS,
                 )  # fmt: skip
         else:
             last = last_chunk(column, width, numel, offsets, chunk, DTYPES, DRAWS)
             _update_chunk(
-                column, width, last, step, scale, scalars,
+                column, width, early, last, step, scale, scalars,
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
                 PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
@@ -150,7 +155,7 @@ def last_chunk(column, width, numel, offsets, chunk, DTYPES: tl.constexpr, DRAWS
 
 @jit
 def _update_chunk(
-    column, width, place, step, scale, scalars,
+    column, width, early, place, step, scale, scalars,
     RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, DEGREES: tl.constexpr,
     COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, PARAMETER: tl.constexpr, STATES: tl.constexpr,
     ROWS: tl.constexpr, DRAWS: tl.constexpr,
@@ -160,27 +165,27 @@ def _update_chunk(
     offsets, mask = place[0], place[1]
     inputs = ()
     for i in tl.static_range(n_inputs):
-        pointer = address(column, width, 1 + i, DTYPES, ALIGNED, place[6]) + offsets
+        pointer = operand(column, width, early, 1 + i, DTYPES, ALIGNED, place[6]) + offsets
         x = decode(pointer, mask, COMPUTE) * scale
         if DEGREES[i] == 2:
             x = x * scale
         inputs = inputs + (x,)
     apply_rule(
-        column, width, place, step, inputs, scalars,
+        column, width, early, place, step, inputs, scalars,
         RULE, OPTIONS, DTYPES, n_inputs, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
     )  # fmt: skip
 
 
 @jit
 def apply_rule(
-    column, width, place, step, inputs, scalars,
+    column, width, early, place, step, inputs, scalars,
     RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, N_INPUTS: tl.constexpr,
     COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, PARAMETER: tl.constexpr, STATES: tl.constexpr,
     ROWS: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk of parameter and states, whose addresses follow those of the inputs."""
     offsets, mask, lower, upper, groups, some, begin = place
-    own = address(column, width, 0, DTYPES, ALIGNED, begin) + offsets
+    own = operand(column, width, early, 0, DTYPES, ALIGNED, begin) + offsets
     if PARAMETER == "cast" or PARAMETER == "stochastic":
         companion = own
     else:
@@ -191,7 +196,7 @@ def apply_rule(
     pointers = ()
     states = ()
     for i in tl.static_range(len(STATES)):
-        pointer = address(column, width, ROWS[i], DTYPES, ALIGNED, begin) + offsets
+        pointer = operand(column, width, early, ROWS[i], DTYPES, ALIGNED, begin) + offsets
         pointers = pointers + (pointer,)
         if STATES[i] == "cast" or STATES[i] == "positive cast":
             states = states + (decode(pointer, mask, COMPUTE),)
@@ -222,6 +227,27 @@ def apply_rule(
 
 
 @jit
+def addresses(column, width, COUNT: tl.constexpr):
+    """Read the addresses of all operands."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (_address(column, width, i),)
+    return found
+
+
+@jit
+def operand(
+    column, width, early, OPERAND: tl.constexpr, DTYPES: tl.constexpr, ALIGNED: tl.constexpr,
+    begin=None,
+):  # fmt: skip
+    """Return an operand's address as ``address`` does, of those read early if there are such."""
+    if early is None:
+        return address(column, width, OPERAND, DTYPES, ALIGNED, begin)
+    else:
+        return _typed(early[OPERAND], DTYPES[OPERAND], ALIGNED, begin)
+
+
+@jit
 def address(
     column, width,
     OPERAND: tl.constexpr, DTYPES: tl.constexpr, ALIGNED: tl.constexpr, begin=None,
@@ -230,9 +256,18 @@ def address(
 
     With ``begin`` it is that of this element, a multiple of 16.
     """
+    return _typed(_address(column, width, OPERAND), DTYPES[OPERAND], ALIGNED, begin)
+
+
+@jit
+def _address(column, width, OPERAND: tl.constexpr):
     # 2 is HEADER_ROWS, in int64 because a table can have many columns.
-    value = tl.load(column + (2 + OPERAND) * width.to(tl.int64))
-    pointer = value.to(tl.pointer_type(DTYPES[OPERAND]))
+    return tl.load(column + (2 + OPERAND) * width.to(tl.int64))
+
+
+@jit
+def _typed(value, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, begin):
+    pointer = value.to(tl.pointer_type(DTYPE))
     if begin is not None:
         pointer += begin
     if ALIGNED:
@@ -253,6 +288,7 @@ def update_constants(
     rowwise: bool = False,
     stride: int | None = None,
     n_inputs: int | None = None,
+    backend: str = "cuda",
 ) -> dict[str, object]:
     """State what ``update_tensors`` is compiled for: whoever launches or compiles it asks here.
 
@@ -267,6 +303,8 @@ def update_constants(
         stride: columns of the coefficients; those that the rule has, by default, and one for the
             step where the format draws.
         n_inputs: how many inputs there are, if not as many as the rule has.
+        backend: Triton's, ``cuda`` or ``hip``. That addresses are read early spares a wait, for
+            registers that other formats have not, and AMD's compiler takes more of.
     """
     n_inputs = len(rule.degrees) if n_inputs is None else n_inputs
     states = format.states or ("cast",) * (len(types) - 1 - n_inputs - format.has_companion)
@@ -285,4 +323,5 @@ def update_constants(
         "ROWS": format.rows(n_inputs, len(states)),
         "DRAWS": format.draws,
         "ROWWISE": rowwise,
+        "EARLY": format == PLAIN and backend != "hip",
     }

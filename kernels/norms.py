@@ -12,12 +12,17 @@ from __future__ import annotations
 
 from .lang import jit, tl
 
-# Larger chunks than the update's: there is one stream to read, so a program must ask for more
-# of it at once to keep the memory busy, and fewer partial values are left for stage 2.
-NORM_BLOCK = 4096
+# A program's pieces, one after the other; all of a piece is on its way at once. Larger than the
+# update's chunk: there is one stream to read, so a program must ask for more of it at once to keep
+# the memory busy.
+NORM_PIECE = 4096
 NORM_THREADS = 128
-REDUCE_BLOCK = 2048
-REDUCE_THREADS = 256
+# Elements of a program, a multiple of the piece: the larger, the fewer partial values are left for
+# stage 2, whose one program has them from one processor's share of the memory's bandwidth.
+NORM_BLOCK = 16384
+# Of stage 2, in one turn. 10^9 parameters take it at most 32 turns: see ``reduce_turns``.
+REDUCE_BLOCK = 4096
+REDUCE_THREADS = 512
 
 
 @jit(do_not_specialize=["width"])
@@ -25,14 +30,15 @@ def partial_norms(
     table,  # int64 [.., width]: the table of addresses of the update kernel
     width,  # int32
     chunk_tensor,  # int32 [programs]
-    chunk_index,  # int32 [programs], in units of NORM_BLOCK elements
+    chunk_index,  # int32 [programs], in units of BLOCK elements
     inverse_scale,  # float64 [1]: what gradients are multiplied by before anything else
     partials,  # float64 [programs], written
     DTYPE: tl.constexpr,  # element type of the gradients
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INFINITY_NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK: tl.constexpr,  # a multiple of PIECE
 ):
     """Reduce each chunk of the gradients to its sum of squares, or to its largest magnitude."""
     program = tl.program_id(0)
@@ -43,25 +49,41 @@ def partial_norms(
     if ALIGNED:
         gradient = tl.multiple_of(gradient, 16)
     start = tl.load(chunk_index + program).to(tl.int64) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
+    scale = tl.load(inverse_scale).to(COMPUTE)
+    total = tl.zeros((PIECE,), COMPUTE)
     if start + BLOCK <= numel:
-        g = tl.load(gradient + offsets).to(COMPUTE)
+        for piece in tl.static_range(BLOCK // PIECE):
+            offsets = start + piece * PIECE + tl.arange(0, PIECE)
+            total = _add(total, tl.load(gradient + offsets).to(COMPUTE) * scale, INFINITY_NORM)
     else:
-        g = tl.load(gradient + offsets, offsets < numel, 0.0).to(COMPUTE)
-    g = g * tl.load(inverse_scale).to(COMPUTE)
-    tl.store(partials + program, _reduce(g, INFINITY_NORM).to(tl.float64))
+        # As many as there are: of small tensors, most would be of nothing.
+        while start < numel:
+            offsets = start + tl.arange(0, PIECE)
+            g = tl.load(gradient + offsets, offsets < numel, 0.0).to(COMPUTE)
+            total = _add(total, g * scale, INFINITY_NORM)
+            start += PIECE
+    tl.store(partials + program, _reduce(total, INFINITY_NORM).to(tl.float64))
 
 
 @jit
-def _reduce(x, INFINITY_NORM: tl.constexpr):
-    """Sum of squares, or largest magnitude with nan winning."""
+def _add(total, x, INFINITY_NORM: tl.constexpr):
+    """Take elements in: their squares, or magnitudes of which the largest stays, and nan."""
+    if INFINITY_NORM:
+        magnitude = tl.abs(x)
+        return tl.where((magnitude > total) | (magnitude != magnitude), magnitude, total)
+    else:
+        return total + x * x
+
+
+@jit
+def _reduce(total, INFINITY_NORM: tl.constexpr):
+    """Sum, or largest of magnitudes with nan winning."""
     if INFINITY_NORM:
         # tl.max may drop a nan: a sum cannot, and is finite exactly where every term is.
-        magnitude = tl.abs(x)
-        poison = tl.sum(tl.where(magnitude == magnitude, 0.0, magnitude), 0)
-        return tl.max(tl.where(magnitude == magnitude, magnitude, 0.0), 0) + poison
+        poison = tl.sum(tl.where(total == total, 0.0, total), 0)
+        return tl.max(tl.where(total == total, total, 0.0), 0) + poison
     else:
-        return tl.sum(x * x, 0)
+        return tl.sum(total, 0)
 
 
 @jit(do_not_specialize=["count"])
@@ -83,14 +105,13 @@ def clip_factor(
         offsets = start + tl.arange(0, BLOCK)
         x = tl.load(partials + offsets, offsets < count, 0.0)
         if INFINITY_NORM:
-            total = tl.where((x > total) | (x != x), x, total)
+            total = _add(total, x, True)
         else:
             total = total + x
         start += BLOCK
-    if INFINITY_NORM:
-        value = _reduce(total, True)
-    else:
-        value = tl.sqrt(tl.sum(total, 0))
+    value = _reduce(total, INFINITY_NORM)
+    if not INFINITY_NORM:
+        value = tl.sqrt(value)
     factor = tl.load(max_norm) / (value + 1e-6)
     # Not minimum(): a nan norm must give a nan factor, as torch's clamp does.
     factor = tl.where(factor > 1.0, 1.0, factor)
@@ -99,6 +120,16 @@ def clip_factor(
 
 
 # Below the kernels, whose lines are a part of their keys in Triton's cache.
+
+
+def partial_count(numel: int) -> int:
+    """Return how many partial values a tensor has."""
+    return -(-numel // NORM_BLOCK)
+
+
+def reduce_turns(partials: int) -> int:
+    """Return how many turns stage 2 takes, one after the other."""
+    return -(-partials // REDUCE_BLOCK)
 
 
 def partial_norms_constants(
@@ -110,6 +141,7 @@ def partial_norms_constants(
         "COMPUTE": compute,
         "ALIGNED": aligned,
         "INFINITY_NORM": infinity_norm,
+        "PIECE": NORM_PIECE,
         "BLOCK": NORM_BLOCK,
     }
 

@@ -19,7 +19,7 @@ from ..coefficients import Table
 from ..kernels import launch_config, multi_tensor, norms
 from ..kernels.codecs.format import PLAIN
 from ..kernels.codecs.place import GROUP
-from ..kernels.launch import TRITON_DTYPES, device_architecture, launch, settle
+from ..kernels.launch import TRITON_DTYPES, compiler, device_architecture, launch, settle
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
 from ..memory.device import upload
@@ -154,8 +154,9 @@ class Bucket:
         self._extra: tuple[Tensor, ...] = ()
         if key.counts is None:
             self._meta: dict[str, Any] = multi_tensor.update_constants(
-                rule, key.options, types, key.aligned, shape.block, *kept
-            )
+                rule, key.options, types, key.aligned, shape.block, *kept,
+                backend=compiler(device),
+            )  # fmt: skip
         else:
             # The reduction over samples comes first, in the same kernel.
             self._kernel = materialised.update_from_samples
@@ -168,7 +169,7 @@ class Bucket:
     @cached_property
     def norm_programs(self) -> int:
         """Number of partial norms."""
-        return sum(-(-n // norms.NORM_BLOCK) for n in self._numels)
+        return sum(map(norms.partial_count, self._numels))
 
     @cached_property
     def _input_rows(self) -> Sequence[Tensor]:
@@ -180,7 +181,7 @@ class Bucket:
         """List the weight of each partial norm, and of what makes their number even."""
         found = []
         for position, numel in zip(self.positions, self._numels, strict=True):
-            found += [weights[position]] * -(-numel // norms.NORM_BLOCK)
+            found += [weights[position]] * norms.partial_count(numel)
         return found + [1.0] * (len(found) % 2)
 
     def memory(self) -> Iterator[Tensor]:

@@ -273,6 +273,7 @@ class Plan:
         self.captured = False
         for group in self.device_groups:
             group.executor.release()
+            group.scale.release()
 
     def is_on_device(self) -> bool:
         """Whether a captured step would read its numbers from the device."""

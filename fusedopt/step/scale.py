@@ -16,17 +16,28 @@ class GradScale:
     def __init__(self, device: torch.device) -> None:
         # float64, so that float64 parameters see the factor in full.
         self.values = torch.zeros(2, dtype=torch.float64, device=device)
-        self.values[:1].fill_(1.0)
+        self._factor, self._skip = self.values[:1], self.values[1:]
+        self._factor.fill_(1.0)
         self.inverse_scale = torch.ones(1, dtype=torch.float64, device=device)
         self.max_norm = torch.ones(1, dtype=torch.float64, device=device)
+        self._one = torch.ones(1, dtype=torch.float64, device=device)
         self._max_norm = 1.0
-        self._neutral = True
+        # What was written last, where the host knows it: work for what is there already would cost
+        # a launch each.
+        self._held: dict[str, float | None] = {"factor": 1.0, "inverse": 1.0, "skip": 0.0}
+        self._captured = False
 
     def memory(self) -> Iterator[Tensor]:
         """List the tensors that launches read and write."""
         yield self.values
         yield self.inverse_scale
         yield self.max_norm
+        yield self._one
+
+    def release(self) -> None:
+        """Take it that no replay writes here any more."""
+        self._captured = False
+        self._held = dict.fromkeys(self._held)
 
     def load(
         self,
@@ -40,30 +51,43 @@ class GradScale:
         Args:
             grad_scale: what the gradients are to be divided by.
             found_inf: whether to skip the step.
-            clipping: whether the factor on the gradient is to be changed by a norm.
+            clipping: whether the factor on the gradient is made of the inverse scale and a norm.
             factor: what the gradients are to be multiplied by besides.
         """
-        # A captured step must set what an eager one may leave behind.
-        unchanged = self._neutral and not is_capturing(self.values.device)
-        plain = grad_scale is None and found_inf is None and factor == 1.0
-        if plain and unchanged:
-            self._neutral = not clipping
-            return
-        if grad_scale is None:
-            self.inverse_scale.fill_(factor)
+        # A captured step must set what an eager one may leave behind, and from then on a replay may
+        # have set it, too.
+        self._captured = self._captured or is_capturing(self.values.device)
+        if self._captured:
+            self._held = dict.fromkeys(self._held)
+        if clipping:
+            self._take_scale("inverse", self.inverse_scale, grad_scale, factor)
+            self._held["factor"] = None
         else:
-            self.inverse_scale.copy_(grad_scale.reshape(1)).reciprocal_().mul_(factor)
-        self.values[:1].copy_(self.inverse_scale)
-        if found_inf is None:
-            self.values[1:].zero_()
-        else:
-            self.values[1:].copy_(found_inf.reshape(1))
-        self._neutral = plain and not clipping
+            self._take_scale("factor", self._factor, grad_scale, factor)
+        if found_inf is not None:
+            self._skip.copy_(found_inf.reshape(1))
+            self._held["skip"] = None
+        elif self._held["skip"] != 0.0:
+            self._skip.zero_()
+            self._held["skip"] = 0.0
+
+    def _take_scale(
+        self, name: str, target: Tensor, grad_scale: Tensor | None, factor: float
+    ) -> None:
+        if grad_scale is not None:
+            torch.div(self._one, grad_scale.to(target.device).reshape(1), out=target)
+            if factor != 1.0:
+                target.mul_(factor)
+            self._held[name] = None
+        elif self._held[name] != factor:
+            target.fill_(factor)
+            self._held[name] = factor
 
     def skip_unless_finite(self, norm: Tensor) -> None:
         """Skip the step where the norm over all processes shows an overflow of another."""
         finite = norm.reshape(1).isfinite()
-        self.values[1:].copy_(torch.where(finite, self.values[1:], 1.0))
+        self._skip.copy_(torch.where(finite, self._skip, 1.0))
+        self._held["skip"] = None
 
     def set_max_norm(self, value: float) -> None:
         """Take a new bound on the norm."""

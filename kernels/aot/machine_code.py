@@ -12,6 +12,7 @@ from typing import Any
 from ..lang import triton
 from . import paths
 from .variant import Report, Variant
+from .waits import waits_before_data
 
 
 def report(compiled: Any, target: Any) -> Report:
@@ -51,12 +52,24 @@ def instructions(compiled: Any, target: Any, variant: Variant) -> float | None:
     if target.backend == "hip":
         parts = paths.whole_chunk(compiled.asm["amdgcn"], paths.AMD)
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            parts = paths.whole_chunk(_run("nvdisasm", "-c", file.name), paths.SASS)
+        parts = paths.whole_chunk(_disassembled(compiled), paths.SASS)
     count = sum(map(len, parts))
     return count * variant.threads / variant.block if count and variant.block else None
+
+
+def waits(compiled: Any, target: Any) -> int | None:
+    """Count the rounds of loads before the first data of a whole chunk; None where not known."""
+    if target.backend == "hip":
+        return None
+    first, rest = paths.whole_chunk(_disassembled(compiled), paths.SASS)
+    return waits_before_data([*first, *rest])
+
+
+def _disassembled(compiled: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return _run("nvdisasm", "-c", file.name)
 
 
 def _run(tool: str, *arguments: str) -> str:

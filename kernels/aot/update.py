@@ -47,11 +47,12 @@ def variants(architecture: str = "") -> Iterator[Variant]:
         architecture: for which, as in ``launch_config.update_launch_config``.
     """
     yield from plain_variants(architecture)
+    backend = architecture.partition(":")[0]
     for kept in formats.every():
-        yield update_kept(ADAM, ADAM.example_groups[0], kept)
+        yield update_kept(ADAM, ADAM.example_groups[0], kept, backend)
     for rule, more in _SOME:
         for kept in formats.some():
-            yield update_kept(rule, {**rule.example_groups[0], **more}, kept)
+            yield update_kept(rule, {**rule.example_groups[0], **more}, kept, backend)
 
 
 def plain_variants(architecture: str = "") -> Iterator[Variant]:
@@ -97,7 +98,9 @@ def update_tensors(
             "coefficients": "*fp64",
             "control": "*fp64",
         },
-        constants=multi_tensor.update_constants(rule, options, types, aligned, launch.block),
+        constants=multi_tensor.update_constants(
+            rule, options, types, aligned, launch.block, backend=architecture.partition(":")[0]
+        ),
         threads=launch.threads,
         block=launch.block,
         budget=Budget(
@@ -108,7 +111,7 @@ def update_tensors(
     )
 
 
-def update_kept(rule: Rule, group: Group, kept: Kept) -> Variant:
+def update_kept(rule: Rule, group: Group, kept: Kept, backend: str = "cuda") -> Variant:
     """The update kernel with a rule, for parameters and states that are kept in another way.
 
     Whole chunks of aligned tensors move in 128-bit accesses where an element has two bytes or more,
@@ -127,7 +130,7 @@ def update_kept(rule: Rule, group: Group, kept: Kept) -> Variant:
         arguments={**TABLE, "coefficients": "*fp64", "control": "*fp64"},
         constants=multi_tensor.update_constants(
             rule, options, tuple(map(element_type, types)), kept.aligned, launch.block, format,
-            kept.rowwise,
+            kept.rowwise, backend=backend,
         ),
         threads=launch.threads,
         registers=limit,

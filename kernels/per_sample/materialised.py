@@ -155,9 +155,12 @@ def update_from_samples(
     PARTS: tl.constexpr,
 ):
     """Reduce samples and update every chunk in place, in one pass over memory."""
-    if tl.load(control + 1) == 0:
-        program = tl.program_id(0)
-        column = table + tl.load(chunk_tensor + program)
+    program = tl.program_id(0)
+    tensor = tl.load(chunk_tensor + program)
+    chunk = tl.load(chunk_index + program).to(tl.int64)
+    # As of ``update_tensors``.
+    if (tl.load(control + 1) == 0) & (tensor >= 0) & (chunk >= 0):
+        column = table + tensor
         numel = tl.load(column)
         row = coefficients + tl.load(column + width) * STRIDE
         scale = tl.load(control).to(COMPUTE)
@@ -167,7 +170,6 @@ def update_from_samples(
         step = None
         if DRAWS:
             step = tl.load(row + (STRIDE - 1)).to(tl.int64)
-        chunk = tl.load(chunk_index + program).to(tl.int64)
         start = chunk * BLOCK
         offsets = start + tl.arange(0, BLOCK)
         # Samples are reduced before a chunk is placed, which would keep its numbers over the loop.
@@ -178,7 +180,7 @@ def update_from_samples(
                 DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
             )  # fmt: skip
             apply_rule(
-                column, width, place, step, inputs, scalars,
+                column, width, None, place, step, inputs, scalars,
                 RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
         elif start + BLOCK <= numel:
@@ -188,7 +190,7 @@ def update_from_samples(
             )  # fmt: skip
             whole = whole_chunk(column, width, offsets, chunk, DTYPES, DRAWS)
             apply_rule(
-                column, width, whole, step, inputs, scalars,
+                column, width, None, whole, step, inputs, scalars,
                 RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
         elif DRAWS or PARAMETER != "cast":
@@ -201,7 +203,7 @@ def update_from_samples(
                 )  # fmt: skip
                 last = last_chunk(column, width, numel, elements, piece, DTYPES, DRAWS)
                 apply_rule(
-                    column, width, last, step, inputs, scalars,
+                    column, width, None, last, step, inputs, scalars,
                     RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
                 )  # fmt: skip
         else:
@@ -211,7 +213,7 @@ def update_from_samples(
             )  # fmt: skip
             last = last_chunk(column, width, numel, offsets, chunk, DTYPES, DRAWS)
             apply_rule(
-                column, width, last, step, inputs, scalars,
+                column, width, None, last, step, inputs, scalars,
                 RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
             )  # fmt: skip
 
@@ -261,4 +263,5 @@ def update_from_samples_constants(
 ) -> dict[str, object]:
     """Do the same for ``update_from_samples``; as ``multi_tensor.update_constants``, with parts."""
     common = update_constants(rule, options, types, aligned, block, format, rowwise, stride, parts)
+    del common["EARLY"]  # never: they would be kept over the loop
     return {**common, "PARTS": parts}

@@ -163,3 +163,49 @@ def test_the_default_device_does_not_matter(cls, device):
     with torch.device("meta"):
         ours.step()
     assert all(torch.equal(p, q) for p, q in zip(params, same, strict=True))
+
+
+@pytest.mark.parametrize("clipping", [False, True])
+def test_eager_steps_do_not_rely_on_what_a_replay_leaves_of_the_scale(capture, clipping):
+    """Catches a host that remembers what it wrote, which a replay has overwritten since."""
+    scale_of_step = scale.GradScale(torch.device("cpu"))
+    written = scale_of_step.inverse_scale if clipping else scale_of_step.values[:1]
+
+    def plain_step():
+        scale_of_step.load(None, None, clipping)
+        assert written == 1.0 and scale_of_step.values[1] == 0.0
+
+    capture.active = True
+    scale_of_step.load(torch.tensor(4.0), torch.tensor(1.0), clipping)
+    capture.active = False
+    left = written.clone()
+    assert left == 0.25
+    plain_step()
+    # A replay.
+    written.copy_(left)
+    scale_of_step.values[1] = 1.0
+    plain_step()
+    scale_of_step.release()
+    written.copy_(left)
+    plain_step()
+
+
+def test_a_factor_and_a_scale_are_each_of_one_step():
+    """Catches a factor, a scale or a flag that stays for a later step, clipped or not."""
+    found = scale.GradScale(torch.device("cpu"))
+    grad_scale, flag = torch.tensor([8.0]), torch.tensor([0.0])
+    found.load(grad_scale, flag, False, 2.0)
+    assert found.values.tolist() == [0.25, 0.0]
+    found.load(None, torch.tensor(3.0), True, 0.5)
+    assert found.inverse_scale == 0.5 and found.values[1] == 3.0
+    found.values[0] = 7.0  # the norm's factor
+    found.load(None, None, True)
+    assert found.inverse_scale == 1.0 and found.values[1] == 0.0
+    found.load(None, None, False)
+    assert found.values.tolist() == [1.0, 0.0]
+    found.load(None, None, False, 0.5)
+    assert found.values.tolist() == [0.5, 0.0]
+    found.load(None, None, True)
+    found.values[0] = 7.0
+    found.load(None, None, False, 0.5)
+    assert found.values.tolist() == [0.5, 0.0]

@@ -245,6 +245,45 @@ def test_more_partial_norms_than_one_block_of_the_second_stage(
     pair.check()
 
 
+@numpy_may_warn
+@each_norm
+@pytest.mark.parametrize("spoilt", [None, math.inf, math.nan])
+def test_chunks_of_several_pieces(
+    norm_type: float, spoilt: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole chunks, chunks that end in any of their pieces, and within one."""
+    from fusedopt.kernels import norms
+
+    monkeypatch.setattr(norms, "NORM_PIECE", 4)
+    monkeypatch.setattr(norms, "NORM_BLOCK", 16)
+    clip = GlobalNorm(0.5, norm_type=norm_type)
+    shapes = [(n,) for n in (1, 4, 5, 13, 16, 32, 39)]
+    pair = _pair(SGD, clip, backend="triton", shapes=shapes, lr=0.1, weight_decay=0, momentum=0)
+    pair.backward()
+    # The largest is in a piece behind the first, and what is spoilt in the first of a tensor.
+    for optimizer in pair.both:
+        gradients = [p.grad for p in groups_of(optimizer)]
+        gradients[-1][37] = -9.0
+        if spoilt is not None:
+            gradients[-2][2] = spoilt
+    total = _clipped_step_with(pair, clip)
+    torch.testing.assert_close(
+        clip.last, total.to(torch.float32), rtol=1e-6, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("tensors", [1, 10_000])
+def test_a_billion_parameters_take_the_second_stage_few_turns(tensors: int) -> None:
+    """Of as many elements, these are the most partial norms: every chunk but the last is whole."""
+    from fusedopt.kernels import norms
+
+    each = 1_000_000_000 // tensors
+    partials = tensors * norms.partial_count(each)
+    assert norms.reduce_turns(partials) <= 32
+    most = 1_000_000_000 // norms.NORM_BLOCK + tensors
+    assert partials <= most and norms.reduce_turns(most) <= 32
+
+
 @both_backends
 def test_capturable(backend: str) -> None:
     clip = GlobalNorm(0.5)
