@@ -55,11 +55,12 @@ class Power:
             below = pattern < first
             high, low = torch.where(below, low, high), torch.where(below, 0, low)
             code = torch.where(below, 0, code)
-        low = low.view(torch.float32)
-        gap = high.view(torch.float32) - low
+        low, high = low.view(torch.float32), high.view(torch.float32)
+        gap, share = high - low, pattern.view(torch.float32)
         noise = (thresholds >> 9) & 0x7FFFFF
         threshold = noise.float() * 2.0**-23 if isinstance(noise, Tensor) else noise * 2.0**-23
-        return code + (pattern.view(torch.float32) - low > threshold * gap)
+        up = share - low > threshold * gap if self.signed else high - share < threshold * gap
+        return code + up
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Float8:
         pattern = _pattern(share)
         units = (share.clamp(max=2.0**-14) * 2.0**37).round().to(torch.int32)
         wide = torch.where(pattern < 113 << 23, units, pattern - (112 << 23))
+        if isinstance(thresholds, Tensor) and not self.signed:
+            thresholds = ~thresholds
         return ((wide + ((thresholds >> 12) & 0xFFFFF)) >> 20).clamp(max=126)
 
 
@@ -137,8 +140,8 @@ def encode(
         value: float32, of any shape.
         codec: a key of ``CODES``.
         inner: elements of a row.
-        thresholds: int32 of that shape, as of the kernel, before the half turn of states that are
-            never below 0; to nearest by default.
+        thresholds: int32 of that shape, as of the kernel; to nearest by default. States that are
+            never below 0 take what they leave of 1.
 
     Returns:
         Codes of that shape, and the scales, float32 ``[groups]``.
@@ -150,8 +153,6 @@ def encode(
     inverse = torch.where(scale == 0, 1.0, scale * raised).reciprocal()
     share = groups.abs() * raised[:, None] * inverse[:, None]
     noise = grouped(thresholds, inner) if isinstance(thresholds, Tensor) else thresholds
-    if isinstance(noise, Tensor) and not code.signed:
-        noise = noise ^ -NEAREST
     found = code.encode((_pattern(share) + 2).clamp(max=ONE), noise)
     if not code.signed:
         found = torch.where(groups > 0, found.clamp(min=1), 0)

@@ -26,8 +26,8 @@ for beta = 0.999 that is a fraction of the distance of two codes, and it would n
 It is rounded up where it exceeds a threshold that walks through [0, 1) from step to step, by the
 golden ratio from a place of the element's own, so that of any number of consecutive steps the right
 share is rounded up. A draw anew at each step does so on average, with more noise:
-docs/state_codes.md. States that are >= 0 are half a turn ahead of the others: what rounds a first
-moment up then seldom rounds the second one down.
+docs/state_codes.md. States that are >= 0 take what the threshold leaves of 1, which costs nothing:
+with the same for both moments, single updates are longer.
 
 A state that is >= 0, and above it, is never read as 0: a second moment of 0 leaves eps as the
 denominator, and one update is hundreds of times too long. A group of zeros has a = 0. With a nan or
@@ -112,8 +112,6 @@ def encode(value, scale, thresholds, CODEC: tl.constexpr):
     # In patterns: two units more, so that what was read of a code comes back as it in spite of two
     # roundings, and no more than 1.
     pattern = tl.minimum(share.to(tl.int32, bitcast=True) + 2, 0x3F800000)
-    if CODEC == "unsigned" or CODEC == "positive float8":
-        thresholds = thresholds ^ 0x80000000
     if CODEC == "signed":
         code = _encode_power(pattern, thresholds, True)
         return tl.where(value < 0.0, -code, code).to(tl.int8)
@@ -121,7 +119,8 @@ def encode(value, scale, thresholds, CODEC: tl.constexpr):
         code = _encode_power(pattern, thresholds, False)
         return tl.where(value > 0.0, code, 0).to(tl.uint8)
     else:
-        code = _encode_float8(pattern.to(tl.float32, bitcast=True), thresholds)
+        noise = thresholds if CODEC == "float8" else thresholds ^ 0xFFFFFFFF
+        code = _encode_float8(pattern.to(tl.float32, bitcast=True), noise)
         if CODEC == "float8":
             return tl.where(value < 0.0, code | 0x80, code).to(tl.uint8)
         else:
@@ -191,10 +190,14 @@ def _encode_power(pattern, thresholds, SIGNED: tl.constexpr):
         low = tl.where(below, 0, low)
         code -= below.to(tl.int32)
     low = low.to(tl.float32, bitcast=True)
-    gap = high.to(tl.float32, bitcast=True) - low
+    high = high.to(tl.float32, bitcast=True)
+    gap = high - low
     threshold = ((thresholds >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
-    above = pattern.to(tl.float32, bitcast=True) - low
-    return code + (above > threshold * gap).to(tl.int32)
+    share = pattern.to(tl.float32, bitcast=True)
+    if SIGNED:
+        return code + (share - low > threshold * gap).to(tl.int32)
+    else:
+        return code + (high - share < threshold * gap).to(tl.int32)
 
 
 @jit
