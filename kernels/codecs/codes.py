@@ -133,8 +133,9 @@ def decode(codes, scale, CODEC: tl.constexpr):
     scale = tl.expand_dims(scale, 1)
     if CODEC == "signed":
         wide = codes.to(tl.int32)
-        level = _level(tl.abs(wide), True).to(tl.int32, bitcast=True)
-        return (level | (wide & -0x80000000)).to(tl.float32, bitcast=True) * scale
+        found = _level(tl.abs(wide), True) * scale
+        # Not the sign's bit put into the pattern before: registers run out on sm_100.
+        return tl.where(wide < 0, -found, found)
     elif CODEC == "unsigned":
         wide = codes.to(tl.int32)
         return _above_zero(_level(wide, False) * scale, wide)
