@@ -57,7 +57,8 @@ class IncompleteState(KeyError, ValueError):
 def put_aside(group: Group, names: Iterable[str]) -> None:
     """Replace options of a saved group, in place, by empty containers that carry them."""
     for name in names:
-        if name in group:
+        # What is put aside for one reason is not to be again for another.
+        if name in group and not _is_carrier(group[name]):
             group[name] = _carrier(group[name])
 
 
@@ -65,6 +66,10 @@ def _carrier(value: Any) -> OrderedDict[str, Any]:
     carrier: OrderedDict[str, Any] = OrderedDict()
     carrier.value = value  # type: ignore[attr-defined]
     return carrier
+
+
+def _is_carrier(value: Any) -> bool:
+    return isinstance(value, OrderedDict) and hasattr(value, "value")
 
 
 def _carried(value: Any) -> Any:
@@ -329,7 +334,9 @@ def _complete(optimizer: Any, groups: list[Group]) -> None:
                 f" one of {type(optimizer).__name__}: load it into the optimizer that saved it,"
                 " or fill in what is missing"
             )
-        check_numbers(optimizer, groups, " of the checkpoint")
+    # Of all groups: numbers that are put aside have to be back in each.
+    check_numbers(optimizer, groups, " of the checkpoint")
+    for saved in groups:
         # A checkpoint may be older than an option of torch's, too.
         optimizer.check_group({**optimizer.defaults, **saved})
 

@@ -51,6 +51,8 @@ class Rule:
         nonnegative: names of the states that are never below 0: their 8-bit codes have no sign.
         differing: ``differing(group) -> names`` of the states whose difference the update takes,
             the sign of which counts: 8 bits are too few for them.
+        summing: names of the states that sum up steps far smaller than themselves, of which 8 bits
+            would lose what a step adds.
         coefficient_names: what they are called, in order, by tables, messages and generated code.
         example_groups: hyper-parameter sets that tests, ``verify`` and ``codegen`` exercise.
     """
@@ -67,6 +69,7 @@ class Rule:
     factors: tuple[str, ...] = ()
     degrees: tuple[int, ...] = (1,)
     counts_steps: bool = True
+    summing: tuple[str, ...] = ()
     coefficient_names: tuple[str, ...] = ()
     nonnegative: tuple[str, ...] = ()
     differing: Callable[[Group], tuple[str, ...]] = _no_names

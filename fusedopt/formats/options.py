@@ -44,6 +44,13 @@ def check_options(rule: Rule, group: Group) -> None:
                     f" of a difference of {' and '.join(rule.differing(group))}, which would fall"
                     " below 0"
                 )
+        for state in rule.summing:
+            if dtype in _CODES and name in ("", state):
+                others = [own for own in rule.states(group) if own not in rule.summing]
+                raise ValueError(
+                    f"state_dtype={dtype!r} is too coarse for {state!r}, a sum of steps: what one"
+                    f" step adds would be rounded away. Ask for {dict.fromkeys(others, dtype)!r}"
+                )
     rounding, master = group.get("rounding"), group.get("master")
     for option, value, allowed in (
         ("rounding", rounding, _ROUNDINGS),
