@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Lion": {"lr": 0.01, "weight_decay": 0.1},
     "AdamC": {"lr": 0.02, "max_lr": 0.05, "weight_decay": 0.3},
 }
-FORMS = ("sharded", "titan", "full")
+FORMS = ("titan", "full")
 STEPS = 3
 
 
