@@ -51,6 +51,8 @@ def _train(optimizer: Any, params: list[Any], steps: range, lr: float | None = N
         params[2].grad = None if step == 1 else params[2].grad
         if lr is not None:
             optimizer.param_groups[1]["lr"] = lr / (step + 1)
+            optimizer.param_groups[1]["weight_decay"] = 0.5 * step
+            optimizer.param_groups[2]["beta1"] = 0.9 - 0.1 * step
         optimizer.step()
 
 
