@@ -47,9 +47,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(call environment,$(VENV),constraints.txt,dev)
 
 # BackPACK asks for torchvision, imports it for an example alone, and a build of it that does not go with torch's
-# breaks whatever does, such as transformers.
+# breaks whatever does, such as transformers. torchtitan asks for loggers and datasets, and imports two small packages
+# for its optimizers.
 $(CLIENTS_STAMP): pyproject.toml constraints.txt constraints-ecosystem.txt
-	$(call environment,$(CLIENTS),constraints-ecosystem.txt,ecosystem,backpack-for-pytorch)
+	$(call environment,$(CLIENTS),constraints-ecosystem.txt,ecosystem,backpack-for-pytorch torchtitan)
 
 demo: $(STAMP) ## Train a small GPT with torch.optim.AdamW and with fusedopt.AdamW
 	$(BIN)/python -m fusedopt demo $(ARGS)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from . import scaling
 from .accumulation import GradientAccumulator
+from .adam_c import AdamC
 from .batch_decoupled import BatchDecoupledAdam, BatchDecoupledRMSprop
 from .checkpoint import export_state_dict
 from .clipping import GlobalNorm
 from .kernels.rule import Rule
+from .lion import Lion
 from .optimizer import FusedOptimizer
 from .optimizers import SGD, Adam, AdamW, RMSprop
 from .release import gradient_release
+from .schedule_free import ScheduleFreeAdamW
 from .statistics import BackpackSquares, GradSampleSquares, MicroBatchSquares, PerSampleSquares
 from .svag import SVAG
 
@@ -20,6 +23,7 @@ __all__ = [
     "SGD",
     "SVAG",
     "Adam",
+    "AdamC",
     "AdamW",
     "BackpackSquares",
     "BatchDecoupledAdam",
@@ -28,10 +32,12 @@ __all__ = [
     "GlobalNorm",
     "GradSampleSquares",
     "GradientAccumulator",
+    "Lion",
     "MicroBatchSquares",
     "PerSampleSquares",
     "RMSprop",
     "Rule",
+    "ScheduleFreeAdamW",
     "export_state_dict",
     "gradient_release",
     "scaling",

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from .arguments import Number, Params, showing
 from .kernels.rules import BATCH_DECOUPLED_ADAM, BATCH_DECOUPLED_RMSPROP
-from .optimizers import AdamW, Number, Params, RMSprop, showing
+from .optimizers import AdamW, RMSprop
 from .statistics import Statistics
 
 

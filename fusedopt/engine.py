@@ -125,6 +125,7 @@ class Engine:
                 "a CUDA graph is being captured, and this step is not prepared: run one step with"
                 " the same parameters, hyper-parameters and layouts of gradients before the capture"
             )
+        optimizer.whole.check_ready()
         for group in optimizer.param_groups:
             complete(optimizer, group)
         check_numbers(optimizer, optimizer.param_groups)

@@ -247,6 +247,12 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
         check_options(self.rule, group)
 
+    def check_ready(self) -> None:
+        """Raise RuntimeError where no step may be taken now.
+
+        Asked where a plan is made, as it is after any entry of a group has changed.
+        """
+
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap ``step`` as torch does, and leave no loss scale behind where it raises.

@@ -6,12 +6,20 @@ parameter groups, so that checkpoints go both ways.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from torch import Tensor
-
+from .arguments import (
+    Number,
+    Params,
+    check_betas,
+    check_flags,
+    check_lr,
+    check_names,
+    require,
+    showing,
+    showing_common,
+)
 from .checkpoint import saved_form
 from .kernels.rules import ADAM, RMSPROP
 from .kernels.rules import SGD as SGD_RULE
@@ -19,75 +27,6 @@ from .kernels.rules.averages import CORRECTIONS
 from .kernels.rules.rmsprop import DENOMINATORS
 from .kernels.rules.sgd import MOMENTUM_FORMS
 from .optimizer import FusedOptimizer
-
-Params = Iterable[Any]
-Number = float | Tensor
-Constructor = TypeVar("Constructor", bound=Callable[..., None])
-
-# What every optimizer takes, as the base class states it; of that, what is for rules that read
-# squares, and an error for others.
-_COMMON = [
-    p.name
-    for p in inspect.signature(FusedOptimizer).parameters.values()
-    if p.kind is inspect.Parameter.KEYWORD_ONLY
-]
-_FOR_SQUARES = ("statistics", "virtual_batch_size")
-
-
-def showing(
-    of: Callable[..., None], without: Collection[str] = ()
-) -> Callable[[Constructor], Constructor]:
-    """Decorate a constructor: its signature shows what ``**common`` hands on.
-
-    Written on the function and not on the class, whose subclasses would inherit it as theirs.
-
-    Args:
-        of: the constructor that ``**common`` goes to.
-        without: names of its keywords that are not to be given.
-    """
-
-    def decorate(init: Constructor) -> Constructor:
-        own = inspect.signature(init)
-        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        more = [
-            p.replace(kind=p.KEYWORD_ONLY)
-            for p in inspect.signature(of).parameters.values()
-            if p.kind is not p.VAR_KEYWORD and p.name not in {*own.parameters, *without}
-        ]
-        init.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
-        return init
-
-    return decorate
-
-
-_showing_common = showing(FusedOptimizer.__init__, without=("defaults", *_FOR_SQUARES))
-
-
-def _check_names(optimizer: FusedOptimizer, common: Iterable[str]) -> None:
-    """Raise TypeError for an argument that does not exist, in the name of the class called."""
-    for name in common:
-        if name not in _COMMON:
-            raise TypeError(
-                f"{type(optimizer).__name__}() got an unexpected keyword argument {name!r}"
-            )
-
-
-def _check_flags(foreach: bool | None, fused: bool | None) -> None:
-    # In torch's words: neither changes an update here, but code with both does not run there.
-    if foreach and fused:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
-
-def _require(condition: bool | Tensor, name: str, bound: str, value: Any) -> None:
-    # Written so that nan fails, as it does in torch.
-    if not condition:
-        raise ValueError(f"{name} must be {bound}, got {value}")
-
-
-def _check_lr(lr: Number) -> None:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}")
-    _require(not lr < 0.0, "lr", "at least 0", lr)
 
 
 class SGD(FusedOptimizer):
@@ -130,7 +69,7 @@ class SGD(FusedOptimizer):
     own_options: ClassVar[tuple[str, ...]] = ("momentum_form", "capturable")
     form: ClassVar[str | None] = "momentum_form"
 
-    @_showing_common
+    @showing_common
     def __init__(
         self,
         params: Params,
@@ -147,11 +86,11 @@ class SGD(FusedOptimizer):
         momentum_form: str = "torch",
         **common: Any,
     ) -> None:
-        _check_names(self, common)
-        _check_lr(lr)
-        _require(not momentum < 0.0, "momentum", "at least 0", momentum)
-        _require(not weight_decay < 0.0, "weight_decay", "at least 0", weight_decay)
-        _check_flags(foreach, fused)
+        check_names(self, common)
+        check_lr(lr)
+        require(not momentum < 0.0, "momentum", "at least 0", momentum)
+        require(not weight_decay < 0.0, "weight_decay", "at least 0", weight_decay)
+        check_flags(foreach, fused)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
         defaults = {
@@ -174,7 +113,7 @@ class SGD(FusedOptimizer):
         if group["momentum_form"] == "ema":
             if group["dampening"] != 0:
                 raise ValueError('momentum_form="ema" has weights of its own: dampening must be 0')
-            _require(
+            require(
                 group["momentum"] < 1.0, "momentum", "below 1, for an average", group["momentum"]
             )
 
@@ -244,7 +183,7 @@ class RMSprop(FusedOptimizer):
     choices: ClassVar = {"bias_correction": (False, True), "denominator": DENOMINATORS}
     own_options: ClassVar[tuple[str, ...]] = ("bias_correction", "denominator")
 
-    @_showing_common
+    @showing_common
     def __init__(
         self,
         params: Params,
@@ -263,12 +202,12 @@ class RMSprop(FusedOptimizer):
         denominator: str = "std",
         **common: Any,
     ) -> None:
-        _check_names(self, common)
-        _check_lr(lr)
-        _require(lr >= 0.0, "lr", "at least 0", lr)
+        check_names(self, common)
+        check_lr(lr)
+        require(lr >= 0.0, "lr", "at least 0", lr)
         for name, value in (("eps", eps), ("momentum", momentum), ("alpha", alpha)):
-            _require(value >= 0.0, name, "at least 0", value)
-        _require(weight_decay >= 0.0, "weight_decay", "at least 0", weight_decay)
+            require(value >= 0.0, name, "at least 0", value)
+        require(weight_decay >= 0.0, "weight_decay", "at least 0", weight_decay)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -289,7 +228,7 @@ class RMSprop(FusedOptimizer):
         """Raise ValueError for a parameter group that has no meaning."""
         super().check_group(group)
         if group["bias_correction"]:
-            _require(group["alpha"] < 1.0, "alpha", "below 1, for a correction", group["alpha"])
+            require(group["alpha"] < 1.0, "alpha", "below 1, for a correction", group["alpha"])
         if group["bias_correction"] and group["centered"]:
             raise ValueError(
                 "bias_correction=True and centered=True: the variance of the first gradient alone"
@@ -332,7 +271,7 @@ class Adam(FusedOptimizer):
     choices: ClassVar = {"bias_correction": CORRECTIONS}
     own_options: ClassVar[tuple[str, ...]] = ("bias_correction",)
 
-    @_showing_common
+    @showing_common
     def __init__(
         self,
         params: Params,
@@ -351,17 +290,13 @@ class Adam(FusedOptimizer):
         bias_correction: str | None = "adam",
         **common: Any,
     ) -> None:
-        _check_names(self, common)
-        _check_lr(lr)
-        _require(lr >= 0.0, "lr", "at least 0", lr)
-        _require(eps >= 0.0, "eps", "at least 0", eps)
-        kinds = {Tensor if isinstance(beta, Tensor) else type(beta) for beta in betas[:2]}
-        if kinds not in ({float}, {Tensor}):
-            raise ValueError(f"betas must be two floats, or two tensors, got {betas}")
-        for name, beta in (("betas[0]", betas[0]), ("betas[1]", betas[1])):
-            _require(0.0 <= beta < 1.0, name, "in [0, 1)", beta)
-        _require(weight_decay >= 0.0, "weight_decay", "at least 0", weight_decay)
-        _check_flags(foreach, fused)
+        check_names(self, common)
+        check_lr(lr)
+        require(lr >= 0.0, "lr", "at least 0", lr)
+        require(eps >= 0.0, "eps", "at least 0", eps)
+        check_betas(betas)
+        require(weight_decay >= 0.0, "weight_decay", "at least 0", weight_decay)
+        check_flags(foreach, fused)
         defaults = {
             "lr": lr,
             "betas": tuple(betas),

@@ -53,6 +53,8 @@ class Rule:
             the sign of which counts: 8 bits and 16 are too few for them.
         peaking: the same of the states whose largest over time is kept, which would grow by what
             8 bits are rounded by.
+        summing: names of the states that sum up steps far smaller than themselves, of which 8 bits
+            would lose what a step adds.
         coefficient_names: what they are called, in order, by tables, messages and generated code.
         example_groups: hyper-parameter sets that tests, ``verify`` and ``codegen`` exercise.
     """
@@ -69,6 +71,7 @@ class Rule:
     factors: tuple[str, ...] = ()
     degrees: tuple[int, ...] = (1,)
     counts_steps: bool = True
+    summing: tuple[str, ...] = ()
     coefficient_names: tuple[str, ...] = ()
     nonnegative: tuple[str, ...] = ()
     differing: Callable[[Group], tuple[str, ...]] = _no_names

@@ -13,11 +13,11 @@ if DEVICE == "cpu":
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from fusedopt.examples.lion import LION  # noqa: E402
+from fusedopt.examples.signum import SIGNUM  # noqa: E402
 from fusedopt.kernels.rules import register  # noqa: E402
 
 # A rule from outside the package: whatever runs over the registry must take it as it is.
-register(LION)
+register(SIGNUM)
 
 # Tolerances are those of float32, on a GPU too.
 torch.backends.cudnn.allow_tf32 = False

@@ -206,6 +206,23 @@ ROWS = (
         ),
         rule="BatchDecoupledAdam", group={"mean_weight": any, "square_weight": any},
     ),
+    Row(
+        "2302.06675", "Lion", "Chen et al. 2023, arXiv 2302.06675", "Lion()",
+        ("test_published::test_lion",),
+        rule="Lion",
+    ),
+    Row(
+        "2405.15682", "schedule-free AdamW", "Defazio et al. 2024, arXiv 2405.15682",
+        "ScheduleFreeAdamW()",
+        ("test_published::test_schedule_free", "test_schedule_free::test_there_and_back"),
+        rule="ScheduleFreeAdamW", lives=("fusedopt.ScheduleFreeAdamW",),
+    ),
+    Row(
+        "2506.02285", "AdamC: corrected decay", "Defazio 2025, arXiv 2506.02285",
+        "AdamC(max_lr=...)",
+        ("test_published::test_adam_c", "test_published::test_weights_settle_at_one_size"),
+        rule="AdamC", group={"corrected_decay": True}, lives=("fusedopt.kernels.rules.adam_c",),
+    ),
 )  # fmt: skip
 
 

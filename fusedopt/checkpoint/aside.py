@@ -28,7 +28,8 @@ _CLAIM = "form"
 def put_aside(group: Group, names: Iterable[str]) -> None:
     """Replace options of a saved group, in place, by empty containers that carry them."""
     for name in names:
-        if name in group:
+        # What is put aside for one reason is not to be again for another.
+        if name in group and not _is_carrier(group[name]):
             group[name] = _carrier(group[name])
 
 
@@ -36,6 +37,10 @@ def _carrier(value: Any) -> OrderedDict[str, Any]:
     carrier: OrderedDict[str, Any] = OrderedDict()
     carrier.value = value  # type: ignore[attr-defined]
     return carrier
+
+
+def _is_carrier(value: Any) -> bool:
+    return isinstance(value, OrderedDict) and hasattr(value, "value")
 
 
 def carried(value: Any) -> Any:

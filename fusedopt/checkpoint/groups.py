@@ -34,6 +34,8 @@ def complete_groups(optimizer: Any, groups: list[Group]) -> None:
                 f" one of {type(optimizer).__name__}: load it into the optimizer that saved it,"
                 " or fill in what is missing"
             )
-        check_numbers(optimizer, groups, " of the checkpoint")
+    # Of all groups: numbers that are put aside have to be back in each.
+    check_numbers(optimizer, groups, " of the checkpoint")
+    for saved in groups:
         # A checkpoint may be older than an option of torch's, too.
         optimizer.check_group({**optimizer.defaults, **saved})

@@ -70,6 +70,8 @@ def _too_coarse(rule: Rule, group: Group, state: str, dtype: Any) -> str | None:
             f"the update takes the root of a difference of {' and '.join(differing)}, which would"
             " fall below 0"
         )
+    if state in rule.summing and dtype in _CODES:
+        return "it is a sum of steps, and what one step adds would be rounded away"
     if state in rule.peaking(group) and dtype in _CODES:
         return "the largest over time is kept, which would grow by what codes are rounded up by"
     return None

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..kernels.rules import REGISTRY
+from ..kernels import rules
 from .groups import Groups
 from .holders import has_state_elsewhere
 
@@ -56,6 +56,13 @@ _TORCHS = (torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adam, torch.optim.A
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 _MOMENTS = ("exp_avg", "grad_avg", "momentum_buffer", *_SECOND_MOMENTS)
 _SCALE = "_scale"
+# Whose names of states mean what they do here, and whose lr is scaled as theirs.
+_RULES = (
+    rules.SGD, rules.RMSPROP, rules.ADAM, rules.BATCH_DECOUPLED_ADAM, rules.BATCH_DECOUPLED_RMSPROP,
+    *rules.PAIRED.values(),
+)  # fmt: skip
+# Of ours, those that no rule for the batch size is known for.
+_WITHOUT = (rules.ADAM_C, rules.LION, rules.SCHEDULE_FREE_ADAMW)
 # What is beside a parameter belongs to its value, which the batch does not alter.
 _KNOWN = {"step", "master", "compensation", *_MOMENTS, *(name + _SCALE for name in _MOMENTS)}
 
@@ -79,6 +86,11 @@ class Batches:
 
 def check_states(optimizer: Optimizer, groups: Groups, batches: Batches) -> None:
     """Raise ValueError for a state of which it is not known what to do."""
+    if getattr(optimizer, "rule", None) in _WITHOUT and (batches.decays or batches.lr_factor != 1):
+        raise ValueError(
+            f"no rule for the batch size is known for {type(optimizer).__name__}: set its"
+            " hyper-parameters yourself"
+        )
     follows = batches.decays or any(g.get("momentum_form") == "velocity" for g in groups)
     if follows and has_state_elsewhere(optimizer):
         raise ValueError(
@@ -104,7 +116,7 @@ def check_states(optimizer: Optimizer, groups: Groups, batches: Batches) -> None
 def _is_known(optimizer: Any) -> bool:
     """Whether names of states mean what they do here; Muon's momentum_buffer is an average."""
     rule = getattr(optimizer, "rule", None)
-    return type(optimizer) in _TORCHS or (rule is not None and REGISTRY.get(rule.name) is rule)
+    return type(optimizer) in _TORCHS or (rule is not None and rule in _RULES)
 
 
 def _problem(name: str, value: Any) -> str | None:

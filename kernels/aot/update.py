@@ -56,10 +56,17 @@ def variants(architecture: str = "") -> Iterator[Variant]:
 
 
 def plain_variants(architecture: str = "") -> Iterator[Variant]:
-    """Those of parameters and states as torch keeps them."""
+    """Those of parameters and states as torch keeps them.
+
+    Rules that differ in coefficients alone, as Adam's and AdamC's, have one kernel: the first's.
+    """
+    found = set()
     for rule in REGISTRY.values():
         for group in option_sets(rule):
             key = rule.options(group), len(rule.states(group))
+            if (rule.update, key) in found:
+                continue
+            found.add((rule.update, key))
             for param, gradient, state, aligned in LAYOUTS:
                 # Squares are kept in float32, whatever the gradient is.
                 squares = "fp64" if param == "fp64" else "fp32"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from ..rule import Rule
 from .adam import ADAM
+from .adam_c import ADAM_C
 from .batch_decoupled import BATCH_DECOUPLED_ADAM, BATCH_DECOUPLED_RMSPROP
+from .lion import LION
 from .rmsprop import RMSPROP
+from .schedule_free import SCHEDULE_FREE_ADAMW
 from .sgd import SGD
 from .svag import PAIRED, SVAG_ADAM, SVAG_RMSPROP, SVAG_SGD
 
@@ -29,16 +32,22 @@ for _rule in (
     SVAG_SGD,
     SVAG_RMSPROP,
     SVAG_ADAM,
+    ADAM_C,
+    LION,
+    SCHEDULE_FREE_ADAMW,
 ):
     register(_rule)
 
 __all__ = [
     "ADAM",
+    "ADAM_C",
     "BATCH_DECOUPLED_ADAM",
     "BATCH_DECOUPLED_RMSPROP",
+    "LION",
     "PAIRED",
     "REGISTRY",
     "RMSPROP",
+    "SCHEDULE_FREE_ADAMW",
     "SGD",
     "SVAG_ADAM",
     "SVAG_RMSPROP",

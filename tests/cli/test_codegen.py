@@ -21,9 +21,9 @@ from fusedopt.kernels.rules import REGISTRY
 SCRIPT = """
 import json, sys
 from fusedopt.kernels import aot
-from fusedopt.examples.lion import LION
+from fusedopt.examples.signum import SIGNUM
 from fusedopt.kernels.rules import register
-register(LION)
+register(SIGNUM)
 target = aot.parse_target("cuda:90")
 wanted = json.loads(sys.argv[1])
 rows = {}
@@ -47,6 +47,8 @@ BYTES = {
     "RMSprop fp32": 20,
     "RMSprop (centered, momentum) fp32": 36,
     "Lion fp32": 20,
+    "ScheduleFreeAdamW fp32": 28,
+    "Signum fp32": 20,
     "partial_norms (2) fp32": 4,
     "partial_norms (inf) bf16": 2,
     # Scales have 4 / 128 bytes a state, read and written.
@@ -163,8 +165,8 @@ def test_some_variants_are_no_baseline(tmp_path, capsys):
     )
     result = _without_interpreter("-m", "fusedopt", *command)
     assert result.returncode == 2 and "a baseline is of all variants" in result.stderr
-    result = _without_interpreter("-m", "fusedopt", *command[:3], "--only", "Lion bf17")
-    assert result.returncode == 2 and "no variant has Lion bf17" in result.stderr
+    result = _without_interpreter("-m", "fusedopt", *command[:3], "--only", "Signum bf17")
+    assert result.returncode == 2 and "no variant has Signum bf17" in result.stderr
 
 
 ADAM = update_tensors(REGISTRY["Adam"], (False,), ("fp32",) * 4)
@@ -249,7 +251,7 @@ def test_a_product_without_matrix_instructions_is_named(target, instruction):
 def test_every_rule_type_and_alignment_is_listed():
     names = [variant.name for variant in aot.variants(aot.parse_target("cuda:90"))]
     assert len(names) == len(set(names))
-    for rule in ("SGD", "RMSprop", "Adam", "Lion"):
+    for rule in ("SGD", "RMSprop", "Adam", "Lion", "Signum"):
         for types in ("fp32", "bf16", "fp16", "fp64", "bf16/fp32 gradient", "fp32 unaligned"):
             assert any(n.startswith(rule) and n.endswith(types) for n in names), (rule, types)
 

@@ -7,7 +7,7 @@ import re
 from scripts import ROOT, losses, run_example
 
 # What tests/ecosystem runs, and what has tests of its own.
-ELSEWHERE = {"hugging_face", "lightning_module", "char_gpt", "lion"}
+ELSEWHERE = {"hugging_face", "lightning_module", "char_gpt", "signum", "dion_scalars"}
 HERE = {"plain_loop", "fsdp2", "batch_size"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 from pathlib import Path
@@ -17,7 +18,14 @@ import fusedopt
 
 PAGE = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python ecosystem\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-PACKAGES = ("transformers", "accelerate", "opacus", "backpack", "backpack.extensions")
+PACKAGES = (
+    "transformers",
+    "accelerate",
+    "opacus",
+    "backpack",
+    "backpack.extensions",
+    "torchtitan.components.optimizer",
+)
 
 
 def _tiny() -> nn.Module:
@@ -49,6 +57,7 @@ def test_runs(code: str, tmp_path: Path) -> None:
     ((inputs, targets),) = batches(1, 4)
     network = nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, OUT))
     space |= {"torch": torch, "fusedopt": fusedopt, "network": network}
+    space |= {"dataclasses": dataclasses, "__name__": "trainers"}
     space |= {"inputs": inputs, "targets": targets}
     before = [p.detach().clone() for p in space.get("model", network).parameters()]
     start = space.get("model", network)
@@ -58,4 +67,4 @@ def test_runs(code: str, tmp_path: Path) -> None:
 
 
 def test_blocks_are_found() -> None:
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6

@@ -43,7 +43,7 @@ CORE = {"SGD", "RMSprop", "Adam", "AdamW", "GlobalNorm", "Rule", "FusedOptimizer
 LATER = {
     "BatchDecoupledAdam", "BatchDecoupledRMSprop", "PerSampleSquares", "MicroBatchSquares",
     "GradSampleSquares", "BackpackSquares", "SVAG", "scaling", "export_state_dict",
-    "gradient_release", "GradientAccumulator",
+    "gradient_release", "GradientAccumulator", "AdamC", "Lion", "ScheduleFreeAdamW",
 }  # fmt: skip
 
 

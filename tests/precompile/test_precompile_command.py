@@ -94,7 +94,7 @@ def test_the_gpus_of_the_machine_are_the_default(monkeypatch: pytest.MonkeyPatch
 
 MY_RULES = """
 import dataclasses
-from fusedopt.examples.lion import LION
+from fusedopt.examples.signum import SIGNUM
 from fusedopt.kernels.lang import jit, tl
 from fusedopt.kernels.rules import SGD, register
 
@@ -105,7 +105,7 @@ def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
 def refuse(group, step):
     raise ValueError("no such step")
 
-register(LION)
+register(SIGNUM)
 register(dataclasses.replace(SGD, name="Broken", update=update))
 register(dataclasses.replace(SGD, name="Refuses", coefficients=refuse))
 """
@@ -118,7 +118,7 @@ def test_rules_of_ones_own(tmp_path: Path) -> None:
     """
     (tmp_path / "my_rules.py").write_text(MY_RULES)
     cache, command = tmp_path / "cache", ("-m", "fusedopt", "precompile", "--jobs", "1")
-    rules = [word for name in ("Lion", "Broken", "Refuses") for word in ("--rule", name)]
+    rules = [word for name in ("Signum", "Broken", "Refuses") for word in ("--rule", name)]
     result = run_python(
         *command, "--target", "cuda:90", "--cache", str(cache), "--import", "my_rules", *rules,
         "--types", "fp64", CC=str(tmp_path / "no compiler"),
@@ -130,5 +130,5 @@ def test_rules_of_ones_own(tmp_path: Path) -> None:
     assert "C modules built: 0 (the C compiler does not work" in result.stdout
     assert f"export TRITON_CACHE_DIR={cache}" in result.stdout
     done = json.loads((cache / "fusedopt.json").read_text())["targets"]["cuda:90"]["variants"]
-    assert "Lion step 0 fp64 unaligned: update_tensors" in done
+    assert "Signum step 0 fp64 unaligned: update_tensors" in done
     assert not [name for name in done if "Broken" in name or "Refuses" in name]

@@ -470,3 +470,17 @@ def test_decoupled_decay_per_sample_stays(module) -> None:
         scaling.rescale_(optimizer, 8, 32, "sqrt")
     assert adamw.param_groups[0]["weight_decay"] == pytest.approx(0.2)
     assert adam.param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["AdamC", "Lion", "ScheduleFreeAdamW"])
+def test_optimizers_without_a_rule_are_refused(name: str) -> None:
+    # Catches lr scaled without max_lr, and a sign's step scaled like a gradient's, before the first
+    # step as after it.
+    optimizer = make(fusedopt, name)
+    for _ in range(2):
+        before = copy.deepcopy(optimizer.state_dict())
+        for rule in ("sqrt", "linear"):
+            with pytest.raises(ValueError, match=f"no rule for the batch size is known for {name}"):
+                scaling.rescale_(optimizer, 8, 16, rule)
+        assert str(optimizer.state_dict()) == str(before)
+        step(optimizer, 1.0)

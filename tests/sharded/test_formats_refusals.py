@@ -19,7 +19,7 @@ from sharded import everything, whole
 from torch.distributed.checkpoint import CheckpointException
 
 import fusedopt
-from fusedopt.examples.lion import Lion
+from fusedopt.examples.signum import Signum
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -120,7 +120,9 @@ def _own_rule(folder: Path) -> None:
 
     def made(dtype: str | None, seed: int) -> tuple[Parameters, Any]:
         model = build("rows", seed)
-        optimizer = Lion(model.named_parameters(), lr=0.01, state_dtype=dtype, backend="reference")
+        optimizer = Signum(
+            model.named_parameters(), lr=0.01, state_dtype=dtype, backend="reference"
+        )
         train(model, optimizer, range(2))
         return model, optimizer
 

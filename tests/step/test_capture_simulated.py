@@ -12,7 +12,6 @@ import torch
 
 import fusedopt
 from fusedopt import coefficients, engine
-from fusedopt.examples.lion import Lion
 from fusedopt.memory import device as memory_device
 from fusedopt.step import plan, scale
 
@@ -51,7 +50,9 @@ def test_frozen_numbers_are_refused_and_eager_steps_go_on(capture):
     assert ours.state[params[0]]["step"] == 2
 
 
-@pytest.mark.parametrize("cls", [fusedopt.AdamW, fusedopt.SGD, Lion])
+@pytest.mark.parametrize(
+    "cls", [fusedopt.AdamW, fusedopt.SGD, fusedopt.ScheduleFreeAdamW, fusedopt.Lion]
+)
 def test_an_unprepared_capture_says_what_to_do(capture, cls):
     params, ours = make(cls, capturable=True)
     capture.active = True

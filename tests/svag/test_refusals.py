@@ -34,7 +34,7 @@ from svag_by_hand import (
 
 import fusedopt
 from fusedopt import SVAG
-from fusedopt.examples.lion import Lion
+from fusedopt.examples.signum import Signum
 
 # What is refused
 
@@ -122,7 +122,8 @@ def _others() -> list[Any]:
         *(getattr(torch.optim, name)(params, **OPTIONS[name]) for name in NAMES),
         fusedopt.BatchDecoupledAdam(params, statistics=squares()),
         fusedopt.BatchDecoupledRMSprop(params, statistics=squares()),
-        Lion(params),
+        fusedopt.Lion(params),
+        Signum(params),
         SVAG(plain("SGD", params), 2),
         None,
     ]

@@ -19,7 +19,7 @@ algorithm_table = importlib.import_module("tools.algorithm_table")
 ROWS = algorithm_table.ROWS
 OWN_RULES = [r for r in REGISTRY.values() if r.update.fn.__module__.startswith("fusedopt.kernels")]
 
-# Of the documents that the project is built on, and the two of its own.
+# Of the documents that the project is built on, the two of its own, and what other papers add.
 NAMES = [
     *(f"000-{x}" for x in "abcdefgh"),
     *(f"002-{x}" for x in "abcdefg"),
@@ -27,6 +27,9 @@ NAMES = [
     *(f"004-{x}" for x in "abcde"),
     "2402.18824",
     "new",
+    "2302.06675",
+    "2405.15682",
+    "2506.02285",
 ]
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
