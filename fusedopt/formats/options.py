@@ -40,9 +40,14 @@ def check_options(rule: Rule, group: Group) -> None:
         for state in rule.states(group):
             why = _too_coarse(rule, group, state, dtype) if name in ("", state) else None
             if why is not None:
+                sound = {
+                    own: dtype
+                    for own in rule.states(group)
+                    if _too_coarse(rule, group, own, dtype) is None
+                }
                 raise ValueError(
-                    f"state_dtype={dtype!r} is too coarse for {state!r}: {why}. Name the types of"
-                    f" single states, as in state_dtype={{{state!r}: torch.float32}}"
+                    f"state_dtype={dtype!r} is too coarse for {state!r}: {why}."
+                    + (f" Ask for {sound!r}, which leaves it out" if sound else "")
                 )
     rounding, master = group.get("rounding"), group.get("master")
     for option, value, allowed in (

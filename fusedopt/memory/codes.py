@@ -83,8 +83,6 @@ class Float8:
         pattern = _pattern(share)
         units = (share.clamp(max=2.0**-14) * 2.0**37).round().to(torch.int32)
         wide = torch.where(pattern < 113 << 23, units, pattern - (112 << 23))
-        if isinstance(thresholds, Tensor) and not self.signed:
-            thresholds = ~thresholds
         return ((wide + ((thresholds >> 12) & 0xFFFFF)) >> 20).clamp(max=126)
 
 
@@ -140,8 +138,8 @@ def encode(
         value: float32, of any shape.
         codec: a key of ``CODES``.
         inner: elements of a row.
-        thresholds: int32 of that shape, as of the kernel; to nearest by default. States that are
-            never below 0 take what they leave of 1.
+        thresholds: int32 of that shape, as of the kernel; to nearest by default. The unsigned code
+            takes what they leave of 1.
 
     Returns:
         Codes of that shape, and the scales, float32 ``[groups]``.

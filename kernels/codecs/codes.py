@@ -26,8 +26,8 @@ for beta = 0.999 that is a fraction of the distance of two codes, and it would n
 It is rounded up where it exceeds a threshold that walks through [0, 1) from step to step, by the
 golden ratio from a place of the element's own, so that of any number of consecutive steps the right
 share is rounded up. A draw anew at each step does so on average, with more noise:
-docs/state_codes.md. States that are >= 0 take what the threshold leaves of 1, which costs nothing:
-with the same for both moments, single updates are longer.
+docs/state_codes.md. The unsigned code takes what the threshold leaves of 1, which costs nothing:
+with the same for both moments, single updates are longer. (Those of float codes are not.)
 
 A state that is >= 0, and above it, is never read as 0: a second moment of 0 leaves eps as the
 denominator, and one update is hundreds of times too long. A group of zeros has a = 0. With a nan or
@@ -119,8 +119,7 @@ def encode(value, scale, thresholds, CODEC: tl.constexpr):
         code = _encode_power(pattern, thresholds, False)
         return tl.where(value > 0.0, code, 0).to(tl.uint8)
     else:
-        noise = thresholds if CODEC == "float8" else thresholds ^ 0xFFFFFFFF
-        code = _encode_float8(pattern.to(tl.float32, bitcast=True), noise)
+        code = _encode_float8(pattern.to(tl.float32, bitcast=True), thresholds)
         if CODEC == "float8":
             return tl.where(value < 0.0, code | 0x80, code).to(tl.uint8)
         else:

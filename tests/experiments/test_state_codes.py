@@ -93,9 +93,8 @@ def test_bracket_is_exact(name: str) -> None:
     # With the largest threshold a code moves up only just below the next level. What is encoded is
     # two units more.
     groups = groups_with(y, 1.0)
-    # Those of states that are never below 0 are what is left of 1.
-    ours = name in ("V_INT8", "V_FP8")
-    threshold = torch.full(groups.shape, 0 if ours else -1, dtype=torch.int32)
+    # The unsigned code takes what is left of 1.
+    threshold = torch.full(groups.shape, 0 if name == "V_INT8" else -1, dtype=torch.int32)
     codes = code.encode(groups, threshold)[0][:, :-1].reshape(-1)[: len(y)]
     y = (y.view(torch.int32) + 2).clamp(max=0x3F800000).view(torch.float32)
     low = torch.searchsorted(found, y, right=True) - 1
@@ -105,19 +104,15 @@ def test_bracket_is_exact(name: str) -> None:
     assert torch.equal(codes, expected)
 
 
-# What rounds everything up: exceeding no threshold, or adding nearly a code.
-@pytest.mark.parametrize(("name", "up"), [("V_INT8", -1), ("V_FP8", 0)])
-def test_what_is_never_below_zero_takes_the_rest_of_a_threshold(name: str, up: int) -> None:
-    # Catches: both states with the same thresholds, where an update was 1.29 of the exact one.
-    code = code_of(name)
+def test_the_unsigned_code_takes_the_rest_of_a_threshold() -> None:
+    # Catches: both moments with the same thresholds, where an update was 1.29 of the exact one.
+    code = code_of("V_INT8")
     x = group_of(code)
-    half, most, least = (
-        torch.full(x.shape, t, dtype=torch.int32) for t in (-(1 << 31), up, -1 - up)
-    )
+    half, up, down = (torch.full(x.shape, t, dtype=torch.int32) for t in (-(1 << 31), -1, 0))
     assert torch.equal(code.encode(x, half)[0], code.encode(x)[0])
-    assert (code.decode(*code.encode(x, most)) >= x * (1 - 2.0**-18)).all()
-    positive = x > levels(name)[1] * x.amax(1, keepdim=True)
-    assert (code.decode(*code.encode(x, least)) <= x * (1 + 2.0**-18))[positive].all()
+    assert (code.decode(*code.encode(x, up)) >= x * (1 - 2.0**-18)).all()
+    low = x > levels("V_INT8")[1] * x.amax(1, keepdim=True)
+    assert (code.decode(*code.encode(x, down)) <= x * (1 + 2.0**-18))[low].all()
 
 
 @pytest.mark.parametrize("name", CODES)
