@@ -89,6 +89,25 @@ def test_each_way_is_within_rounding_of_the_exact_value(rule: Any, group: Any) -
             torch.testing.assert_close(narrow[:3], [narrow[3]] * 3, rtol=1.2e-7, atol=0)
 
 
+@pytest.mark.parametrize(("beta2", "units"), [(0.99, 8), (0.999, 64), (0.9999, 1024)])
+def test_roots_and_steps_over_a_million_steps(beta2: float, units: int) -> None:
+    """What docs/launches.md says: as far off as PyTorch and the host are, and no farther."""
+    rule = REGISTRY["Adam"]
+    group = {**rule.example_groups[0], "betas": (0.9, beta2)}
+    steps = [1.0, 2.0, 3.0, 7.0, 10.0, 50.0, 100.0, 1e3, 12345.0, 1e5, 123457.0, 1e6]
+    table = _table(rule, [group], [0] * len(steps))
+    table.steps.copy_(torch.tensor(steps, dtype=torch.float64))
+    table.refresh([group])
+    kernel = _by_kernel(rule, [group], [0] * len(steps), steps)
+    for row, step in enumerate(steps):
+        exact, host = _exactly(rule, group, table, step), rule.coefficients(group, step)
+        for name in ("root_bias", "step_size"):
+            column = rule.coefficient_names.index(name)
+            ways = (kernel[row, column].item(), table.values[row, column].item(), host[column])
+            errors = [abs(float(Decimal(way) / exact[column] - 1)) / UNIT for way in ways]
+            assert max(errors) <= units, (step, name, errors)
+
+
 @each_group
 def test_kernel_and_pytorch_differ_by_powers_alone(rule: Any, group: Any) -> None:
     """Equal to the bit where there is none: catches a contracted product, or another order."""
