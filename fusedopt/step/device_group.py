@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import Coefficients, Entries, Inputs, coefficients_on, prepare
 from ..coefficients import Groups, HostTable, LiveTable, Table
 from ..kernels.rule import Rule
-from ..memory.streams import readers
+from ..memory.streams import Readers, readers
 from .counts import State, StepCounter, new_step
 from .scale import GradScale
 
@@ -58,6 +58,8 @@ class DeviceGroup:
         if weights is not None and any(weight != 1.0 for weight in weights):
             self.norm_weights = self.executor.norm_weights(weights)
         self._readers = readers(device)
+        # The user's tensor for the norm, and who has written it.
+        self._norm: tuple[Tensor, Readers | None] | None = None
         self.counter: StepCounter | None = None
         # Whether what is stored depends on the step, and so has to be told it.
         draws = any(own.format.draws for own in entries)
@@ -133,6 +135,14 @@ class DeviceGroup:
         self._partitioned = False
         if isinstance(self.table, LiveTable):
             self.table.steps.fill_(2.0)
+
+    def note_norm(self, norm: Tensor) -> None:
+        """Note that the current stream writes the norm, which the user may let go at any time."""
+        if self._norm is None or self._norm[0] is not norm:
+            self._norm = norm, readers(self.device)
+        by = self._norm[1]
+        if by is not None:
+            by.note(lambda: (norm,))
 
     def memory(self) -> Iterator[Tensor]:
         """List what launches read besides parameters, states and inputs; all of it after a step."""
