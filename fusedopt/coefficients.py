@@ -6,9 +6,10 @@ step count that occurs, not once a tensor. Two tables do that:
 * ``HostTable``: hyper-parameters and step counts are known on the host; the rows are computed
   there and copied over in one asynchronous transfer.
 * ``LiveTable``: step counts live on the device, and hyper-parameters may (``capturable=True``,
-  tensor lr on a GPU, loss scaling). The operations of ``coefficients`` are recorded once and
-  replayed into the same memory, so that a captured CUDA graph reads the current values, and a
-  step neither reads a device value nor allocates.
+  tensor lr on a GPU, loss scaling). The operations of ``coefficients`` are recorded once
+  (``kernels/formula.py``) and done again at each step, by one kernel or by PyTorch, into the same
+  memory, so that a captured CUDA graph reads the current values, and a step neither reads a device
+  value nor allocates.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import math
 import reprlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .kernels.formula import Formula, record
 from .kernels.rule import Group, Rule
 from .memory.device import is_capturing, upload
 
@@ -175,14 +178,25 @@ class HostTable:
 
 
 class LiveTable:
-    """Coefficient rows computed on the device, one a tensor, from live hyper-parameters.
+    """Coefficient rows formed on the device, one a tensor, from live hyper-parameters.
+
+    Who hands it no kernel (``fusedopt/backends/triton_coefficients.py``) has ``refresh`` form them
+    by PyTorch's operations.
 
     Args:
         rule: the update.
         device: where the rows are.
-        group_of: for each tensor, the index of its group.
+        group_of: for each tensor, the index of its group; those of a group follow each other.
         groups: all parameter groups.
         with_step: whether the step's number is one more column.
+
+    Attributes:
+        values: the rows.
+        rows: the same, number by number.
+        steps: for each tensor, the step that the rule reads.
+        formulas: of each group that there is.
+        inputs: for each of these, what its formula takes besides the step, and its constants.
+        part_of: for each tensor, which of these its group is.
     """
 
     def __init__(
@@ -193,45 +207,59 @@ class LiveTable:
         groups: Sequence[Group],
         with_step: bool = False,
     ) -> None:
-        self._with_step = with_step
+        self.with_step = with_step
         self.rule = rule
         self.device = device
         self.row_of = list(range(len(group_of)))
         count = len(group_of)
         shape = count, rule.n_coefficients + with_step
         self.values = torch.empty(shape, dtype=torch.float64, device=device)
-        self.rows = [tuple(row.unbind()) for row in self.values.unbind()]
         self.steps = torch.ones(count, dtype=torch.float64, device=device)
-        self._inputs: list[_LiveGroup] = []
-        self._tape: list[_Entry] = []
-        for index in dict.fromkeys(group_of):
-            # Tensors are ordered by group, so those of a group are consecutive.
-            start = group_of.index(index)
-            rows = slice(start, start + group_of.count(index))
-            live = _LiveGroup(groups[index], (*rule.hyper, *rule.factors), device)
-            self._inputs.append(live)
-            self._record(live, index, groups, rows)
         self._groups = list(dict.fromkeys(group_of))
+        places = {index: i for i, index in enumerate(self._groups)}
+        self.part_of = [places[index] for index in group_of]
+        names = (*rule.hyper, *rule.factors)
+        self.formulas = [_formula(rule, groups[index], names) for index in self._groups]
+        width = max([1, *(f.n_inputs + len(f.constants) for f in self.formulas)])
+        shape = len(self._groups), width
+        self.inputs = torch.zeros(shape, dtype=torch.float64, device=device)
+        for row, formula in zip(self.inputs, self.formulas, strict=True):
+            for i, value in enumerate(formula.constants, formula.n_inputs):
+                row[i].fill_(value)
+        self._inputs = [
+            _LiveGroup(groups[index], names, row)
+            for index, row in zip(self._groups, self.inputs, strict=True)
+        ]
+        self.read(groups)
+        self._tape: list[_Entry] | None = None
 
-    def _record(self, live: _LiveGroup, index: int, groups: Sequence[Group], rows: slice) -> None:
-        step = _Taped(self.steps[rows], self._tape)
-        group = {**groups[index], **live.taped(self._tape)}
-        for column, value in enumerate(self.rule.coefficients(group, step)):
-            target = self.values[rows, column]
-            if isinstance(value, _Taped):
-                self._tape.append((_copy, (value.value,), target))
-                target.copy_(value.value)
-            else:
-                target.fill_(float(value))
+    @cached_property
+    def rows(self) -> list[tuple[Tensor, ...]]:
+        """The rows, number by number."""
+        return [tuple(row.unbind()) for row in self.values.unbind()]
+
+    def _record(self) -> list[_Entry]:
+        """Do all of it once, and note what is to be done again, into the same memory."""
+        tape: list[_Entry] = []
+        for part, formula in enumerate(self.formulas):
+            start = self.part_of.index(part)
+            rows = slice(start, start + self.part_of.count(part))
+            given = self.inputs[part, : formula.n_inputs + len(formula.constants)]
+            known: list[Tensor] = [self.steps[rows], *given.unbind()]
+            for name, a, b in zip(formula.operations, formula.left, formula.right, strict=True):
+                function, arguments = _FUNCTIONS[name], (known[a], known[b])
+                known.append(function(*arguments))
+                tape.append((function, arguments, known[-1]))
+            for column, place in enumerate(formula.results):
+                tape.append((_copy, (known[place],), self.values[rows, column]))
+        return tape
 
     def memory(self) -> Iterator[Tensor]:
         """List the tensors that a step reads and writes."""
         yield self.values
         yield self.steps
-        for live in self._inputs:
-            for scalars in live.scalars.values():
-                yield from scalars
-        for _, arguments, out in self._tape:
+        yield self.inputs
+        for _, arguments, out in self._tape or ():
             yield from arguments
             yield out
 
@@ -239,7 +267,7 @@ class LiveTable:
         """Take the counts of this step, one a tensor, on the device."""
         if self.rule.counts_steps:
             self.steps.copy_(steps)
-        if self._with_step:
+        if self.with_step:
             self.values[:, -1].copy_(steps)
 
     def push(self, groups: Sequence[Group]) -> None:
@@ -247,41 +275,54 @@ class LiveTable:
         for index, live in zip(self._groups, self._inputs, strict=True):
             live.push(groups[index])
 
+    def read(self, groups: Sequence[Group]) -> None:
+        """Take hyper-parameters that are tensors on the device."""
+        pairs = [
+            pair
+            for index, live in zip(self._groups, self._inputs, strict=True)
+            for pair in live.pairs(groups[index])
+        ]
+        # Into host memory that is read at once, the copy has to have arrived.
+        later = self.device.type != "cpu"
+        if len(pairs) == 1:
+            pairs[0][0].copy_(pairs[0][1], non_blocking=later)
+        elif pairs:
+            targets, values = zip(*pairs, strict=True)
+            torch._foreach_copy_(targets, values, non_blocking=later)
+
     def refresh(self, groups: Sequence[Group]) -> None:
         """Recompute every row from ``self.steps`` and the current hyper-parameters."""
-        for index, live in zip(self._groups, self._inputs, strict=True):
-            live.read(groups[index])
+        self.read(groups)
+        if self._tape is None:
+            self._tape = self._record()
         for function, arguments, out in self._tape:
             function(*arguments, out=out)
+
+
+def _formula(rule: Rule, group: Group, names: Sequence[str]) -> Formula:
+    counts = {name: sum(1 for _ in _flat(group[name])) for name in names}
+    return record(rule.coefficients, group, counts)
 
 
 class _LiveGroup:
     """The numeric hyper-parameters of one group, as float64 scalars on the device."""
 
-    def __init__(self, group: Group, hyper: Sequence[str], device: torch.device) -> None:
+    def __init__(self, group: Group, hyper: Sequence[str], row: Tensor) -> None:
         self.hyper = hyper
-        self.device = device
+        self.device = row.device
         self.scalars: dict[str, list[Tensor]] = {}
         self._pushed: dict[str, list[float | None]] = {}
+        rest = iter(row.unbind())
         for name in hyper:
-            count = sum(1 for _ in _flat(group[name]))
-            self.scalars[name] = [
-                torch.zeros((), dtype=torch.float64, device=device) for _ in range(count)
-            ]
-            self._pushed[name] = [None] * count
+            self.scalars[name] = [next(rest) for _ in _flat(group[name])]
+            self._pushed[name] = [None] * len(self.scalars[name])
         self.push(group)
-        self.read(group)
 
     def _is_live(self, value: Any) -> bool:
         # A tensor on the host, where parameters are on a GPU, is a number like any other.
         return isinstance(value, Tensor) and (
             value.device.type != "cpu" or self.device.type == "cpu"
         )
-
-    def taped(self, tape: list[_Entry]) -> dict[str, Any]:
-        """Return the scalars in the shape of the group's entries, recording onto ``tape``."""
-        taped = {name: [_Taped(x, tape) for x in xs] for name, xs in self.scalars.items()}
-        return {name: xs[0] if len(xs) == 1 else tuple(xs) for name, xs in taped.items()}
 
     def push(self, group: Group) -> None:
         for name in self.hyper:
@@ -307,12 +348,12 @@ class _LiveGroup:
                 self._pushed[name][i] = wanted
                 self.scalars[name][i].fill_(wanted)
 
-    def read(self, group: Group) -> None:
+    def pairs(self, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what is read at every step: where it goes, and the tensor that it is."""
         for name in self.hyper:
             for scalar, value in zip(self.scalars[name], _flat(group[name]), strict=True):
                 if self._is_live(value):
-                    # Into host memory that is read at once, the copy has to have arrived.
-                    scalar.copy_(value.reshape(()), non_blocking=self.device.type != "cpu")
+                    yield scalar, value.reshape(())
 
 
 _Entry = tuple[Callable[..., Any], tuple[Tensor, ...], Tensor]
@@ -328,65 +369,10 @@ def _copy(source: Tensor, *, out: Tensor) -> Tensor:
     return out.copy_(source)
 
 
-class _Taped:
-    """A device value that records what is computed from it, so that it can be replayed."""
-
-    def __init__(self, value: Tensor, tape: list[_Entry]) -> None:
-        self.value = value
-        self.tape = tape
-
-    def _record(self, function: Callable[..., Tensor], a: Any, b: Any) -> _Taped:
-        arguments = self._tensor(a), self._tensor(b)
-        out = function(*arguments)
-        self.tape.append((function, arguments, out))
-        return _Taped(out, self.tape)
-
-    def _tensor(self, x: Any) -> Tensor:
-        if isinstance(x, _Taped):
-            return x.value
-        return torch.full((), float(x), dtype=torch.float64, device=self.value.device)
-
-    def __add__(self, other: Any) -> _Taped:
-        return self._record(torch.add, self, other)
-
-    def __radd__(self, other: Any) -> _Taped:
-        return self._record(torch.add, other, self)
-
-    def __sub__(self, other: Any) -> _Taped:
-        return self._record(torch.sub, self, other)
-
-    def __rsub__(self, other: Any) -> _Taped:
-        return self._record(torch.sub, other, self)
-
-    def __mul__(self, other: Any) -> _Taped:
-        return self._record(torch.mul, self, other)
-
-    def __rmul__(self, other: Any) -> _Taped:
-        return self._record(torch.mul, other, self)
-
-    def __truediv__(self, other: Any) -> _Taped:
-        return self._record(torch.div, self, other)
-
-    def __rtruediv__(self, other: Any) -> _Taped:
-        return self._record(torch.div, other, self)
-
-    def __pow__(self, other: Any) -> _Taped:
-        return self._record(torch.pow, self, other)
-
-    def __rpow__(self, other: Any) -> _Taped:
-        return self._record(torch.pow, other, self)
-
-    def __gt__(self, other: Any) -> _Taped:
-        return self._record(torch.gt, self, other)
-
-    def __neg__(self) -> _Taped:
-        return self._record(torch.mul, self, -1.0)
-
-    def __bool__(self) -> bool:
-        raise TypeError(
-            "coefficients() branched on a hyper-parameter that lives on the device: use"
-            " arithmetic only, so that the same code serves a CUDA graph"
-        )
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "pow": torch.pow,
+    "gt": torch.gt,
+}  # fmt: skip
 
 
 Table = HostTable | LiveTable

@@ -19,9 +19,11 @@ try:
     import triton
     import triton.language as tl
     from triton import jit
+    from triton.language.extra import libdevice
 except ImportError as error:
     triton = None
     tl = None
+    libdevice = None
     # Triton's interpreter computes with numpy, which Triton does not ask for.
     MISSING = "Triton is not installed"
     if error.name != "triton":
@@ -81,6 +83,10 @@ def lerp(a, b, weight):
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 
+# Each operation is rounded by itself.
+EXACT_OPTIONS = {"enable_fp_fusion": False}
+
+
 def register_options(registers: int | None, backend: str) -> dict[str, int]:
     """Return the compile options that keep a kernel within so many registers a thread.
 
@@ -94,3 +100,21 @@ def register_options(registers: int | None, backend: str) -> dict[str, int]:
 
 # Whether the kernels run as Python on the CPU (TRITON_INTERPRET=1 when this module was imported).
 INTERPRETED = triton is not None and not isinstance(lerp, triton.JITFunction)
+
+if INTERPRETED:
+
+    def power(a: Any, b: Any) -> Any:
+        """Raise a block to a power, as ``power`` of compiled code: the interpreter has none."""
+        import numpy as np
+        from triton.runtime.interpreter import TensorHandle
+
+        with np.errstate(all="ignore"):
+            data = np.power(a.handle.data, b.handle.data)
+        return tl.tensor(TensorHandle(data, a.handle.dtype), a.type)
+
+else:
+
+    @jit
+    def power(a, b):
+        """Raise a float64 block to a power, by the target's own library."""
+        return libdevice.pow(a, b)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import lang
-from .lang import COMPILE_OPTIONS, INTERPRETED, register_options, tl, triton
+from .lang import COMPILE_OPTIONS, EXACT_OPTIONS, INTERPRETED, register_options, tl, triton
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -31,6 +31,7 @@ def launch(
     device: torch.device,
     *arguments: Any,
     registers: Any = None,
+    exact: Any = False,
     **meta: Any,
 ) -> None:
     """Launch a kernel: the one place where this library hands work to Triton.
@@ -42,13 +43,15 @@ def launch(
         device: that the tensors are on.
         arguments: of the kernel.
         registers: of a thread, at most; None for any.
+        exact: whether each operation is rounded by itself.
         meta: the kernel's compile-time arguments.
     """
     settle(kernel)
     with _device_guard(device):
         warps = threads // warp_size(device)
         limit = register_options(registers, compiler(device))
-        kernel[(programs,)](*arguments, num_warps=warps, **COMPILE_OPTIONS, **limit, **meta)
+        options = EXACT_OPTIONS if exact else COMPILE_OPTIONS
+        kernel[(programs,)](*arguments, num_warps=warps, **options, **limit, **meta)
 
 
 def compiler(device: torch.device) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from types import ModuleType
 
 # Before anything imports Triton: the decorator decides by it. On a machine with a GPU,
 # FUSEDOPT_TEST_DEVICE=cuda runs the same tests on compiled kernels.
@@ -59,12 +61,35 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let builds for a device warn of what others do not; what this package does stays an error."""
+    if DEVICE != "cpu":
+        # The last that matches holds.
+        config.addinivalue_line("filterwarnings", "default")
+        config.addinivalue_line("filterwarnings", r"error:::fusedopt(\..*)?$")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
+    """Skip tests that need a GPU where there is none, and on one those that use it for nothing."""
     for item in items:
         # Not its keywords, among which are names of folders: a checkout may be in one called gpu.
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        is_marked = item.get_closest_marker("gpu") is not None
+        if is_marked and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if DEVICE != "cpu" and not is_marked and not uses_device(item):
+            item.add_marker(pytest.mark.skip(reason="has nothing on the device"))
+
+
+def uses_device(item: pytest.Item) -> bool:
+    """Whether a test puts tensors on the device of this run, by itself or by a helper."""
+    if "device" in getattr(item, "fixturenames", ()):
+        return True
+    module = getattr(item, "module", None)
+    values = list(vars(module).values())
+    homes = {getattr(value, "__module__", None) for value in values}
+    homes |= {value.__name__ for value in values if isinstance(value, ModuleType)}
+    named = [module, *(sys.modules.get(str(home)) for home in homes - {module.__name__})]
+    # Of this folder: what they call so is the device of the run.
+    return any(
+        isinstance(getattr(one, "DEVICE", None), torch.device) for one in named if one is not None
+    )

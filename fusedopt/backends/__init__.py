@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..coefficients import LiveTable
 from ..kernels.rule import Rule
-from .entry import Draw, Entries, Executor, Inputs, Sums
+from .entry import Coefficients, Draw, Entries, Executor, Inputs, Sums
 
 __all__ = [
     "BACKENDS",
+    "Coefficients",
     "Draw",
     "Entries",
     "Executor",
@@ -23,6 +25,7 @@ __all__ = [
     "Sums",
     "check_name",
     "choose",
+    "coefficients_on",
     "prepare",
     "reduce_samples",
     "sums_on",
@@ -50,6 +53,23 @@ def prepare(
     from .reference import ReferenceExecutor
 
     return ReferenceExecutor(rule, device, entries)
+
+
+def coefficients_on(
+    backend: str, table: LiveTable, counts: Sequence[Tensor]
+) -> Coefficients | None:
+    """Return what forms the rows of a table by one launch; None where PyTorch is to form them.
+
+    Args:
+        backend: the name.
+        table: the rows.
+        counts: for each tensor, its count of steps on the device; nothing where none are kept.
+    """
+    if backend != "triton" or not table.part_of:
+        return None
+    from .triton_coefficients import TritonCoefficients
+
+    return TritonCoefficients(table, counts)
 
 
 def reduce_samples(

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..coefficients import Table
+from ..coefficients import Groups, Table
 from ..kernels.codecs.format import PLAIN, Format
 from ..memory.dtypes import real_dtypes
 from ..memory.walk import Walk
@@ -83,6 +83,21 @@ class Sums(Protocol):
             sums: dense tensors.
             gradients: one for each, of the same shape.
             begun: for each, whether it has something to add to; otherwise it is written alone.
+        """
+
+
+class Coefficients(Protocol):
+    """Counts steps and forms the rows of a table, on the device."""
+
+    def memory(self) -> Iterator[Tensor]:
+        """List the tensors that launches read besides the table's and the counts."""
+
+    def step(self, groups: Groups, control: Tensor) -> None:
+        """Count one step more, unless ``control[1]`` is set, and form every row.
+
+        Args:
+            groups: whose hyper-parameters are read.
+            control: float64 ``[2]``, what an update reads besides coefficients.
         """
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..coefficients import Table
+from ..kernels import launch as launching
 from ..kernels import launch_config, multi_tensor, norms
 from ..kernels.codecs.format import PLAIN
 from ..kernels.codecs.place import GROUP
-from ..kernels.launch import TRITON_DTYPES, compiler, device_architecture, launch, settle
+from ..kernels.launch import TRITON_DTYPES, device_architecture, launch, settle
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
 from ..memory.device import upload
@@ -155,7 +156,7 @@ class Bucket:
         if key.counts is None:
             self._meta: dict[str, Any] = multi_tensor.update_constants(
                 rule, key.options, types, key.aligned, shape.block, *kept,
-                backend=compiler(device),
+                backend=launching.compiler(device),
             )  # fmt: skip
         else:
             # The reduction over samples comes first, in the same kernel.

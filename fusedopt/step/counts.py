@@ -98,6 +98,11 @@ class StepCounter:
         """Take the counts as they are."""
         self._expected.copy_(self.buffer)
 
+    @property
+    def steps(self) -> Sequence[Tensor]:
+        """The counts, one a parameter."""
+        return self._steps
+
     def memory(self) -> Iterator[Tensor]:
         """List the tensors that are read where the counts are kept; those of states come first."""
         yield from self._steps

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import Entries, Inputs, prepare
+from ..backends import Coefficients, Entries, Inputs, coefficients_on, prepare
 from ..coefficients import Groups, HostTable, LiveTable, Table
 from ..kernels.rule import Rule
-from ..memory.streams import readers
+from ..memory.streams import Readers, readers
 from .counts import State, StepCounter, new_step
 from .scale import GradScale
 
@@ -58,6 +58,8 @@ class DeviceGroup:
         if weights is not None and any(weight != 1.0 for weight in weights):
             self.norm_weights = self.executor.norm_weights(weights)
         self._readers = readers(device)
+        # The user's tensor for the norm, and who has written it.
+        self._norm: tuple[Tensor, Readers | None] | None = None
         self.counter: StepCounter | None = None
         # Whether what is stored depends on the step, and so has to be told it.
         draws = any(own.format.draws for own in entries)
@@ -71,9 +73,12 @@ class DeviceGroup:
         self._stages = [1.0 if new else 2.0 for new in fresh]
         self._partitioned = False
         self.table: Table
+        self._coefficients: Coefficients | None = None
         if on_device:
             self.table = LiveTable(rule, device, group_of, groups, draws)
             self.table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64, device="cpu"))
+            counts = () if self.counter is None else self.counter.steps
+            self._coefficients = coefficients_on(backend, self.table, counts)
         else:
             wide = _are_wide(entries, len(group_of))
             self.table = HostTable(rule, device, group_of, wide, draws)
@@ -102,6 +107,19 @@ class DeviceGroup:
 
     def step(self, inputs: Inputs, groups: Groups, found_inf: Tensor | None) -> None:
         """Advance the step counts and update."""
+        if self._coefficients is not None:
+            self._coefficients.step(groups, self.scale.values)
+        else:
+            self._count_and_form(groups, found_inf)
+        self.executor.update(inputs, self.table, self.scale.values)
+        if self._readers is not None:
+            self._readers.note(self.memory)
+        self._partitioned = True
+        if not self.rule.counts_steps and 1.0 in self._stages:
+            self._age()
+
+    def _count_and_form(self, groups: Groups, found_inf: Tensor | None) -> None:
+        """Count one step more, and form its coefficients where these are not yet."""
         if self.counter is not None:
             self.counter.advance(found_inf)
         if isinstance(self.table, LiveTable):
@@ -110,12 +128,6 @@ class DeviceGroup:
             self.table.refresh(groups)
         elif self.counter is not None:
             self.table.advance(self.counter.next_step)
-        self.executor.update(inputs, self.table, self.scale.values)
-        if self._readers is not None:
-            self._readers.note(self.memory)
-        self._partitioned = True
-        if not self.rule.counts_steps and 1.0 in self._stages:
-            self._age()
 
     def _age(self) -> None:
         """What was created has had its first step."""
@@ -124,6 +136,14 @@ class DeviceGroup:
         if isinstance(self.table, LiveTable):
             self.table.steps.fill_(2.0)
 
+    def note_norm(self, norm: Tensor) -> None:
+        """Note that the current stream writes the norm, which the user may let go at any time."""
+        if self._norm is None or self._norm[0] is not norm:
+            self._norm = norm, readers(self.device)
+        by = self._norm[1]
+        if by is not None:
+            by.note(lambda: (norm,))
+
     def memory(self) -> Iterator[Tensor]:
         """List what launches read besides parameters, states and inputs; all of it after a step."""
         yield from self.executor.memory()
@@ -131,6 +151,8 @@ class DeviceGroup:
         if self.norm_weights is not None:
             yield self.norm_weights
         yield from self.table.memory()
+        if self._coefficients is not None:
+            yield from self._coefficients.memory()
         if self.counter is not None:
             yield from self.counter.memory()
 

@@ -58,6 +58,7 @@ def clip_by_norm(
         last,
         infinity,
     )
+    first.note_norm(last)
     if span is not None and found_inf is not None:
         scale.skip_unless_finite(last)
     for group in device_groups[1:]:

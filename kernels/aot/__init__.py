@@ -5,8 +5,8 @@ machine code: registers, stack, matrix instructions, and how wide and how many t
 global memory are; a budget is the limits that this project sets itself. The modules, each of which
 imports those before it alone: ``targets``; ``variant``, the vocabulary; ``compile`` and
 ``machine_code``, with ``paths`` and ``waits``; ``option_sets`` and ``formats``; ``update``,
-``norms``, ``accumulate``, ``materialised``, ``vectors`` and ``samples``, a family of kernels each;
-``catalogue``, all of them.
+``norms``, ``coefficients``, ``accumulate``, ``materialised``, ``vectors`` and ``samples``, a family
+of kernels each; ``catalogue``, all of them.
 """
 
 from .catalogue import variants

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from . import accumulate, materialised, norms, samples, update, vectors
+from . import accumulate, coefficients, materialised, norms, samples, update, vectors
 from .targets import architecture
 from .variant import Variant
 
@@ -17,6 +17,7 @@ def variants(target: Any) -> Iterator[Variant]:
     """Every variant that can be needed on a target: the registry's rules and the other kernels."""
     yield from update.variants(architecture(target))
     yield from norms.variants()
+    yield from coefficients.variants()
     yield from accumulate.variants()
     yield from samples.variants(target)
     yield from vectors.variants()

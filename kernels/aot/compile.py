@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..lang import COMPILE_OPTIONS, register_options, triton
+from ..lang import COMPILE_OPTIONS, EXACT_OPTIONS, register_options, triton
 from .variant import Variant
 
 
@@ -28,7 +28,8 @@ def compile_variant(variant: Variant, target: Any) -> Any:
     from triton.compiler import ASTSource
 
     source = ASTSource(fn=variant.kernel, **specialization(variant))
-    options = {"num_warps": variant.threads // target.warp_size, **COMPILE_OPTIONS}
+    options = {"num_warps": variant.threads // target.warp_size}
+    options |= EXACT_OPTIONS if variant.exact else COMPILE_OPTIONS
     options |= register_options(variant.registers, target.backend)
     if variant.stages is not None:
         options["num_stages"] = variant.stages

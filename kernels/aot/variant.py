@@ -82,6 +82,7 @@ class Variant:
         constants: value of each compile-time argument.
         threads: threads of a program.
         registers: that the compiler is told to keep a thread within, or None.
+        exact: whether each operation is rounded by itself.
         stages: depth of the software pipeline, or None for the compiler's default.
         block: elements that a program owns, where bytes an element are counted; otherwise 0.
         divisible: integer arguments that are multiples of 16. Addresses always are: torch
@@ -96,6 +97,7 @@ class Variant:
     constants: Mapping[str, Any]
     threads: int
     registers: int | None = None
+    exact: bool = False
     stages: int | None = None
     block: int = 0
     divisible: tuple[str, ...] = ()

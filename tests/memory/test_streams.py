@@ -93,6 +93,22 @@ def test_each_stream_is_noted_once(machine):
     assert len(set(machine.noted)) == len(machine.noted)
 
 
+def test_a_norm_is_noted_by_each_stream_that_writes_it(machine):
+    """The user may drop it while another stream has yet to write there."""
+    _, ours = make(clip=fusedopt.GlobalNorm(1.0))
+    for stream in ("first", "second", "second"):
+        machine.current = stream
+        ours.step()
+    first = ours.clip.last
+    assert [s for name, s in machine.noted if name == id(first)] == ["first", "second"]
+    # Another one, by a stream that is known already.
+    ours.clip.last = None
+    ours.step()
+    again = ours.clip.last
+    assert again is not first
+    assert [s for name, s in machine.noted if name == id(again)] == ["second"]
+
+
 def test_coefficients_stay_where_they_are(machine):
     """A table that moved would free what another stream reads, and be unknown to the allocator."""
     params, ours = make()

@@ -269,9 +269,10 @@ def test_a_live_step_reads_and_allocates_nothing(
 ) -> None:
     # Catches a coefficient that takes a branch by t or beta: on the device that is a read, which
     # would abort a capture. (No capturable in SGD: a flag on the device makes its step live.)
-    from fusedopt.backends import triton
+    from fusedopt.backends import triton, triton_coefficients
 
-    monkeypatch.setattr(triton, "launch", lambda *arguments, **meta: None)
+    for module in (triton, triton_coefficients):
+        monkeypatch.setattr(module, "launch", lambda *arguments, **meta: None)
     run = beside(variant, backend="triton", capturable=True)
     if tensors:
         _make_tensors(run, DEVICE)
