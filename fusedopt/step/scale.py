@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,14 @@ class GradScale:
         else:
             self.values[1:].copy_(found_inf.reshape(1))
         self._neutral = plain and not clipping
+
+    def square_into(self, squares: Sequence[Tensor]) -> None:
+        """Multiply squares by the square of the factor on the gradient."""
+        if self._neutral:
+            return
+        for dtype in {x.dtype for x in squares}:
+            factor = self.values[0].square().to(dtype)
+            torch._foreach_mul_([x for x in squares if x.dtype == dtype], factor)
 
     def skip_unless_finite(self, norm: Tensor) -> None:
         """Skip the step where the norm over all processes shows an overflow of another."""
