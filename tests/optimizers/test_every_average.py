@@ -257,6 +257,37 @@ def test_a_checkpoint_in_the_midst_of_a_cycle(stop: int) -> None:
     assert bits(model, whole)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {"state_dtype": "int8"}), (torch.bfloat16, {"master": "remainder"})],
+)
+def test_kept_squares_beside_states_in_other_formats(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Catches: kept squares that are coded as a state is, or loaded in the parameter's type."""
+    ends = []
+    for stop in (0, 5):
+        model, optimizer = _of(dtype, options)
+        run(model, optimizer, BATCHES[:stop])
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        model, optimizer = _of(dtype, options)
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        run(model, optimizer, BATCHES[stop:], stop)
+        kept = {optimizer.state[p]["mean_square"].dtype for p in model.parameters()}
+        assert kept == {torch.float32}
+        ends.append(model)
+    assert bits(*ends)
+
+
+def _of(dtype: torch.dtype, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+    model = mlp(dtype)
+    statistics = PerSampleSquares(model, every=4, backend="reference")
+    return model, BatchDecoupledAdam(
+        model.parameters(), **ADAM, **options, statistics=statistics, backend="reference"
+    )
+
+
 def test_goes_on_from_squares_at_every_step() -> None:
     """A state of AdamW, or of squares at every step, has none that were kept: they are made first.
 

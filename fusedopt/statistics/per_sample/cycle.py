@@ -45,6 +45,8 @@ class Cycle:
         self._asked = False
         # By parameter, what the step under way is to keep.
         self._latest: dict[int, Tensor] = {}
+        # What the check of a step has found, for what it reads.
+        self._checked: tuple[Sequence[Tensor], list[bool]] | None = None
 
     def ask(self) -> None:
         """Make all squares until a step is taken, whatever its number."""
@@ -100,15 +102,24 @@ class Cycle:
             # They are in something that torch cannot look into.
             reached(None)
 
+    def found(self, parameters: Sequence[Tensor]) -> list[bool]:
+        """Return what ``reads`` has returned for a step, which is under way."""
+        checked, self._checked = self._checked, None
+        if checked is not None and checked[0] is parameters:
+            return checked[1]
+        return self.reads(parameters)
+
     def reads(self, parameters: Sequence[Tensor]) -> list[bool]:
         """Say, of each parameter, whether its next step is to read squares of this batch."""
         records = map(self._records.find, parameters)
         due = self._due(parameters, self._states())
         # There may be some though none were due.
-        return [
+        flags = [
             d or (r is not None and r.squares is not None)
             for r, d in zip(records, due, strict=True)
         ]
+        self._checked = parameters, flags
+        return flags
 
     def means(
         self, parameters: Sequence[Tensor], squares: Sequence[Tensor | None], count: int

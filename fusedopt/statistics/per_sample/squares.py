@@ -242,7 +242,7 @@ class PerSampleSquares(Statistics):
         cycle = self._cycle
         if cycle is None:
             return super().inputs(parameters, gradients, plain)
-        reads = cycle.reads(parameters)
+        reads = cycle.found(parameters)
         pairs = zip(parameters, reads, strict=True)
         sums = [self._squares(p) if fresh else None for p, fresh in pairs]
         squares = cycle.means(parameters, sums, self.count(parameters))
