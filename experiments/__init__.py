@@ -18,4 +18,5 @@ NAMES = (
     "square_root",
     "noise_signal",
     "state_codes",
+    "every",
 )

@@ -86,6 +86,7 @@ class Engine:
             if statistics is not None:
                 statistics.used(request.params)
             return
+        plan.hold(request)
         plan.launch(request)
         if statistics is not None:
             statistics.used(request.params)

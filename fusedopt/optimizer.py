@@ -331,7 +331,8 @@ class FusedOptimizer(Optimizer):
         if found_inf is not None and not isinstance(found_inf, Tensor):
             # A sum over no gradients; squares may be of samples that no gradient was made from.
             found_inf = torch.zeros((), device=None if grad_scale is None else grad_scale.device)
-        if found_inf is not None and found_inf.device.type != "cpu":
+        counted = self._statistics is not None and self._statistics.every > 1
+        if found_inf is not None and found_inf.device.type != "cpu" and not counted:
             # The host must not read the flag, so that step counts move to the device for good.
             self.scaler_on_device = True
         return grad_scale, found_inf

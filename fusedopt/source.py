@@ -24,10 +24,13 @@ class RuleInputs(NamedTuple):
         tensors: for each input, the tensors of all parameters.
         per_sample: whether these are gradients of samples, ``[batch, *param.shape]``, that are
             still to be reduced to what the rule takes.
+        measured: where squares are held from step to step, the positions of those of this one,
+            which are yet to be multiplied by the square of the factor on its gradients.
     """
 
     tensors: list[list[Tensor]]
     per_sample: bool = False
+    measured: list[int] | None = None
 
 
 class Source:
@@ -37,6 +40,8 @@ class Source:
     names: tuple[str, ...] = ("gradient",)
     # What to do that unscaled gradients are wanted for.
     instead_of_unscaling = ""
+    # How many steps there are from one whose rule reads all of this to the next.
+    every = 1
 
     def __init__(self) -> None:
         self._optimizers: list[weakref.ref[Any]] = []
@@ -92,6 +97,13 @@ class Source:
         """Return the rule's ``factors`` for a step of ``count`` samples."""
         raise NotImplementedError
 
+    def keep(self, parameters: Sequence[Tensor]) -> None:
+        """Keep what ``inputs`` returned for the steps that follow, which this one is about to be.
+
+        Args:
+            parameters: of the step.
+        """
+
     def used(self, parameters: Sequence[Tensor]) -> None:
         """Note that a step has used what was gathered for some parameters."""
 
@@ -106,7 +118,11 @@ class Source:
         """Forget what was gathered for parameters whose gradients are None or zero now."""
         self.reset(parameters)
 
+    def _fed(self) -> list[Any]:
+        """List the optimizers that this feeds."""
+        return [o for ref in self._optimizers if (o := ref()) is not None]
+
     def _all_parameters(self) -> Sequence[Tensor]:
         """List the parameters of all optimizers that this feeds."""
-        groups = [group for ref in self._optimizers if (o := ref()) for group in o.param_groups]
+        groups = [group for o in self._fed() for group in o.param_groups]
         return list({id(p): p for group in groups for p in group["params"]}.values())

@@ -166,7 +166,9 @@ def _update_chunk(
     inputs = ()
     for i in tl.static_range(n_inputs):
         pointer = operand(column, width, early, 1 + i, DTYPES, ALIGNED, place[6]) + offsets
-        x = decode(pointer, mask, COMPUTE) * scale
+        x = decode(pointer, mask, COMPUTE)
+        if DEGREES[i] > 0:
+            x = x * scale
         if DEGREES[i] == 2:
             x = x * scale
         inputs = inputs + (x,)

@@ -43,7 +43,8 @@ class Rule:
         hyper: names of the group entries that ``coefficients`` reads as numbers.
         factors: names of the group entries that the optimizer works out anew for each step from the
             samples of the batch: see ``fusedopt.statistics``.
-        degrees: for each input, its degree in the gradient: 1 for the gradient, 2 for squares.
+        degrees: for each input, its degree in the gradient: 1 for the gradient, 2 for squares, 0
+            for what is in the unit that the rule computes in already.
             Clipping and loss unscaling multiply an input by ``scale ** degree``.
         counts_steps: whether ``state["step"]`` is kept. Without it, ``coefficients`` sees 1 at
             the step that creates the parameter's state, and 2 afterwards.

@@ -71,6 +71,12 @@ def check_optimizer(optimizer: Any, previous: bool) -> None:
             f" {type(statistics).__name__} need not have what belongs to it:"
             " fusedopt.PerSampleSquares(model) has"
         )
+    if statistics is not None and statistics.every > 1:
+        raise ValueError(
+            f"gradient release with PerSampleSquares(every={statistics.every}): a parameter's count"
+            " of steps, by which squares are left out, would change within the backward pass. Use"
+            " every=1"
+        )
     if clip is None:
         return
     if statistics is not None:

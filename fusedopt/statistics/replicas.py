@@ -127,6 +127,11 @@ class Averages:
                 done.append(module)
         return done
 
+    def groups(self) -> tuple[Any, ...]:
+        """Return the processes over which the latest calls prepare to average."""
+        modules = [reference() for reference in self._prepared.values()]
+        return tuple(module.process_group for module in modules if module is not None)[:1]
+
     @property
     def expected(self) -> bool:
         """Whether a backward pass is to end with averages."""

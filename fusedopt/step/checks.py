@@ -116,10 +116,31 @@ def check_virtual_batch_size(value: Any) -> None:
 def check_samples(optimizer: Any, params: Sequence[Tensor]) -> None:
     """Raise RuntimeError where the samples of a step cannot be used, naming the parameter."""
     check_privacy(optimizer, params)
+    check_every(optimizer)
     try:
         optimizer.statistics.check(params)
     except MissingInput as error:
         raise RuntimeError(f"{describe(optimizer, error.parameter)}: {error}") from None
+
+
+def check_every(optimizer: Any) -> None:
+    """Raise ValueError where squares of some steps alone do not go with an optimizer's options."""
+    every = optimizer.statistics.every
+    if every == 1:
+        return
+    what = f"PerSampleSquares(every={every})"
+    for index, group in enumerate(optimizer.param_groups):
+        if is_on_device(optimizer.rule, group, optimizer.scaler_on_device):
+            raise ValueError(
+                f"{what}: param_groups[{index}] keeps step counts or hyper-parameters on the device"
+                " (capturable=True, or a tensor there), and the host chooses by the count at which"
+                " steps squares are made. Use every=1"
+            )
+        if group.get("centered"):
+            raise ValueError(
+                f"{what}: param_groups[{index}] has centered=True, which subtracts the square of a"
+                " mean that is newer than the squares, so that nothing might be left. Use every=1"
+            )
 
 
 def follow_unscaling(optimizer: Any, params: Sequence[Tensor]) -> None:

@@ -255,6 +255,19 @@ class Plan:
         known = bool(self.created) or not all(group.on_device for group in groups)
         return known and bool(groups[0].scale.values[1].item())
 
+    def hold(self, request: Request) -> None:
+        """Bring squares that were measured at this step into the unit of the update.
+
+        Those that were not are in the one of their own step.
+        """
+        if request.measured is None or request.statistics is None:
+            return
+        measured = set(request.measured)
+        for group, positions in zip(self.device_groups, self._positions, strict=True):
+            squares = [request.local_inputs[1][k] for k in positions if k in measured]
+            group.scale.square_into(squares)
+        request.statistics.keep(request.params)
+
     def launch(self, request: Request) -> None:
         """Count the step, and update: nothing is checked any more."""
         groups = request.coefficient_groups

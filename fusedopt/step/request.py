@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -68,6 +68,7 @@ class Request:
         wrappings: what of wrappers decides how they are replaced.
         specs: of each input, how DTensors are placed.
         per_sample: whether inputs are gradients of samples.
+        measured: see ``RuleInputs``.
         samples: how many there are.
         factor: what gradients are to be multiplied by.
         grad_scale, found_inf: what ``torch.amp.GradScaler`` left, or None.
@@ -88,6 +89,7 @@ class Request:
     wrappings: list[Any]
     specs: list[list[Any]]
     per_sample: bool
+    measured: list[int] | None
     samples: int
     factor: float
     grad_scale: Tensor | None
@@ -208,12 +210,20 @@ def gather(
             if statistics is not None:
                 statistics.used(params)
             return None
+    rule = optimizer.rule if found.measured is None else held(optimizer.rule)
     return Request(
-        optimizer.rule, optimizer.backend, optimizer.param_groups, optimizer.state,
+        rule, optimizer.backend, optimizer.param_groups, optimizer.state,
         optimizer.clip is not None, params, group_of, tensors, local, wrappings, specs,
-        found.per_sample, samples, factor, grad_scale, found_inf, statistics,
+        found.per_sample, found.measured, samples, factor, grad_scale, found_inf, statistics,
         optimizer.scaler_on_device, span, optimizer.whole.param_groups, optimizer.scale_for,
     )  # fmt: skip
+
+
+@cache
+def held(rule: Rule) -> Rule:
+    """Return a rule of which the squares are held from step to step, in the unit of the update."""
+    degrees = tuple(0 if degree == 2 else degree for degree in rule.degrees)
+    return replace(rule, degrees=degrees)
 
 
 def gather_params(
@@ -282,6 +292,9 @@ def _overflowed(
     creates_state = any(
         keeps[index] and p not in optimizer.state for p, index in zip(params, group_of, strict=True)
     )
-    if found_inf.device.type == "cpu" or creates_state:
+    source = optimizer.statistics
+    # Which steps have squares goes by counts on the host.
+    counts = source is not None and source.every > 1
+    if found_inf.device.type == "cpu" or creates_state or counts:
         return bool(found_inf.item())
     return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -82,6 +82,14 @@ class GradScale:
         elif self._held[name] != factor:
             target.fill_(factor)
             self._held[name] = factor
+
+    def square_into(self, squares: Sequence[Tensor]) -> None:
+        """Multiply squares by the square of the factor on the gradient."""
+        if self._neutral:
+            return
+        for dtype in {x.dtype for x in squares}:
+            factor = self.values[0].square().to(dtype)
+            torch._foreach_mul_([x for x in squares if x.dtype == dtype], factor)
 
     def skip_unless_finite(self, norm: Tensor) -> None:
         """Skip the step where the norm over all processes shows an overflow of another."""

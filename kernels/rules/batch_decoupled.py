@@ -12,6 +12,9 @@ expectation of Wang and Aitchison's micro-batch Adam, arXiv 2402.18824, algorith
 The inputs are g, and the sum over samples of the squares of their contributions g_i / N to it,
 which is q / N; w and N come with each step: ``fusedopt.statistics.Statistics.factors``.
 
+Where q is measured at every n-th step alone, u is of the last q, and of the step's own w and g. The
+input then is q itself, in the unit of g^2, and its degree in the gradient is 0.
+
 Decay never enters q, which would then depend on it. Coupled decay (RMSprop) is part of g alone: its
 direction, and its square, which at b = N makes this the ordinary algorithm.
 """

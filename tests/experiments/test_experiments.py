@@ -29,6 +29,7 @@ NAMES = [
     "square_root",
     "noise_signal",
     "state_codes",
+    "every",
 ]
 
 

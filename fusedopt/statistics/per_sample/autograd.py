@@ -61,7 +61,8 @@ class ParamTap:
         self.uses: list[ParamUse] = []
         self._backward = -1
         self._unplaced = unplaced
-        record.watch()
+        if record.due:
+            record.watch()
         record.gated = True
         parameter = record.leaf
         assert parameter is not None
@@ -114,8 +115,11 @@ class ParamTap:
         made, squares, total = reduce_uses(uses, target)
         if not fused and dtype is not None and total is None:
             total = made
-        self.record.propose(squares, self.call)
         gradient = made if fused else gradient
+        if not self.record.due:
+            # Another parameter of its layer is.
+            return gradient
+        self.record.propose(squares, self.call)
         if total is not None:
             # No sample's share is larger than the root of all squares.
             scale = (squares.sum() * target.samples.count).sqrt()

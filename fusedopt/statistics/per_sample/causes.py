@@ -19,6 +19,14 @@ NOT_ADDED_UP = (
     " backward pass outside of no_sync(); where you average them, call statistics.all_reduce()"
     " between backward and step()"
 )
+NOT_ALIKE = (
+    "parameters have seen different numbers of samples since their gradients were cleared: clear"
+    " the gradients of all parameters of an optimizer at the same time"
+)
+SUM_EVERYWHERE = (
+    "PerSampleSquares(every=k, loss_reduction='sum') in several processes: what gradients are"
+    " divided by is known of steps with squares alone. Average the loss, or use every=1"
+)
 FOREIGN = {
     Foreign.OUTSIDE: (
         "is used outside of its module as well (by a function, or a penalty in the loss), or a hook"
@@ -132,4 +140,13 @@ def missing(record: Record, removed: bool, called: bool) -> str:
     return (
         "the gradient is not of a call that was observed: that was within paused(), or before"
         f" zero_grad(). {again}"
+    )
+
+
+def left_out(every: int) -> str:
+    """Say that a step needs squares that its call of the model did not make."""
+    return (
+        f"with every={every} the call of the model has made none, and this step needs them: it is"
+        " the first of this parameter, or its count of steps was changed since. Call zero_grad()"
+        " and statistics.measure(), then run forward and backward again"
     )

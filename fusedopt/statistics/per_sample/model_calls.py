@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cycle import Cycle
 from .model_call import CallOptions, ModelCall
 from .record import Record
 from .unknown import check_arguments, check_context
@@ -25,6 +26,7 @@ class ModelCalls:
         record_of: where a parameter's squares are gathered.
         backend_of: where squares are made of what a tensor's device holds.
         called: told of each call, in its midst.
+        cycle: which calls make squares; None for all.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class ModelCalls:
         record_of: Callable[[Tensor], Record],
         backend_of: Callable[[Tensor], str],
         called: Callable[[], None],
+        cycle: Cycle | None = None,
     ) -> None:
+        self.cycle = cycle
         self.seen = False
         self._alive: weakref.WeakSet[ModelCall] = weakref.WeakSet()
         see = self._see
@@ -65,12 +69,19 @@ class ModelCalls:
         check_arguments("the model", (arguments, keywords))
         self.release()
         self.seen, self._told = True, False
+        cycle = self.cycle
+        if cycle is not None:
+            cycle.begin()
         if not torch.compiler.is_dynamo_compiling():
             self._tell()
         self._active = ModelCall(self._options, (arguments, keywords), self._offsets)
         self._thread = _thread()
+        counted = self._active.counted
         try:
-            return plain(*arguments, **keywords)
+            result = plain(*arguments, **keywords)
+            if cycle is not None and not cycle.measures:
+                cycle.follow(counted, result)
+            return result
         finally:
             call, self._active = self._active, None
             self._kept = None if call.is_tapped else call

@@ -26,6 +26,8 @@ class LayerForward:
         self.name = name or "the model"
         self.runs = runs_of(module)
         self.own = list(own_parameters(module).values())
+        # Attention reads those of its output, too.
+        self.read = list(module.parameters()) if self.runs is run_attention else self.own
         # Whether or not it has parameters to train: attention those of its output, a coupled layer
         # to say that it is one.
         self.always = _is_coupled(module) or self.runs is run_attention
@@ -34,12 +36,19 @@ class LayerForward:
         """Run the module, whose own forward is ``plain``."""
         calls = self.calls
         trained = self.always or any(p.requires_grad for p in self.own)
-        if not (trained and calls.is_watching()):
+        if not (trained and calls.is_watching() and self._is_due()):
             return plain(*arguments, **keywords)
         check_context(self.name)
         call = calls.current(self.name)
         layer = LayerCall(call, self.name, calls.is_replaying(), calls.is_unplaced())
         return self.runs(layer, module, plain, arguments, keywords)
+
+    def _is_due(self) -> bool:
+        """Whether squares of any of its parameters are made in this call of the model."""
+        cycle = self.calls.cycle
+        if cycle is None or cycle.measures:
+            return True
+        return cycle.takes(self.read)
 
 
 def check_model(model: nn.Module) -> None:

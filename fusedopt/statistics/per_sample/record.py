@@ -44,6 +44,7 @@ class Record:
             known on the host.
         norms: of the gradient as it arrived, see ``factors``; None where they were not made.
         altered: whether a gradient was changed by hand before another was added to it.
+        due: whether squares are made in the latest call of the model.
     """
 
     def __init__(self, parameter: Tensor, name: str, commit: Commit) -> None:
@@ -58,6 +59,7 @@ class Record:
         self.deviates: Tensor | None = None
         self.norms: Tensor | None = None
         self.altered = False
+        self.due = True
         # Whether the gradient was gone before the one that now arrives.
         self.restarts = False
         # The backward pass in which a gradient is being added that has not been counted yet.
@@ -279,7 +281,7 @@ class Record:
 
     def is_cleared(self) -> bool:
         """Whether the gradient that the squares belong to is gone."""
-        if self.squares is None:
+        if self.squares is None and not self._stepped:
             return False
         gradient = self.parameter.grad
         if gradient is None or not self.is_changed():

@@ -14,7 +14,7 @@ from ...memory.storage import local_tensors
 from ...tracing import untraced
 from ..replicas import Averages
 from . import causes
-from .across import add_up, count
+from .across import Totals, add_up, count
 from .managed import Managed, managed
 from .record import Record, follow, look_at_shards, measure, settle_deviations
 from .sample_count import SampleCount
@@ -30,6 +30,8 @@ class Records:
 
     def __init__(self, model: nn.Module, unknown: Callable[[Tensor], str]) -> None:
         self._unknown = unknown
+        # What processes the last gradients were added up over, by the caller.
+        self._given: tuple[Any, ...] = ()
         # Samples of all backward passes there have been.
         self._total = 0
         self._averages = Averages(model)
@@ -86,9 +88,31 @@ class Records:
     def count_of(self, parameter: Tensor) -> int:
         """Return how many samples were gathered for a parameter."""
         record = self.find(parameter)
-        if record is None or record.squares is None:
+        if record is None or (record.squares is None and record.due):
             return 0
         return record.reduced() + self._total - record.start
+
+    def count_everywhere(self, parameters: Iterable[Tensor]) -> int:
+        """Return how many samples all processes have seen, where there are no squares.
+
+        Raises:
+            RuntimeError: where it is not known which processes, or parameters have seen others.
+        """
+        found = {self.count_of(p) for p in parameters}
+        groups = self._groups()
+        if len(found) != 1 or not groups:
+            raise RuntimeError(causes.NOT_ADDED_UP if not groups else causes.NOT_ALIKE)
+        totals = Totals(list(found), next(iter(self)).parameter.device)
+        for group in groups:
+            totals.add_up(group)
+        return totals.after(_nothing, 0)()
+
+    def _groups(self) -> tuple[Any, ...]:
+        """Return the process groups, one after the other, that gradients are averaged over."""
+        mesh = next((r.mesh for r in self if r.mesh is not None), None)
+        if mesh is not None:
+            return tuple(mesh.get_group(dim) for dim in range(mesh.ndim))
+        return self._given or self._averages.groups()
 
     def follow_changes(self, parameters: Iterable[Tensor]) -> None:
         """Bring what is known of gradients up to date with what was done to them since."""
@@ -152,10 +176,7 @@ class Records:
         # Backward runs on a thread for each device.
         with self._lock:
             for call in calls:
-                if call.base is None:
-                    call.base = self._total
-                    self._total += call.samples.count
-                    self._restart(record, call.base)
+                self._count_call(call, record)
             base = calls[0].base
             if record.restarts and base is not None:
                 record.reset(base)
@@ -165,6 +186,22 @@ class Records:
                 engine = torch.autograd.Variable._execution_engine
                 engine.queue_callback(partial(self._measure, backward))  # type: ignore[attr-defined]
             self._arrived[backward].append(record)
+
+    def reach(self, call: SampleCount) -> None:
+        """Count the samples of a call that a backward pass has reached, if they were not yet."""
+        with self._lock:
+            self._count_call(call, None)
+
+    def _count_call(self, call: SampleCount, arriving: Record | None) -> None:
+        if call.base is None:
+            call.base = self._total
+            self._total += call.samples.count
+            self._restart(arriving, call.base)
+
+    def begin(self) -> None:
+        """Forget what belongs to gradients that are gone, none of which need be looked at."""
+        if all(r.parameter.grad is None and r.mesh is None and r.squares is None for r in self):
+            self.reset(None)
 
     @untraced
     def _measure(self, backward: int) -> None:
@@ -206,14 +243,16 @@ class Records:
             changed |= {id(r): r for r in self._add_up(records, module.process_group)}
         measure(changed.values())
 
-    def _restart(self, arriving: Record, start: int) -> None:
+    def _restart(self, arriving: Record | None, start: int) -> None:
         """Forget what belongs to gradients that were set to None or zero."""
         others = [r for r in self if r is not arriving]
         cleared = [r for r in others if r.is_cleared()]
-        if cleared or arriving.restarts:
+        if cleared or (arriving is not None and arriving.restarts):
             # What has nothing yet belongs to the batch that now begins.
             for r in (*cleared, *(r for r in self if r.squares is None)):
-                r.reset(start)
+                # Gradients of others that are not looked at may be of this batch.
+                if r.due or r.parameter.grad is None or r in cleared:
+                    r.reset(start)
 
     def called(self) -> None:
         """Note a call of the model, in the midst of which this is."""
@@ -227,11 +266,12 @@ class Records:
     @torch.no_grad()
     def all_reduce(self, group: Any) -> None:
         """Add up the squares of all processes, whose gradients have been averaged."""
+        self._given = (group,)
         measure(self._add_up(list(self), group))
 
     def _add_up(self, records: Sequence[Record], group: Any) -> Sequence[Record]:
         # The same parameters in the same order everywhere, whichever of them were used here.
-        records = [r for r in records if r.parameter.requires_grad and r.mesh is None]
+        records = [r for r in records if r.parameter.requires_grad and r.mesh is None and r.due]
         if all(r.is_shared for r in records):
             return []
         add_up(records, self._total, group)
@@ -262,3 +302,7 @@ class Records:
             return
         if distributed.get_world_size() > 1 and not all(r.is_shared for r in self.gathered()):
             raise RuntimeError(self._averages.problem or causes.NOT_ADDED_UP)
+
+
+def _nothing() -> int:
+    return 0

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ... import backends
 from ...memory.storage import local_tensors
+from ...source import RuleInputs
 from ...tracing import untraced
-from ..base import MissingSquares, Statistics
+from ..base import MissingSquares, NoiseScale, Statistics
 from . import causes
+from .cycle import Cycle, in_several_processes
 from .fallback import functional, warning
 from .instrument import Observer, is_observed, observe_module, restore_module
 from .model_calls import ModelCalls
@@ -57,6 +59,10 @@ class PerSampleSquares(Statistics):
     samples are those of the whole batch, as gradients are, and squares are sharded as parameters
     are. Every process then has to ask whatever one asks.
 
+    With ``every=k`` squares are made for one step in k, the first of each parameter among them: the
+    others run torch's own backward pass, and take the mean of the last ones beside the square of
+    their own gradient. It is kept in the optimizer's state, as ``mean_square``.
+
     An observed module is of a subclass of its class, under the same name: ``isinstance`` holds,
     ``type(module) is nn.Linear`` does not. Initialise, wrap and group by type before.
 
@@ -67,6 +73,7 @@ class PerSampleSquares(Statistics):
         sample: ``"sequence"``, or ``"token"`` to take every position for a sample of its own,
             which is cheaper for short sequences and another statistic.
         batch_first: whether the batch is the first dimension of sequences, or the second.
+        every: how many steps there are from one with squares to the next.
         backend: as for the optimizers.
 
     Raises:
@@ -82,6 +89,7 @@ class PerSampleSquares(Statistics):
         sample: str = "sequence",
         *,
         batch_first: bool = True,
+        every: int = 1,
         backend: str = "auto",
     ) -> None:
         super().__init__(loss_reduction)
@@ -89,7 +97,9 @@ class PerSampleSquares(Statistics):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if sample not in SAMPLES:
             raise ValueError(f"sample must be one of {', '.join(SAMPLES)}, got {sample!r}")
+        _check_every(every, sample)
         backends.check_name(backend)
+        self.every = every
         self.model = model
         self._sample = sample
         self._batch_first = batch_first
@@ -101,8 +111,16 @@ class PerSampleSquares(Statistics):
         ]
         check_model(model)
         self._records = Records(model, self._unknown)
+        self._cycle: Cycle | None = None
+        if every > 1:
+            self._cycle = Cycle(every, self._records, self._fed)
         self._calls = ModelCalls(
-            sample, batch_first, self._records.of, self._backend_of, self._records.called
+            sample,
+            batch_first,
+            self._records.of,
+            self._backend_of,
+            self._records.called,
+            self._cycle,
         )
         self._observe()
 
@@ -115,6 +133,16 @@ class PerSampleSquares(Statistics):
     def batch_first(self) -> bool:
         """Whether the batch is the first dimension of sequences, as given."""
         return self._batch_first
+
+    @property
+    def measured(self) -> bool:
+        """Whether squares of all parameters are those of the latest call of the model."""
+        return self._cycle is None or self._cycle.measures
+
+    def measure(self) -> None:
+        """Make squares of all parameters in the calls up to the next step, whatever ``every``."""
+        if self._cycle is not None:
+            self._cycle.ask()
 
     def _observe(self) -> None:
         for name, module, _ in self._modules:
@@ -183,9 +211,48 @@ class PerSampleSquares(Statistics):
 
     # What an optimizer asks for.
 
+    @property
+    def samples(self) -> int:
+        """Number of samples gathered since the last ``zero_grad``."""
+        if self.measured:
+            return super().samples
+        trained = [r.parameter for r in self._records if r.parameter.grad is not None]
+        return self.count(trained) if trained else 0
+
     def count_of(self, parameter: Tensor) -> int:
         """Return how many samples were gathered for a parameter."""
         return self._records.count_of(parameter)
+
+    def count(self, parameters: Sequence[Tensor]) -> int:
+        """Return how many samples were gathered for each of some parameters."""
+        if not self.measured and in_several_processes():
+            return self._records.count_everywhere(parameters)
+        return super().count(parameters)
+
+    def factors(self, virtual_batch_size: float, count: int) -> dict[str, float]:
+        """Return what turns gradients and squares into the moments of this step."""
+        own = super().factors(virtual_batch_size, count)
+        # What is held are means, and not sums.
+        if self._cycle is None:
+            return own
+        return {**own, "square_weight": own["square_weight"] / count}
+
+    def inputs(self, parameters: list[Tensor], gradients: list[Tensor], plain: bool) -> RuleInputs:
+        """Return what a rule takes: gradients, and sums or held means of squares."""
+        cycle = self._cycle
+        if cycle is None:
+            return super().inputs(parameters, gradients, plain)
+        reads = cycle.found(parameters)
+        pairs = zip(parameters, reads, strict=True)
+        sums = [self._squares(p) if fresh else None for p, fresh in pairs]
+        squares = cycle.means(parameters, sums, self.count(parameters))
+        measured = [k for k, fresh in enumerate(reads) if fresh]
+        return RuleInputs([gradients, squares], measured=measured)
+
+    def keep(self, parameters: Sequence[Tensor]) -> None:
+        """Keep what was measured at this step for those that follow."""
+        if self._cycle is not None:
+            self._cycle.keep(parameters)
 
     def weight(self, count: int) -> float:
         """Return the weight s that makes rows gradients of samples."""
@@ -208,6 +275,7 @@ class PerSampleSquares(Statistics):
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise where the samples of these parameters cannot be used."""
         self._records.check_ranks()
+        parameters = self._read(parameters)
         self._records.follow_changes(parameters)
         for p in parameters:
             problem = self._problem(p, self._records.find(p))
@@ -217,7 +285,17 @@ class PerSampleSquares(Statistics):
     def follow(self, parameters: Sequence[Tensor]) -> bool:
         """Follow one factor on all gradients, whether or not autograd knows of it."""
         # GradScaler.unscale_ divides behind the version counters.
-        return self._records.follow(parameters)
+        parameters = self._read(parameters)
+        return not parameters or self._records.follow(parameters)
+
+    def _read(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """List those whose squares the next step reads."""
+        if self._cycle is None or self._removed:
+            return parameters
+        if self.loss_reduction == "sum" and in_several_processes():
+            raise RuntimeError(causes.SUM_EVERYWHERE)
+        pairs = zip(parameters, self._cycle.reads(parameters), strict=True)
+        return [p for p, fresh in pairs if fresh]
 
     def _problem(self, parameter: Tensor, record: Record | None) -> str | None:
         if record is None:
@@ -225,6 +303,8 @@ class PerSampleSquares(Statistics):
             return self._unknown(parameter) if part else causes.NOT_PART
         if record.squares is None or self._removed:
             why = causes.missing(record, self._removed, self._calls.seen)
+            if not (record.due or self._removed):
+                why = causes.left_out(self.every)
             return f"{record.name!r} has a gradient but no per-sample squares: {why}"
         if record.foreign is not None:
             return f"{record.name!r} {causes.FOREIGN[record.foreign]}"
@@ -237,6 +317,28 @@ class PerSampleSquares(Statistics):
     def used(self, parameters: Sequence[Tensor]) -> None:
         """Note that a step has used what was gathered for some parameters."""
         self._records.used(parameters)
+        if self._cycle is not None:
+            self._cycle.stepped()
+
+    @untraced
+    def mean_square(self, parameter: Tensor) -> Tensor:
+        """Return the mean over samples of the squared gradient of a parameter."""
+        self._check_measured("mean_square() and signal_to_noise()")
+        return super().mean_square(parameter)
+
+    @untraced
+    def noise_scale(self, decay: float | None = None) -> NoiseScale:
+        """Return the gradient noise scale, from the same buffers that the optimizer reads."""
+        self._check_measured("noise_scale()")
+        return super().noise_scale(decay)
+
+    def _check_measured(self, what: str) -> None:
+        if not self.measured:
+            raise RuntimeError(
+                f"{what}: the latest call of the model made no squares of all parameters, as"
+                f" every={self.every} has it. Ask where statistics.measured, or call"
+                " statistics.measure() before the model"
+            )
 
     @untraced
     @torch.no_grad()
@@ -272,3 +374,14 @@ class PerSampleSquares(Statistics):
             group: the process group; the default one.
         """
         self._records.all_reduce(group)
+
+
+def _check_every(every: Any, sample: str) -> None:
+    """Raise ValueError for anything but a whole number of steps, at least 1."""
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"every must be a whole number of steps, at least 1, got {every!r}")
+    if every > 1 and sample == "token":
+        raise ValueError(
+            "every > 1 with sample='token': layers tell how many tokens there are, and at most"
+            " steps none is observed. Take sequences for samples, or every=1"
+        )
