@@ -85,7 +85,7 @@ class GradScale:
 
     def square_into(self, squares: Sequence[Tensor]) -> None:
         """Multiply squares by the square of the factor on the gradient."""
-        if self._neutral:
+        if self._held["factor"] == 1.0:
             return
         for dtype in {x.dtype for x in squares}:
             factor = self.values[0].square().to(dtype)
