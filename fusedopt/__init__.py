@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import scaling
 from .accumulation import GradientAccumulator
+from .averaging import WeightAverage
 from .batch_decoupled import BatchDecoupledAdam, BatchDecoupledRMSprop
 from .checkpoint import export_state_dict
 from .clipping import GlobalNorm
@@ -32,6 +33,7 @@ __all__ = [
     "PerSampleSquares",
     "RMSprop",
     "Rule",
+    "WeightAverage",
     "export_state_dict",
     "gradient_release",
     "scaling",

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels import weight_average
 from .kernels.rule import Group, Rule
 from .memory.device import is_capturing, upload
 
@@ -36,6 +37,12 @@ def lives_on_device(group: Group, hyper: Sequence[str]) -> bool:
         for name in hyper
         for value in _flat(group[name])
     )
+
+
+def numbers_of(rule: Rule, group: Group) -> tuple[str, ...]:
+    """Name the entries of a group that coefficients are made of."""
+    averages = group.get(weight_average.DECAY) is not None
+    return (*rule.hyper, weight_average.DECAY) if averages else rule.hyper
 
 
 def on_host(group: Group, hyper: Sequence[str]) -> dict[str, Any]:
@@ -79,6 +86,7 @@ class HostTable:
         group_of: for each tensor, the index of its group.
         wide: for each tensor, whether its arithmetic is done in float64; in float32 by default.
         with_step: whether the step's number is one more column.
+        averages: whether in front of that the weight of the average of the weights is.
     """
 
     def __init__(
@@ -88,9 +96,11 @@ class HostTable:
         group_of: list[int],
         wide: Sequence[bool] | None = None,
         with_step: bool = False,
+        averages: bool = False,
     ) -> None:
         self.rule = rule
         self._with_step = with_step
+        self._averages = averages
         self.device = device
         self.group_of = group_of
         self._wide = [False] * len(group_of) if wide is None else wide
@@ -100,7 +110,7 @@ class HostTable:
         self.rows: list[tuple[float, ...]] = []
         # For as many rows as there can be: launches on any stream may still read it, so that it is
         # not to be replaced.
-        self._width = rule.n_coefficients + with_step
+        self._width = rule.n_coefficients + averages + with_step
         shape = len(group_of), self._width
         self.values = torch.empty(shape, dtype=torch.float64, device=device)
         self._used = self.values.view(-1)[:0]
@@ -145,8 +155,11 @@ class HostTable:
         self.rows = []
         for index, step, number in self._keys:
             if index not in numbers:
-                numbers[index] = on_host(groups[index], self.rule.hyper)
+                names = numbers_of(self.rule, groups[index])
+                numbers[index] = on_host(groups[index], names)
             row = self.rule.coefficients(numbers[index], step)
+            if self._averages:
+                row = *row, _weight(numbers[index], number)
             # Written so that nan goes the long way; complex numbers, of roots, have no order.
             if row and not (max(row) <= _LARGEST and min(row) >= -_LARGEST):
                 self._check_range(len(self.rows), groups[index], row)
@@ -183,6 +196,7 @@ class LiveTable:
         group_of: for each tensor, the index of its group.
         groups: all parameter groups.
         with_step: whether the step's number is one more column.
+        averages: whether in front of that the weight of the average of the weights is.
     """
 
     def __init__(
@@ -192,13 +206,15 @@ class LiveTable:
         group_of: list[int],
         groups: Sequence[Group],
         with_step: bool = False,
+        averages: bool = False,
     ) -> None:
         self._with_step = with_step
+        self._averages = averages
         self.rule = rule
         self.device = device
         self.row_of = list(range(len(group_of)))
         count = len(group_of)
-        shape = count, rule.n_coefficients + with_step
+        shape = count, rule.n_coefficients + averages + with_step
         self.values = torch.empty(shape, dtype=torch.float64, device=device)
         self.rows = [tuple(row.unbind()) for row in self.values.unbind()]
         self.steps = torch.ones(count, dtype=torch.float64, device=device)
@@ -208,7 +224,8 @@ class LiveTable:
             # Tensors are ordered by group, so those of a group are consecutive.
             start = group_of.index(index)
             rows = slice(start, start + group_of.count(index))
-            live = _LiveGroup(groups[index], (*rule.hyper, *rule.factors), device)
+            names = *numbers_of(rule, groups[index]), *rule.factors
+            live = _LiveGroup(groups[index], names, device)
             self._inputs.append(live)
             self._record(live, index, groups, rows)
         self._groups = list(dict.fromkeys(group_of))
@@ -216,7 +233,11 @@ class LiveTable:
     def _record(self, live: _LiveGroup, index: int, groups: Sequence[Group], rows: slice) -> None:
         step = _Taped(self.steps[rows], self._tape)
         group = {**groups[index], **live.taped(self._tape)}
-        for column, value in enumerate(self.rule.coefficients(group, step)):
+        found = self.rule.coefficients(group, step)
+        if self._averages:
+            number = _Taped(self.values[rows, -1], self._tape)
+            found = *found, _weight(group, number)
+        for column, value in enumerate(found):
             target = self.values[rows, column]
             if isinstance(value, _Taped):
                 self._tape.append((_copy, (value.value,), target))
@@ -313,6 +334,12 @@ class _LiveGroup:
                 if self._is_live(value):
                     # Into host memory that is read at once, the copy has to have arrived.
                     scalar.copy_(value.reshape(()), non_blocking=self.device.type != "cpu")
+
+
+def _weight(group: Group, number: Any) -> Any:
+    """Return the weight of a group's average of the weights; any where it has none."""
+    averages = group.get(weight_average.DECAY) is not None
+    return weight_average.weight(group, number) if averages else 1.0
 
 
 _Entry = tuple[Callable[..., Any], tuple[Tensor, ...], Tensor]

@@ -60,8 +60,9 @@ class DeviceGroup:
         self._readers = readers(device)
         self.counter: StepCounter | None = None
         # Whether what is stored depends on the step, and so has to be told it.
-        draws = any(own.format.draws for own in entries)
-        if rule.counts_steps or draws:
+        counts = any(own.format.counts for own in entries)
+        averages = any(own.format.average for own in entries)
+        if rule.counts_steps or counts:
             # Of a group that keeps no counts beside one that does, they are counted all the same.
             counted = [own if "step" in own else {"step": new_step()} for own in states]
             self.counter = StepCounter(
@@ -72,11 +73,11 @@ class DeviceGroup:
         self._partitioned = False
         self.table: Table
         if on_device:
-            self.table = LiveTable(rule, device, group_of, groups, draws)
+            self.table = LiveTable(rule, device, group_of, groups, counts, averages)
             self.table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64, device="cpu"))
         else:
             wide = _are_wide(entries, len(group_of))
-            self.table = HostTable(rule, device, group_of, wide, draws)
+            self.table = HostTable(rule, device, group_of, wide, counts, averages)
 
     def owns_steps(self) -> bool:
         """Whether nobody has replaced the step counts."""
