@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import scaling
 from .accumulation import GradientAccumulator
 from .adam_c import AdamC
+from .averaging import WeightAverage
 from .batch_decoupled import BatchDecoupledAdam, BatchDecoupledRMSprop
 from .checkpoint import export_state_dict
 from .clipping import GlobalNorm
@@ -38,6 +39,7 @@ __all__ = [
     "RMSprop",
     "Rule",
     "ScheduleFreeAdamW",
+    "WeightAverage",
     "export_state_dict",
     "gradient_release",
     "scaling",

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels import weight_average
 from .kernels.formula import Formula, record
 from .kernels.rule import Group, Rule
 from .memory.device import is_capturing, upload
@@ -39,6 +40,12 @@ def lives_on_device(group: Group, hyper: Sequence[str]) -> bool:
         for name in hyper
         for value in _flat(group[name])
     )
+
+
+def numbers_of(rule: Rule, group: Group) -> tuple[str, ...]:
+    """Name the entries of a group that coefficients are made of."""
+    averages = group.get(weight_average.DECAY) is not None
+    return (*rule.hyper, weight_average.DECAY) if averages else rule.hyper
 
 
 def on_host(group: Group, hyper: Sequence[str]) -> dict[str, Any]:
@@ -82,6 +89,7 @@ class HostTable:
         group_of: for each tensor, the index of its group.
         wide: for each tensor, whether its arithmetic is done in float64; in float32 by default.
         with_step: whether the step's number is one more column.
+        averages: whether in front of that the weight of the average of the weights is.
     """
 
     def __init__(
@@ -91,9 +99,11 @@ class HostTable:
         group_of: list[int],
         wide: Sequence[bool] | None = None,
         with_step: bool = False,
+        averages: bool = False,
     ) -> None:
         self.rule = rule
         self._with_step = with_step
+        self._averages = averages
         self.device = device
         self.group_of = group_of
         self._wide = [False] * len(group_of) if wide is None else wide
@@ -103,7 +113,7 @@ class HostTable:
         self.rows: list[tuple[float, ...]] = []
         # For as many rows as there can be: launches on any stream may still read it, so that it is
         # not to be replaced.
-        self._width = rule.n_coefficients + with_step
+        self._width = rule.n_coefficients + averages + with_step
         shape = len(group_of), self._width
         self.values = torch.empty(shape, dtype=torch.float64, device=device)
         self._used = self.values.view(-1)[:0]
@@ -148,8 +158,11 @@ class HostTable:
         self.rows = []
         for index, step, number in self._keys:
             if index not in numbers:
-                numbers[index] = on_host(groups[index], self.rule.hyper)
+                names = numbers_of(self.rule, groups[index])
+                numbers[index] = on_host(groups[index], names)
             row = self.rule.coefficients(numbers[index], step)
+            if self._averages:
+                row = *row, _weight(numbers[index], number)
             # Written so that nan goes the long way; complex numbers, of roots, have no order.
             if row and not (max(row) <= _LARGEST and min(row) >= -_LARGEST):
                 self._check_range(len(self.rows), groups[index], row)
@@ -189,6 +202,7 @@ class LiveTable:
         group_of: for each tensor, the index of its group; those of a group follow each other.
         groups: all parameter groups.
         with_step: whether the step's number is one more column.
+        averages: whether in front of that the weight of the average of the weights is.
 
     Attributes:
         values: the rows.
@@ -206,20 +220,25 @@ class LiveTable:
         group_of: list[int],
         groups: Sequence[Group],
         with_step: bool = False,
+        averages: bool = False,
     ) -> None:
         self.with_step = with_step
+        self._averages = averages
         self.rule = rule
         self.device = device
         self.row_of = list(range(len(group_of)))
         count = len(group_of)
-        shape = count, rule.n_coefficients + with_step
+        shape = count, rule.n_coefficients + averages + with_step
         self.values = torch.empty(shape, dtype=torch.float64, device=device)
         self.steps = torch.ones(count, dtype=torch.float64, device=device)
         self._groups = list(dict.fromkeys(group_of))
         places = {index: i for i, index in enumerate(self._groups)}
         self.part_of = [places[index] for index in group_of]
-        names = (*rule.hyper, *rule.factors)
-        self.formulas = [_formula(rule, groups[index], names) for index in self._groups]
+        names = [(*numbers_of(rule, groups[index]), *rule.factors) for index in self._groups]
+        self.formulas = [
+            _formula(rule, groups[index], own, averages)
+            for index, own in zip(self._groups, names, strict=True)
+        ]
         width = max([1, *(f.n_inputs + len(f.constants) for f in self.formulas)])
         shape = len(self._groups), width
         self.inputs = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -227,8 +246,8 @@ class LiveTable:
             for i, value in enumerate(formula.constants, formula.n_inputs):
                 row[i].fill_(value)
         self._inputs = [
-            _LiveGroup(groups[index], names, row)
-            for index, row in zip(self._groups, self.inputs, strict=True)
+            _LiveGroup(groups[index], own, row)
+            for index, own, row in zip(self._groups, names, self.inputs, strict=True)
         ]
         self.read(groups)
         self._tape: list[_Entry] | None = None
@@ -245,7 +264,9 @@ class LiveTable:
             start = self.part_of.index(part)
             rows = slice(start, start + self.part_of.count(part))
             given = self.inputs[part, : formula.n_inputs + len(formula.constants)]
-            known: list[Tensor] = [self.steps[rows], *given.unbind()]
+            # Where nothing is made of it, there is no number of the step, either.
+            number = self.values[rows, -1] if self.with_step else self.steps[rows]
+            known: list[Tensor] = [self.steps[rows], number, *given.unbind()]
             for name, a, b in zip(formula.operations, formula.left, formula.right, strict=True):
                 function, arguments = _FUNCTIONS[name], (known[a], known[b])
                 known.append(function(*arguments))
@@ -299,9 +320,14 @@ class LiveTable:
             function(*arguments, out=out)
 
 
-def _formula(rule: Rule, group: Group, names: Sequence[str]) -> Formula:
+def _formula(rule: Rule, group: Group, names: Sequence[str], averages: bool) -> Formula:
     counts = {name: sum(1 for _ in _flat(group[name])) for name in names}
-    return record(rule.coefficients, group, counts)
+
+    def row(group: Mapping[str, Any], step: Any, number: Any) -> tuple[Any, ...]:
+        found = tuple(rule.coefficients(dict(group), step))
+        return (*found, _weight(dict(group), number)) if averages else found
+
+    return record(row, group, counts)
 
 
 class _LiveGroup:
@@ -354,6 +380,12 @@ class _LiveGroup:
             for scalar, value in zip(self.scalars[name], _flat(group[name]), strict=True):
                 if self._is_live(value):
                     yield scalar, value.reshape(())
+
+
+def _weight(group: Group, number: Any) -> Any:
+    """Return the weight of a group's average of the weights; any where it has none."""
+    averages = group.get(weight_average.DECAY) is not None
+    return weight_average.weight(group, number) if averages else 1.0
 
 
 _Entry = tuple[Callable[..., Any], tuple[Tensor, ...], Tensor]

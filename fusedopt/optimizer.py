@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends
+from .averaging import Averaged, WeightAverage, check_kind
 from .checkpoint import (
     as_floats,
     as_patterns,
@@ -28,6 +29,7 @@ from .engine import Engine
 from .formats import OPTIONS as PRECISION
 from .formats import check_options, check_parameters
 from .kernels.rule import Rule
+from .kernels.weight_average import OPTIONS as AVERAGE
 from .source import Source
 from .statistics.base import Statistics
 from .step.checks import check_source, check_statistics, check_virtual_batch_size
@@ -38,7 +40,7 @@ from .step.wrappers import watch
 from .tracing import untraced
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(Averaged, Optimizer):
     """A ``torch.optim.Optimizer`` whose step is one launch for all parameters.
 
     A subclass names its ``rule`` and passes its hyper-parameters on::
@@ -67,6 +69,7 @@ class FusedOptimizer(Optimizer):
             ``"remainder"`` (2 bytes, for bfloat16: a float32 in all), ``"remainder8"`` (1 byte: 24
             bits of one), ``"float32"``, or None.
         rounding_seed: seed of stochastic rounding, an int of 64 bits.
+        average: ``fusedopt.WeightAverage(decay)``, or None. See docs/riding_along.md.
         capturable: keep step counts and hyper-parameters on the device, for CUDA graphs.
 
     Raises:
@@ -96,6 +99,7 @@ class FusedOptimizer(Optimizer):
         rounding: str | None = None,
         master: str | None = None,
         rounding_seed: int = 0,
+        average: WeightAverage | None = None,
         capturable: bool | None = None,
     ) -> None:
         if capturable is not None:
@@ -109,6 +113,11 @@ class FusedOptimizer(Optimizer):
             "master": master,
             "rounding_seed": rounding_seed,
         }
+        check_kind(average)
+        if average is not None:
+            average.check_free(self)
+            defaults |= average.options()
+        self._average = average
         if defaults.get(TORCHS):
             raise ValueError("differentiable=True is not supported: a fused step has no derivative")
         # torch's classes have it, and torch gives it to any that a state is loaded into.
@@ -127,6 +136,8 @@ class FusedOptimizer(Optimizer):
         # The processes among which a wrapper has dealt out the parameters; see step/wrappers.py.
         self.wrapper_group: Any = None
         super().__init__(params, defaults)
+        if average is not None:
+            average.attach(self)
         watch(FusedOptimizer)
         if statistics is not None:
             statistics.attach(self)
@@ -147,7 +158,7 @@ class FusedOptimizer(Optimizer):
     @property
     def extra_options(self) -> tuple[str, ...]:
         """Entries of the parameter groups that torch's class has not."""
-        return (*self.own_options, *PRECISION)
+        return (*self.own_options, *PRECISION, *AVERAGE)
 
     @property
     def clip(self) -> GlobalNorm | None:
@@ -210,7 +221,7 @@ class FusedOptimizer(Optimizer):
             )
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        for name in ("backend", "clip", "statistics"):
+        for name in ("backend", "clip", "statistics", "average"):
             # Wrappers put all arguments of the constructor into groups.
             if param_group.get(name, getattr(self, name)) != getattr(self, name):
                 raise ValueError(f"{name} is one for all groups: pass it to the optimizer")
@@ -223,8 +234,7 @@ class FusedOptimizer(Optimizer):
             # Not the caller's, or another group's: changed there, it would change here.
             self.param_groups[-1]["state_dtype"] = dict(types)
         try:
-            self.check_group(self.param_groups[-1])
-            check_parameters(self.param_groups[-1])
+            self.check_entries(self.param_groups[-1])
             for parameter in self.param_groups[-1]["params"]:
                 # Where they will be on another device by the first step, that decides.
                 if parameter.device.type != "meta":
@@ -232,6 +242,11 @@ class FusedOptimizer(Optimizer):
         except (RuntimeError, ValueError):
             self.param_groups.pop()
             raise
+
+    def check_entries(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a parameter group without meaning, or for its parameters."""
+        self.check_group(group)
+        check_parameters(group)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a parameter group that has no meaning.
@@ -298,6 +313,7 @@ class FusedOptimizer(Optimizer):
 
     @untraced
     def _update(self) -> None:
+        self.refuse_if_applied("no step can be taken")
         grad_scale, found_inf = self._load_scaler()
         release = self.gradient_release
         if release is None or release.before_step(self, grad_scale, found_inf):
@@ -373,6 +389,8 @@ class FusedOptimizer(Optimizer):
         config = None if self.clip is None else self.clip.config()
         for group in state_dict["param_groups"]:
             group["clip"] = config
+            # A wrapper's argument; its options are entries of their own.
+            group.pop("average", None)
             put_aside(group, ["clip", *self.extra_options])
             if self.form is not None and saved_form(group, self.form) not in (None, "torch"):
                 claim(group, self.form)
@@ -398,6 +416,7 @@ class FusedOptimizer(Optimizer):
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dictionary, got {state_dict!r}")
+        self.refuse_if_applied("no state can be loaded")
         clip: Any = ...
         lent, self._lent = self._lent, None
         if lent is not None and is_completed():

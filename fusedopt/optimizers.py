@@ -24,6 +24,7 @@ from .checkpoint import saved_form
 from .kernels.rules import ADAM, RMSPROP
 from .kernels.rules import SGD as SGD_RULE
 from .kernels.rules.averages import CORRECTIONS
+from .kernels.rules.cautious import NAME as CAUTIOUS
 from .kernels.rules.rmsprop import DENOMINATORS
 from .kernels.rules.sgd import MOMENTUM_FORMS
 from .optimizer import FusedOptimizer
@@ -54,6 +55,9 @@ class SGD(FusedOptimizer):
             converted. ``load_state_dict`` takes the checkpoint's form where it has one. A file of
             distributed checkpoint loads into the form that wrote it, and is refused for a missing
             key (``momentum_form``, or ``differentiable``) between torch's and the others.
+        cautious_weight_decay: decay elements that the step takes towards zero, and no others (Chen
+            et al., arXiv 2510.12402): p - lr (u + weight_decay [u p >= 0] p), with the step's
+            direction u, into whose momentum the decay then does not go.
         **common: ``backend`` (``"auto"``, ``"triton"`` or ``"reference"``) and ``clip``
             (``fusedopt.GlobalNorm(max_norm)``): see ``FusedOptimizer``.
 
@@ -64,9 +68,9 @@ class SGD(FusedOptimizer):
     """
 
     rule = SGD_RULE
-    choices: ClassVar = {"momentum_form": MOMENTUM_FORMS}
+    choices: ClassVar = {"momentum_form": MOMENTUM_FORMS, CAUTIOUS: (False, True)}
     # torch's SGD has no capturable.
-    own_options: ClassVar[tuple[str, ...]] = ("momentum_form", "capturable")
+    own_options: ClassVar[tuple[str, ...]] = ("momentum_form", CAUTIOUS, "capturable")
     form: ClassVar[str | None] = "momentum_form"
 
     @showing_common
@@ -84,6 +88,7 @@ class SGD(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         momentum_form: str = "torch",
+        cautious_weight_decay: bool = False,
         **common: Any,
     ) -> None:
         check_names(self, common)
@@ -104,6 +109,7 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "momentum_form": momentum_form,
+            CAUTIOUS: cautious_weight_decay,
         }
         super().__init__(params, defaults, **common)
 
@@ -258,6 +264,9 @@ class Adam(FusedOptimizer):
         bias_correction: how the averages get over their start from zero. ``"adam"``: they are
             divided by 1 - beta^t. ``"running_mean"``: they are plain means for the first
             1 / (1 - beta) steps. None: not at all.
+        cautious_weight_decay: with decoupled decay alone: decay elements that the step takes
+            towards zero, and no others (Chen et al., arXiv 2510.12402):
+            p - lr (u + weight_decay [u p >= 0] p), with the step's direction u.
         **common: ``backend`` (``"auto"``, ``"triton"`` or ``"reference"``) and ``clip``
             (``fusedopt.GlobalNorm(max_norm)``): see ``FusedOptimizer``.
 
@@ -268,8 +277,8 @@ class Adam(FusedOptimizer):
     """
 
     rule = ADAM
-    choices: ClassVar = {"bias_correction": CORRECTIONS}
-    own_options: ClassVar[tuple[str, ...]] = ("bias_correction",)
+    choices: ClassVar = {"bias_correction": CORRECTIONS, CAUTIOUS: (False, True)}
+    own_options: ClassVar[tuple[str, ...]] = ("bias_correction", CAUTIOUS)
 
     @showing_common
     def __init__(
@@ -288,6 +297,7 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         bias_correction: str | None = "adam",
+        cautious_weight_decay: bool = False,
         **common: Any,
     ) -> None:
         check_names(self, common)
@@ -310,8 +320,18 @@ class Adam(FusedOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
             "bias_correction": bias_correction,
+            CAUTIOUS: cautious_weight_decay,
         }
         super().__init__(params, defaults, **common)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a parameter group that has no meaning."""
+        super().check_group(group)
+        if group[CAUTIOUS] and not group["decoupled_weight_decay"]:
+            raise ValueError(
+                f"{CAUTIOUS}=True is for decoupled decay, which does not go into the gradient: take"
+                " AdamW, or decoupled_weight_decay=True"
+            )
 
 
 class AdamW(Adam):
@@ -321,9 +341,9 @@ class AdamW(Adam):
     1 - lr * weight_decay before the update (Loshchilov and Hutter, arXiv 1711.05101).
 
     Args:
-        **common: ``bias_correction``: as Adam's. ``backend`` (``"auto"``, ``"triton"`` or
-            ``"reference"``) and ``clip`` (``fusedopt.GlobalNorm(max_norm)``): see
-            ``FusedOptimizer``.
+        **common: ``bias_correction``, ``cautious_weight_decay``: as Adam's. ``backend``
+            (``"auto"``, ``"triton"`` or ``"reference"``) and ``clip``
+            (``fusedopt.GlobalNorm(max_norm)``): see ``FusedOptimizer``.
 
     Raises:
         ValueError: for a hyper-parameter out of range.

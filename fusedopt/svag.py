@@ -25,6 +25,8 @@ _COVERED: dict[str, tuple[Any, ...]] = {
     "centered": (False,),
     "amsgrad": (False,),
     "denominator": ("std",),
+    "cautious_weight_decay": (False,),
+    "average_decay": (None,),
     # Adam's, and RMSprop's switch.
     "bias_correction": ("adam", None, False, True),
 }

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# The step that a rule reads, and its number.
+_STEPS = 2
 # Each takes two float64 numbers; "gt" is 1 or 0.
 OPERATIONS = ("add", "sub", "mul", "div", "pow", "gt")
 
@@ -20,10 +22,11 @@ OPERATIONS = ("add", "sub", "mul", "div", "pow", "gt")
 class Formula:
     """Operations one after the other, each on two values that there are by then.
 
-    Value 0 is the step; the inputs follow, the constants, and then what each operation yields.
+    Value 0 is the step that the rule reads, value 1 the number of the step, which another rule does
+    not read; the inputs follow, the constants, and then what each operation yields.
 
     Attributes:
-        n_inputs: how many numbers it takes besides the step.
+        n_inputs: how many numbers it takes besides these two.
         constants: numbers that stand in it.
         operations: names, of ``OPERATIONS``.
         left: for each operation, which value its first operand is.
@@ -48,14 +51,14 @@ class Formula:
 
 
 def record(
-    coefficients: Callable[[Mapping[str, Any], Any], Sequence[Any]],
+    coefficients: Callable[[Mapping[str, Any], Any, Any], Sequence[Any]],
     group: Mapping[str, Any],
     counts: Mapping[str, int],
 ) -> Formula:
     """Record what a rule's coefficients are made by.
 
     Args:
-        coefficients: of the rule.
+        coefficients: a function of the hyper-parameters, the step and its number.
         group: the hyper-parameters.
         counts: for each entry of the group that is an input, how many numbers it has; the inputs
             are in this order.
@@ -65,12 +68,13 @@ def record(
     """
     tape = _Tape()
     stand_ins: dict[str, Any] = {}
-    place = 1
+    place = _STEPS
     for name, count in counts.items():
         own = tuple(_Value(tape, ("input", place + i)) for i in range(count))
         stand_ins[name] = own[0] if count == 1 else own
         place += count
-    found = coefficients({**group, **stand_ins}, _Value(tape, ("input", 0)))
+    steps = (_Value(tape, ("input", i)) for i in range(_STEPS))
+    found = coefficients({**group, **stand_ins}, *steps)
     results = [tape.key(value) for value in found]
     first = {"input": 0, "constant": place, "operation": place + len(tape.constants)}
 
@@ -78,7 +82,7 @@ def record(
         return first[key[0]] + key[1]
 
     return Formula(
-        n_inputs=place - 1,
+        n_inputs=place - _STEPS,
         constants=tuple(float(text) for text in tape.constants),
         operations=tuple(name for name, _, _ in tape.operations),
         left=tuple(number(a) for _, a, _ in tape.operations),

@@ -42,20 +42,21 @@ def live_coefficients(
     lanes = tl.minimum(lanes, count - 1)
     row = tl.load(table + lanes)
     step = tl.load(stages + row)
+    counted = step
     if COUNT_TYPE is not None:
         place = tl.load(table + count + lanes).to(tl.pointer_type(COUNT_TYPE))
         skipped = tl.load(control + 1) != 0
         number = tl.load(place)
         number = tl.where(skipped, number, number + 1.0)
         tl.store(place, number, some)
-        number = number.to(tl.float64)
+        counted = number.to(tl.float64)
         if COUNTS_STEPS:
             # Of a step that is skipped nobody reads the numbers, and its count may be 0.
-            step = tl.where(skipped, 1.0, number)
+            step = tl.where(skipped, 1.0, counted)
         if WITH_STEP:
-            tl.store(values + row * STRIDE + (STRIDE - 1), number, some)
+            tl.store(values + row * STRIDE + (STRIDE - 1), counted, some)
     own = inputs + tl.load(table + 2 * count + lanes) * WIDTH
-    found = (step,)
+    found = (step, counted)
     for i in tl.static_range(N_VALUES):
         found = found + (tl.load(own + i),)
     for i in tl.static_range(len(OPERATIONS)):

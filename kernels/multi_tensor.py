@@ -11,7 +11,8 @@ stands in two small device arrays; where the tensors live stands in a table of a
     rows behind       what codecs that draw need to know: see ``codecs/place.py``
 
 with one column a tensor. Coefficients and control values are float64 and narrowed here, so that
-one table serves every bucket of a device; the last column holds the step where codecs draw.
+one table serves every bucket of a device. Behind the rule's coefficients stands the weight of the
+average of the weights, where there is one, and in the last column the step, where codecs draw.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from __future__ import annotations
 from .codecs import codes, compute_type, decode, encode, encode_positive, parameter
 from .codecs.format import PLAIN, Format
 from .codecs.place import draw, numbered, walk_rows
+from .codecs.rounding import stochastic, turned
 from .lang import jit, tl
+from .weight_average import follow
 
 # Elements and threads of a program. A thread holds 8 elements of each operand: one 16-byte access
 # for 2-byte types, two for float32, and AdamW in float32 stays below 64 registers.
@@ -31,11 +34,15 @@ UNALIGNED_BLOCK = 512
 SMALL_BLOCK = 256
 # With codes a compiler left to itself takes a dozen more, and none of them for long.
 REGISTERS = 80
+# An average of the weights beside them is one operand more, which takes stack within those.
+AVERAGE_REGISTERS = 96
 
 
 def register_limit(format: Format) -> int | None:
     """Registers of a thread at most, or None for as many as the compiler takes."""
-    return None if format == PLAIN else REGISTERS
+    if format.is_cast:
+        return None
+    return AVERAGE_REGISTERS if format.average and format.has_codes else REGISTERS
 
 
 # Rows of the address table in front of the addresses.
@@ -44,7 +51,7 @@ HEADER_ROWS = 2
 
 def block_size(aligned: bool, rowwise: bool = False, format: Format = PLAIN) -> int:
     """Elements a program owns."""
-    if rowwise or not (aligned or format == PLAIN):
+    if rowwise or not (aligned or format.is_cast):
         return SMALL_BLOCK
     return BLOCK if aligned else UNALIGNED_BLOCK
 
@@ -61,7 +68,7 @@ def update_tensors(
     OPTIONS: tl.constexpr,  # its compile-time options
     DTYPES: tl.constexpr,  # element types of parameter, inputs and states
     DEGREES: tl.constexpr,  # for each input, its degree in the gradient
-    N_COEFFICIENTS: tl.constexpr,
+    N_COEFFICIENTS: tl.constexpr,  # the rule's, and the weight of the average
     COMPUTE: tl.constexpr,  # type the arithmetic is done in
     ALIGNED: tl.constexpr,  # whether every address is a multiple of 16 bytes
     BLOCK: tl.constexpr,
@@ -70,6 +77,7 @@ def update_tensors(
     STATES: tl.constexpr,  # how each state is
     ROWS: tl.constexpr,  # for each state, which operand its first tensor is
     DRAWS: tl.constexpr,  # whether something that is kept depends on index and step
+    AVERAGE: tl.constexpr,  # whether the last state is the average of the weights
     ROWWISE: tl.constexpr,  # whether tensors are walked row by row: see ``codecs/place.py``
     EARLY: tl.constexpr,  # whether addresses are read before it is known which chunks are whole
 ):
@@ -100,7 +108,7 @@ def update_tensors(
             _update_chunk(
                 column, width, early, place, step, scale, scalars,
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
-                PARAMETER, STATES, ROWS, DRAWS,
+                PARAMETER, STATES, ROWS, DRAWS, AVERAGE,
             )  # fmt: skip
         # Only an access without a mask is vectorised, so whole chunks take a branch of their own.
         elif start + BLOCK <= numel:
@@ -108,7 +116,7 @@ def update_tensors(
             _update_chunk(
                 column, width, early, whole, step, scale, scalars,
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
-                PARAMETER, STATES, ROWS, DRAWS,
+                PARAMETER, STATES, ROWS, DRAWS, AVERAGE,
             )  # fmt: skip
         elif DRAWS or PARAMETER != "cast":
             # In pieces: what is no cast would take half as many registers again with masks.
@@ -119,14 +127,14 @@ def update_tensors(
                 _update_chunk(
                     column, width, early, last, step, scale, scalars,
                     RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
-                    PARAMETER, STATES, ROWS, DRAWS,
+                    PARAMETER, STATES, ROWS, DRAWS, AVERAGE,
                 )  # fmt: skip
         else:
             last = last_chunk(column, width, numel, offsets, chunk, DTYPES, DRAWS)
             _update_chunk(
                 column, width, early, last, step, scale, scalars,
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
-                PARAMETER, STATES, ROWS, DRAWS,
+                PARAMETER, STATES, ROWS, DRAWS, AVERAGE,
             )  # fmt: skip
 
 
@@ -158,7 +166,7 @@ def _update_chunk(
     column, width, early, place, step, scale, scalars,
     RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, DEGREES: tl.constexpr,
     COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, PARAMETER: tl.constexpr, STATES: tl.constexpr,
-    ROWS: tl.constexpr, DRAWS: tl.constexpr,
+    ROWS: tl.constexpr, DRAWS: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     """Load one chunk of every operand, apply the rule, and store parameter and states."""
     n_inputs: tl.constexpr = len(DEGREES)
@@ -175,6 +183,7 @@ def _update_chunk(
     apply_rule(
         column, width, early, place, step, inputs, scalars,
         RULE, OPTIONS, DTYPES, n_inputs, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
+        AVERAGE,
     )  # fmt: skip
 
 
@@ -183,7 +192,7 @@ def apply_rule(
     column, width, early, place, step, inputs, scalars,
     RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, N_INPUTS: tl.constexpr,
     COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, PARAMETER: tl.constexpr, STATES: tl.constexpr,
-    ROWS: tl.constexpr, DRAWS: tl.constexpr,
+    ROWS: tl.constexpr, DRAWS: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk of parameter and states, whose addresses follow those of the inputs."""
     offsets, mask, lower, upper, groups, some, begin = place
@@ -200,13 +209,20 @@ def apply_rule(
     for i in tl.static_range(len(STATES)):
         pointer = operand(column, width, early, ROWS[i], DTYPES, ALIGNED, begin) + offsets
         pointers = pointers + (pointer,)
-        if STATES[i] == "cast" or STATES[i] == "positive cast":
+        if STATES[i] == "cast" or STATES[i] == "positive cast" or STATES[i] == "stochastic":
             states = states + (decode(pointer, mask, COMPUTE),)
         else:
             scale = address(column, width, ROWS[i] + 1, DTYPES, False) + groups
             x = codes.load(pointer, scale, mask, some, STATES[i])
             states = states + (x.to(COMPUTE),)
-    p, states = RULE(p, inputs, states, scalars, OPTIONS)
+    if AVERAGE:
+        count: tl.constexpr = len(STATES) - 1
+        last: tl.constexpr = len(scalars) - 1
+        moved = states[count:]
+        p, states = RULE(p, inputs, states[:count], scalars[:last], OPTIONS)
+        states = states + (follow(moved[0], p, scalars[last]),)
+    else:
+        p, states = RULE(p, inputs, states, scalars, OPTIONS)
     bits = None
     thresholds = None
     if DRAWS:
@@ -217,6 +233,9 @@ def apply_rule(
             encode(pointers[i], states[i], mask)
         elif STATES[i] == "positive cast":
             encode_positive(pointers[i], states[i], mask)
+        elif STATES[i] == "stochastic":
+            # By the other half of the bits: what rounds the parameter up is not to do so here.
+            tl.store(pointers[i], stochastic(states[i], turned(bits), DTYPES[ROWS[i]]), mask)
         else:
             # Here addresses are read again: they come while codes are formed, and to keep them
             # would take four registers a state.
@@ -302,8 +321,8 @@ def update_constants(
         block: elements that a program owns.
         format: how parameter and states are kept.
         rowwise: whether tensors are walked row by row.
-        stride: columns of the coefficients; those that the rule has, by default, and one for the
-            step where the format draws.
+        stride: columns of the coefficients; those that the rule has, by default, and those of the
+            format.
         n_inputs: how many inputs there are, if not as many as the rule has.
         backend: Triton's, ``cuda`` or ``hip``. That addresses are read early spares a wait, for
             registers that other formats have not, and AMD's compiler takes more of.
@@ -315,15 +334,16 @@ def update_constants(
         "OPTIONS": options,
         "DTYPES": types,
         "DEGREES": rule.degrees,
-        "N_COEFFICIENTS": rule.n_coefficients,
+        "N_COEFFICIENTS": rule.n_coefficients + format.average,
         "COMPUTE": compute_type(types),
         "ALIGNED": aligned,
         "BLOCK": block,
-        "STRIDE": rule.n_coefficients + format.draws if stride is None else stride,
+        "STRIDE": rule.n_coefficients + format.columns if stride is None else stride,
         "PARAMETER": format.parameter,
         "STATES": states,
         "ROWS": format.rows(n_inputs, len(states)),
         "DRAWS": format.draws,
+        "AVERAGE": format.average,
         "ROWWISE": rowwise,
-        "EARLY": format == PLAIN and backend != "hip",
+        "EARLY": format.is_cast and backend != "hip",
     }

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.codecs.format import CAST, CODES, POSITIVE_CAST
+from ..kernels.codecs.format import CAST, CODES, POSITIVE_CAST, STOCHASTIC
 from ..memory import codes, parameter
 from ..memory.dtypes import compute_dtype, decode, encode, encode_positive
 from ..memory.layout import is_dense, real_view, same_order
-from ..memory.rounding import keys, random_bits, spread
+from ..memory.rounding import keys, random_bits, spread, stochastic, turned
 from .entry import Entries
 
 # Elements that each thread takes of a piece: what a step touches of them fits a second-level cache.
@@ -48,6 +48,7 @@ class Kept:
         self.position = entries.positions[row]
         self.options = entries.options
         self.per_sample_inputs = entries.per_sample_inputs
+        self.averages = entries.format.average
         self.compute = compute_dtype(dtypes)
         self.tensors = [real_view(column[row]) for column in (entries.params, *entries.states)]
         self._format = entries.format
@@ -122,13 +123,21 @@ class Kept:
             parameter.store(own, companion, p, self._format.parameter, bits)
         for i, (codec, row) in enumerate(zip(self._codecs, self._rows, strict=True)):
             if codec not in CODES:
-                store = encode_positive if codec == POSITIVE_CAST else encode
-                store(piece.tensors[row], states[i])
+                self._store_float(piece.tensors[row], states[i], codec, bits)
                 continue
             assert thresholds is not None
             found, scale = codes.encode(states[i].float(), codec, piece.inner, thresholds)
             piece.tensors[row].copy_(found)
             piece.tensors[row + 1].copy_(scale.view_as(piece.tensors[row + 1]))
+
+    @staticmethod
+    def _store_float(memory: Tensor, value: Tensor, codec: str, bits: Tensor | None) -> None:
+        if codec == STOCHASTIC:
+            assert bits is not None
+            # By the other half of the bits than the parameter.
+            memory.copy_(stochastic(value, turned(bits), memory.dtype))
+        else:
+            (encode_positive if codec == POSITIVE_CAST else encode)(memory, value)
 
     def _drawn(self, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
         """Return random bits and thresholds, as ``kernels/codecs/place.py`` draws them."""

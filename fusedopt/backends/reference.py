@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..coefficients import Table
 from ..kernels.rule import Rule
+from ..kernels.weight_average import follow_twin
 from ..memory.dtypes import compute_dtype, decode, real_dtype
 from ..memory.layout import is_dense, real_view
 from .entry import Entries, Inputs
@@ -94,7 +95,8 @@ class ReferenceExecutor:
             if memory.per_sample_inputs:
                 own = list(reduce_samples(memory.tensors[0], own))
             memory.begin(row[-1])
-            coefficients = row[: self.rule.n_coefficients]
+            # With the weight of the average behind them.
+            coefficients = row[: self.rule.n_coefficients + memory.averages]
             for piece, values in memory.pieces(own):
                 self._update(memory, piece, values, coefficients, scale, skip)
 
@@ -114,8 +116,15 @@ class ReferenceExecutor:
             _scaled(decode(x, memory.compute), scale, degree)
             for x, degree in zip(inputs, self.rule.degrees, strict=True)
         )
-        p, new_states = self.rule.twin(p, scaled, states, coefficients, memory.options)
-        memory.store(piece, p, new_states)
+        average: tuple[Tensor, ...] = ()
+        if memory.averages:
+            *own, last = states
+            *of_rule, weight = coefficients
+            p, new_states = self.rule.twin(p, scaled, tuple(own), tuple(of_rule), memory.options)
+            average = (follow_twin(last, p, weight),)
+        else:
+            p, new_states = self.rule.twin(p, scaled, states, coefficients, memory.options)
+        memory.store(piece, p, (*new_states, *average))
         for target, before in zip(piece.tensors, old, strict=False):
             target.copy_(_chosen(skip, before, target))
 

@@ -51,8 +51,9 @@ class TritonExecutor:
             for key, rows in own.rows_by_key(orders).items()
         ]
         buckets.sort(key=lambda bucket: bucket[0].launch_order)
-        # The step is one more column of the coefficients, of all buckets.
-        stride = rule.n_coefficients + any(own.format.draws for own in entries)
+        # As wide as the table is, which all buckets read.
+        stride = rule.n_coefficients + any(own.format.average for own in entries)
+        stride += any(own.format.counts for own in entries)
         self.buckets = [Bucket(rule, device, *bucket, stride) for bucket in buckets]
         self._partials: Tensor | None = None
         # Sources of copies that a CUDA graph repeats.

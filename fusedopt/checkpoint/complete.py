@@ -50,11 +50,16 @@ def is_number(step: Any) -> bool:
 def beside(rule: Rule, group: Group) -> tuple[str, ...]:
     """Return the entries of a state that its format asks for and its rule does not.
 
-    The rest of the parameter, and the count that random bits depend on.
+    The rest of the parameter, the average of the weights, and the count that random bits and the
+    average depend on.
     """
     format = format_of(rule, group)
-    counts = ("step",) if format.device.draws and not rule.counts_steps else ()
-    return counts if format.companion is None else (format.companion, *counts)
+    found = [] if format.companion is None else [format.companion]
+    if format.average is not None:
+        found.append(format.average.name)
+    if format.device.counts and not rule.counts_steps:
+        found.append("step")
+    return tuple(found)
 
 
 def has_any(state: Mapping[str, Any], names: Iterable[str]) -> bool:

@@ -78,7 +78,7 @@ def _begin(
     for name in missing:
         if name in known:
             raise incomplete(Place(optimizer, p), name, state)
-        state[name] = new_step() if name == "step" else begun(p, name, format)
+        state[name] = new_step() if name == "step" else begun(p, name, format, state)
 
 
 def _shown(optimizer: Any, p: Tensor, state: State, format: GroupFormat) -> State:

@@ -11,6 +11,7 @@ from ..completion import FORMAT
 from ..formats.group import COMPANIONS, SCALE
 from ..formats.saved import PLAIN, companion_kinds, has_codes, kind_problem
 from ..kernels.rule import Rule
+from ..kernels.weight_average import NAME as AVERAGE
 from ..step.checks import placement_problem
 from .aside import Group
 from .complete import Place, beside, check_complete, incomplete, is_gap, is_number
@@ -37,7 +38,7 @@ def without_gaps(optimizer: Any, states: Mapping[Any, Any]) -> dict[Any, Any]:
     """Leave out the gaps of what the saved options do not ask for."""
     groups = optimizer.rule.example_groups or optimizer.param_groups
     known = {name for group in groups for name in optimizer.rule.states(group)}
-    known |= {"step", *COMPANIONS, *(name + SCALE for name in known)}
+    known |= {"step", AVERAGE, *COMPANIONS, *(name + SCALE for name in known)}
 
     def present(state: Any) -> Any:
         if not isinstance(state, Mapping) or not any(map(is_gap, state.values())):
@@ -72,7 +73,7 @@ def check_states(optimizer: Any, own: Group, saved: Group, states: Mapping[Any, 
     for p, state in params:
         place = Place(optimizer, p)
         check_complete(rule, names, besides, state, place)
-        for name in names:
+        for name in (*names, AVERAGE):
             if state.get(name) is not None:
                 _check_tensor(p, name, state[name], place)
         _check_kinds(companion_kinds(format), state, place)
@@ -104,8 +105,12 @@ def _besides(
     """Return what saved states must have besides what the rule keeps: what their format did."""
     found = [*companion_kinds(format)]
     # A count that the rule does not read has no other trace where nothing is in 8 bits.
+    states = list(states)
+    wanted = beside(rule, group)
+    if AVERAGE in wanted and any(AVERAGE in state for state in states):
+        found.append(AVERAGE)
     counted = has_codes(format) or any("step" in state for state in states)
-    return [*found, "step"] if counted and "step" in beside(rule, group) else found
+    return [*found, "step"] if counted and "step" in wanted else found
 
 
 def _check_kinds(kinds: Mapping[str, str], state: Mapping[str, Any], place: Place) -> None:

@@ -56,7 +56,7 @@ def fit(p: Any, state: State, format: GroupFormat, rule: Rule) -> None:
         ValueError: for a parameter whose states cannot be in groups.
     """
     restored(p, state, rule, format)
-    for own in format.states:
+    for own in format.kept:
         value = state.get(own.name)
         if isinstance(value, Tensor) and not _is_kept(value, state, own, p, format):
             plain = decoded(p, state, own.name, rule)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..kernels import weight_average
 from ..kernels.codecs import format as device
 from ..kernels.rule import Group, Rule
 
@@ -32,6 +33,7 @@ SCALE = "_scale"
 # Keys of what is kept beside a parameter, which belongs to it.
 COMPANIONS = ("master", "compensation")
 CODED = frozenset(CODE_DTYPES.values())
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class GroupFormat:
         companion_dtype: its type; None for the parameter's.
         states: in the order in which the rule takes them.
         seed: of what is rounded stochastically.
+        average: how the average of the weights is kept; None for none.
     """
 
     parameter: str
@@ -76,26 +79,31 @@ class GroupFormat:
     companion_dtype: torch.dtype | None
     states: tuple[StateFormat, ...]
     seed: int
+    average: StateFormat | None = None
+
+    @cached_property
+    def kept(self) -> tuple[StateFormat, ...]:
+        """The states, and the average."""
+        return self.states if self.average is None else (*self.states, self.average)
 
     @cached_property
     def is_plain(self) -> bool:
         """Whether all is as torch keeps it."""
         casts = all(s.codec == device.CAST and s.dtype is None for s in self.states)
-        return casts and self.parameter == device.CAST
+        return casts and self.parameter == device.CAST and self.average is None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Keys of the state dictionary that hold tensors, in the order of the address table."""
         own = () if self.companion is None else (self.companion,)
-        return own + tuple(name for state in self.states for name in state.names)
+        return own + tuple(name for state in self.kept for name in state.names)
 
     @cached_property
     def device(self) -> device.Format:
         """What the kernel is compiled for."""
-        codecs = tuple(state.codec for state in self.states)
-        if self.parameter == device.CAST and set(codecs) <= {device.CAST}:
-            return device.PLAIN
-        return device.Format(self.parameter, codecs)
+        codecs = tuple(state.codec for state in self.kept)
+        found = device.Format(self.parameter, codecs, self.average is not None)
+        return device.Format(average=found.average) if found.is_cast else found
 
     @cached_property
     def codecs(self) -> dict[str, str]:
@@ -104,7 +112,7 @@ class GroupFormat:
 
     @cached_property
     def _dtypes(self) -> dict[str, torch.dtype | None]:
-        found = {state.name: state.dtype for state in self.states}
+        found = {state.name: state.dtype for state in self.kept}
         if self.companion is not None:
             found[self.companion] = self.companion_dtype
         return found
@@ -139,7 +147,16 @@ def format_of(rule: Rule, group: Group) -> GroupFormat:
         parameter, companion = device.KAHAN, "compensation"
     states = tuple(_state(rule, name, group.get("state_dtype")) for name in rule.states(group))
     seed = group.get("rounding_seed", 0)
-    return GroupFormat(parameter, companion, companion_dtype, states, seed)
+    return GroupFormat(parameter, companion, companion_dtype, states, seed, _average(group))
+
+
+def _average(group: Group) -> StateFormat | None:
+    if group.get(weight_average.DECAY) is None:
+        return None
+    dtype = group.get(weight_average.DTYPE)
+    # To nearest, an average of which a step moves less than half a unit would stay where it is.
+    codec = device.STOCHASTIC if dtype in _HALVES else device.CAST
+    return StateFormat(weight_average.NAME, codec, dtype)
 
 
 def _state(rule: Rule, name: str, option: Any) -> StateFormat:
@@ -170,9 +187,9 @@ def keeps_state(rule: Rule, group: Group) -> bool:
     if rule.counts_steps:
         return True
     format = format_of(rule, group)
-    return bool(format.names) or format.device.draws
+    return bool(format.names) or format.device.counts
 
 
 def keeps_steps(rule: Rule, group: Group) -> bool:
     """Whether ``state["step"]`` is kept: the rule reads it, or what is stored depends on it."""
-    return rule.counts_steps or format_of(rule, group).device.draws
+    return rule.counts_steps or format_of(rule, group).device.counts

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import weight_average
 from ..kernels.rule import Group, Rule
 
 # With what they are by default.
@@ -65,6 +66,30 @@ def check_options(rule: Rule, group: Group) -> None:
     seed = group.get("rounding_seed", 0)
     if type(seed) is not int or not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"rounding_seed must be an int of 64 bits, got {seed!r}")
+    if group.get(weight_average.DECAY) is not None:
+        decay, dtype, start = map(group.get, weight_average.OPTIONS)
+        check_average(decay, dtype, start)
+
+
+def check_average(decay: Any, dtype: Any, start: Any, prefix: str = "average_") -> None:
+    """Raise ValueError for options of an average of the weights that mean nothing.
+
+    Args:
+        decay: a number, or a tensor of one, whose value is read where it is used.
+        dtype: of the average; None for the parameter's.
+        start: the steps before it.
+        prefix: of the names in messages.
+    """
+    number = isinstance(decay, (int, float)) and not isinstance(decay, bool) and 0 <= decay <= 1
+    if not number and not (isinstance(decay, Tensor) and decay.numel() == 1):
+        raise ValueError(f"{prefix}decay must be a number from 0 to 1, got {decay!r}")
+    if dtype not in (None, torch.float32, *_HALVES):
+        raise ValueError(
+            f"{prefix}dtype must be torch.float32, torch.bfloat16, torch.float16, or None for the"
+            f" parameter's, got {dtype!r}"
+        )
+    if type(start) is not int or start < 0:
+        raise ValueError(f"{prefix}start must be an int of at least 0, got {start!r}")
 
 
 def _too_coarse(rule: Rule, group: Group, state: str, dtype: Any) -> str | None:
@@ -111,7 +136,8 @@ def check_parameters(group: Group) -> None:
     Args:
         group: with options that are sound.
     """
-    if all(group.get(name) is None for name in ("state_dtype", "rounding", "master")):
+    asked = ("state_dtype", "rounding", "master", weight_average.DECAY)
+    if all(group.get(name) is None for name in asked):
         return
     shapes = (f"one of shape {tuple(p.shape)}" for p in group["params"])
     names = map(repr, group["param_names"]) if group.get("param_names") else shapes
@@ -138,3 +164,19 @@ def _check_parameter(group: Group, p: Tensor, which: str) -> None:
                     f"state_dtype={dtype!r} is for real parameters, and {which} is {p.dtype}. Put"
                     " it into a parameter group of its own, with state_dtype=None"
                 )
+    if group.get(weight_average.DECAY) is not None:
+        _check_averaged(group.get(weight_average.DTYPE), p, which)
+
+
+def _check_averaged(dtype: torch.dtype | None, p: Tensor, which: str) -> None:
+    name = weight_average.DTYPE
+    if dtype is None and p.dtype in _HALVES:
+        raise ValueError(
+            f"{name}=None keeps the average of {which} in {p.dtype}, which is to be asked for:"
+            f" {name}={p.dtype} rounds it stochastically, torch.float32 hardly at all"
+        )
+    if dtype in _HALVES and p.is_complex():
+        raise ValueError(
+            f"{name}={dtype} is for real parameters, and {which} is {p.dtype}. Put it into a"
+            f" parameter group of its own, with {name}=torch.float32"
+        )

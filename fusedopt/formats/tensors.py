@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.codecs import format as device
+from ..memory import parameter
 from ..memory.dtensor import is_dtensor, local_of, sharded_like
 from ..memory.storage import local_tensors
 from ..memory.walk import Rows, rows_of, scale_shape
@@ -61,15 +62,37 @@ def make_tensor(p: Any, local: Tensor, name: str, format: GroupFormat) -> tuple[
 
 def starts_as_copy(name: str, format: GroupFormat) -> bool:
     """Whether a tensor begins as the parameter's values, and not at zero."""
+    if format.average is not None and name == format.average.name:
+        return True
     return format.parameter == device.FLOAT32 and name == format.companion
 
 
-def begun(p: Any, name: str, format: GroupFormat) -> Tensor:
+def begin_as_copy(
+    new: Tensor, local: Tensor, name: str, format: GroupFormat, state: Mapping[str, Any]
+) -> None:
+    """Write the parameter's values into a tensor that begins with them.
+
+    Args:
+        new: what of the tensor lies in this process.
+        local: what of the parameter does.
+        name: the key.
+        format: of the group.
+        state: what is kept of the parameter and has values, a master perhaps.
+    """
+    beside = None if format.companion is None else state.get(format.companion)
+    if name == format.companion or not isinstance(beside, Tensor):
+        new.copy_(local)
+    else:
+        (companion,) = local_tensors([beside])
+        new.copy_(parameter.load(local, companion, format.parameter))
+
+
+def begun(p: Any, name: str, format: GroupFormat, state: Mapping[str, Any]) -> Tensor:
     """Make a tensor for the state of a parameter, with what it begins as; arguments as above."""
     (local,) = local_tensors([p])
     tensor, new = make_tensor(p, local, name, format)
     if starts_as_copy(name, format):
-        new.copy_(local)
+        begin_as_copy(new, local, name, format, state)
     else:
         new.zero_()
     return tensor

@@ -75,6 +75,11 @@ def spread(index: Tensor, turns: int | Tensor) -> Tensor:
     return _low32(x.long() + turns)
 
 
+def turned(bits: Tensor) -> Tensor:
+    """Exchange the halves of 32 bits, int32."""
+    return (bits << 16) | _shifted(bits, 16, 32)
+
+
 def _mix32(x: Tensor, a: int, b: int, c: int, d: int, e: int) -> Tensor:
     """Permute the numbers of 32 bits; ``x`` is overwritten."""
     for shift, factor in ((a, b), (c, d)):

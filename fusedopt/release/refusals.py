@@ -62,6 +62,7 @@ def check_optimizer(optimizer: Any, previous: bool) -> None:
     Raises:
         ValueError: naming the option.
     """
+    optimizer.refuse_if_applied("gradients cannot be released")
     clip, statistics = optimizer.clip, optimizer.statistics
     if clip is not None and not previous:
         raise ValueError(_CLIP)

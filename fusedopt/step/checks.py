@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import backends
-from ..coefficients import lives_on_device
+from ..coefficients import lives_on_device, numbers_of
 from ..formats import GroupFormat, format_of, keeps_steps
 from ..formats.tensors import problem as shape_problem
 from ..kernels.rule import Rule
@@ -54,7 +54,9 @@ def is_on_device(rule: Rule, group: dict[str, Any], scaler: bool) -> bool:
         group: the parameter group.
         scaler: whether a loss scaler keeps its overflow flag there.
     """
-    return bool(group.get("capturable")) or scaler or lives_on_device(group, rule.hyper)
+    return (
+        bool(group.get("capturable")) or scaler or lives_on_device(group, numbers_of(rule, group))
+    )
 
 
 def check_one_group(

@@ -62,8 +62,9 @@ class DeviceGroup:
         self._norm: tuple[Tensor, Readers | None] | None = None
         self.counter: StepCounter | None = None
         # Whether what is stored depends on the step, and so has to be told it.
-        draws = any(own.format.draws for own in entries)
-        if rule.counts_steps or draws:
+        counts = any(own.format.counts for own in entries)
+        averages = any(own.format.average for own in entries)
+        if rule.counts_steps or counts:
             # Of a group that keeps no counts beside one that does, they are counted all the same.
             counted = [own if "step" in own else {"step": new_step()} for own in states]
             self.counter = StepCounter(
@@ -75,13 +76,13 @@ class DeviceGroup:
         self.table: Table
         self._coefficients: Coefficients | None = None
         if on_device:
-            self.table = LiveTable(rule, device, group_of, groups, draws)
+            self.table = LiveTable(rule, device, group_of, groups, counts, averages)
             self.table.steps.copy_(torch.tensor(self._stages, dtype=torch.float64, device="cpu"))
-            counts = () if self.counter is None else self.counter.steps
-            self._coefficients = coefficients_on(backend, self.table, counts)
+            own_counts = () if self.counter is None else self.counter.steps
+            self._coefficients = coefficients_on(backend, self.table, own_counts)
         else:
             wide = _are_wide(entries, len(group_of))
-            self.table = HostTable(rule, device, group_of, wide, draws)
+            self.table = HostTable(rule, device, group_of, wide, counts, averages)
 
     def owns_steps(self) -> bool:
         """Whether nobody has replaced the step counts."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..coefficients import on_host
+from ..coefficients import numbers_of, on_host
 from ..kernels.rule import Group, Rule
 from .checks import check_virtual_batch_size, describe, is_on_device
 from .request import with_factors
@@ -49,7 +49,7 @@ def check_numbers(optimizer: Any, groups: Iterable[Group], whose: str = "") -> N
         ValueError: for more or fewer numbers than one, or than ``betas`` has.
     """
     for index, group in enumerate(groups):
-        for name in optimizer.rule.hyper:
+        for name in numbers_of(optimizer.rule, group):
             place = f"param_groups[{index}]{{}}{whose}"
             problem = _problem(place, group, name, optimizer)
             if problem is not None:

@@ -19,7 +19,9 @@ from torch import Tensor
 from .. import backends
 from ..backends import Draw, Entries, Inputs
 from ..clipping import GlobalNorm
+from ..coefficients import numbers_of
 from ..formats import GroupFormat, format_of
+from ..kernels.weight_average import DECAY
 from ..memory.device import is_capturing
 from ..memory.dtensor import are_same_specs
 from ..memory.layout import Fingerprint
@@ -221,7 +223,7 @@ class Plan:
             return None
         assert gradient is not None
         return Alone(
-            group, parameter, gradient, self._group, group.rule.hyper,
+            group, parameter, gradient, self._group, numbers_of(group.rule, self._group),
             self._states[0], self._names[0], self._input_print,
         )  # fmt: skip
 
@@ -399,7 +401,7 @@ def _is_constant_tuple(value: Any) -> bool:
 def _settings(request: Request) -> list[Any]:
     """Collect what the plan takes from the groups besides numbers."""
     rule = request.rule
-    skip = {"params", "param_names", "virtual_batch_size", *rule.hyper}
+    skip = {"params", "param_names", "virtual_batch_size", DECAY, *rule.hyper}
     settings: list[Any] = [request.backend, request.clips, request.per_sample, request.on_device]
     for group in request.groups:
         settings.append(format_of(rule, group))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..formats import format_of, keeps_steps
-from ..formats.tensors import make_tensor, starts_as_copy
+from ..formats.tensors import begin_as_copy, make_tensor, starts_as_copy
 from ..memory.dtensor import dtensor_class, sharded_like
 from .counts import State, new_steps
 
@@ -48,7 +48,8 @@ def create_states(
             else:
                 state[name], new = make_tensor(p, local, name, format)
             if starts_as_copy(name, format):
-                new.copy_(local)
+                begun = {n: x for n, x in state.items() if n not in absent}
+                begin_as_copy(new, local, name, format, begun)
             else:
                 # An 8-bit float of zeros is zeros, whose type not every device can fill.
                 memory.append(new.view(torch.uint8) if new.dtype == torch.float8_e4m3fn else new)

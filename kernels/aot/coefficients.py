@@ -24,7 +24,7 @@ def coefficients(rule: Rule, group: Group, name: str) -> Variant:
     """Coefficients of one group of hyper-parameters, or of several that differ in numbers alone."""
     entries = {key: group[key] for key in (*rule.hyper, *rule.factors)}
     counts = {k: len(v) if isinstance(v, tuple) else 1 for k, v in entries.items()}
-    found = formula.record(rule.coefficients, group, counts)
+    found = formula.record(lambda own, step, _: rule.coefficients(own, step), group, counts)
     count_type = tl.float32 if rule.counts_steps else None
     width = found.n_inputs + len(found.constants)
     pointers = {"table": "*i64", "inputs": "*fp64", "stages": "*fp64", "control": "*fp64"}

@@ -58,6 +58,7 @@ class Kept:
         states: a key of ``STATES``.
         aligned: whether every address is a multiple of 16 bytes.
         rowwise: whether tensors are walked row by row.
+        average: type of the average of the weights; nothing for none.
     """
 
     types: tuple[str, str]
@@ -65,19 +66,21 @@ class Kept:
     states: str
     aligned: bool = True
     rowwise: bool = False
+    average: str = ""
 
     @property
     def name(self) -> str:
         """What tables call it."""
         parts = ["/".join(dict.fromkeys(self.types)), self.parameter, f"{self.states} states"]
+        parts += [f"{self.average} average"] * bool(self.average)
         parts += ["rowwise"] * self.rowwise + ["unaligned"] * (not self.aligned)
         return " ".join(filter(None, parts))
 
     def format(self, rule: Rule, group: Group) -> Format:
         """Return the kernel's format with a rule, for hyper-parameters of it."""
         codecs = tuple(codec for codec, _ in self._states(rule, group))
-        own = Format(PARAMETERS[self.parameter][0], codecs)
-        return own if own.parameter != CAST or set(codecs) - {CAST} else Format()
+        own = Format(PARAMETERS[self.parameter][0], codecs, bool(self.average))
+        return Format(average=own.average) if own.is_cast else own
 
     def kept_types(self, rule: Rule, group: Group) -> tuple[str, ...]:
         """Return the types of what is kept beside a parameter, and then of the states."""
@@ -91,7 +94,10 @@ class Kept:
 
     def _states(self, rule: Rule, group: Group) -> list[tuple[str, str]]:
         kinds = STATES[self.states]
-        return [kinds[name in rule.nonnegative] for name in rule.states(group)]
+        found = [kinds[name in rule.nonnegative] for name in rule.states(group)]
+        if self.average:
+            found.append((CAST if self.average == "fp32" else STOCHASTIC, self.average))
+        return found
 
 
 def every() -> Iterator[Kept]:
@@ -131,6 +137,22 @@ def every() -> Iterator[Kept]:
         yield Kept(half, parameter, states, rowwise=True)
     yield Kept(("fp32", "fp32"), "", "int8", rowwise=True)
     yield Kept(half, "remainder8", "int8", aligned=False, rowwise=True)
+
+
+def averaged() -> Iterator[Kept]:
+    """Those with an average of the weights."""
+    half, single = ("bf16", "bf16"), ("fp32", "fp32")
+    for average in ("fp32", "bf16"):
+        yield Kept(single, "", "fp32", average=average)
+        yield Kept(single, "", "fp32", aligned=False, average=average)
+        for parameter, states in (
+            ("", "bf16"),
+            ("stochastic", "bf16"),
+            ("remainder", "fp32"),
+            ("remainder8", "int8"),
+        ):
+            yield Kept(half, parameter, states, average=average)
+        yield Kept(half, "remainder8", "int8", rowwise=True, average=average)
 
 
 def some() -> Iterator[Kept]:

@@ -23,7 +23,8 @@ UNSIGNED = "unsigned"
 FLOAT8 = "float8"
 POSITIVE_FLOAT8 = "positive float8"
 CODES = (SIGNED, UNSIGNED, FLOAT8, POSITIVE_FLOAT8)
-STATES = (CAST, POSITIVE_CAST, *CODES)
+# Stochastic is the average of the weights, in 16 bits.
+STATES = (CAST, POSITIVE_CAST, STOCHASTIC, *CODES)
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,17 @@ class Format:
     Attributes:
         parameter: ``CAST``, ``STOCHASTIC`` or one of ``COMPANIONS``.
         states: for each state, one of ``STATES``; none for as many casts as there are.
+        average: whether the last of them is not the rule's, but the average of the weights.
     """
 
     parameter: str = CAST
     states: tuple[str, ...] = ()
+    average: bool = False
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether all is kept as a floating type that it is rounded to."""
+        return self.parameter == CAST and set(self.states) <= {CAST}
 
     @property
     def has_companion(self) -> bool:
@@ -50,13 +58,23 @@ class Format:
 
     @property
     def draws_anew(self) -> bool:
-        """Whether the parameter is rounded stochastically."""
-        return self.parameter in (STOCHASTIC, REMAINDER_STOCHASTIC)
+        """Whether the parameter or its average is rounded stochastically."""
+        return self.parameter in (STOCHASTIC, REMAINDER_STOCHASTIC) or STOCHASTIC in self.states
 
     @property
     def draws(self) -> bool:
         """Whether what is stored depends on seed, parameter, index and step."""
         return self.has_codes or self.draws_anew
+
+    @property
+    def counts(self) -> bool:
+        """Whether what is stored depends on the step's number, whatever the rule reads."""
+        return self.draws or self.average
+
+    @property
+    def columns(self) -> int:
+        """Return how many coefficients there are besides the rule's: a weight, and the step."""
+        return self.average + self.counts
 
     def rows(self, n_inputs: int, n_states: int) -> tuple[int, ...]:
         """Return for each state which operand of the table its first tensor is.

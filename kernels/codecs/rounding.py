@@ -76,6 +76,12 @@ def scattered(x):
 
 
 @jit
+def turned(bits):
+    """Exchange the halves of 32 bits: what is rounded by the upper one first is independent."""
+    return (bits << 16) | (bits >> 16)
+
+
+@jit
 def _mix32(
     x, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip

@@ -151,6 +151,7 @@ def update_from_samples(
     STATES: tl.constexpr,
     ROWS: tl.constexpr,
     DRAWS: tl.constexpr,
+    AVERAGE: tl.constexpr,
     ROWWISE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -182,6 +183,7 @@ def update_from_samples(
             apply_rule(
                 column, width, None, place, step, inputs, scalars,
                 RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
+                AVERAGE,
             )  # fmt: skip
         elif start + BLOCK <= numel:
             inputs = _reduced(
@@ -192,6 +194,7 @@ def update_from_samples(
             apply_rule(
                 column, width, None, whole, step, inputs, scalars,
                 RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
+                AVERAGE,
             )  # fmt: skip
         elif DRAWS or PARAMETER != "cast":
             for part in range(BLOCK // 256):
@@ -205,6 +208,7 @@ def update_from_samples(
                 apply_rule(
                     column, width, None, last, step, inputs, scalars,
                     RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
+                    AVERAGE,
                 )  # fmt: skip
         else:
             inputs = _reduced(
@@ -215,6 +219,7 @@ def update_from_samples(
             apply_rule(
                 column, width, None, last, step, inputs, scalars,
                 RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
+                AVERAGE,
             )  # fmt: skip
 
 

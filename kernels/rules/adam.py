@@ -1,6 +1,6 @@
 """Adam and AdamW, with AMSGrad.
 
-    p = (1 - lr wd) p                     decoupled decay (AdamW)
+    p = (1 - lr wd) p                     decoupled decay (AdamW); or cautious: see ``cautious.py``
     d = g + wd p                          coupled decay (Adam)
     m = m + (1 - beta1)(d - m)
     v = beta2 v + (1 - beta2) d^2
@@ -27,6 +27,7 @@ from .. import torch_ops as T
 from ..lang import divide, jit, lerp, maximum, sqrt, tl, where
 from ..rule import Group, Rule, Scalar
 from .averages import weights
+from .cautious import NAME, is_cautious, shrunk, shrunk_twin
 
 COEFFICIENTS = (
     "sign", "coupled_decay", "shrink", "one_minus_beta1", "beta2", "one_minus_beta2", "root_bias",
@@ -60,7 +61,7 @@ def coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
 
 @jit
 def update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
-    """Update one block; OPTIONS is (amsgrad,)."""
+    """Update one block; OPTIONS is (amsgrad, cautious)."""
     sign, coupled_decay, shrink, one_minus_beta1, beta2 = coefficients[:5]
     one_minus_beta2, root_bias, eps, step_size = coefficients[5:]
     d = inputs[0] * sign
@@ -84,7 +85,11 @@ def apply_moments(p, exp_avg, exp_avg_sq, states, scalars, OPTIONS: tl.constexpr
     # The first quotient is not divide(): a second one would cost a dozen registers, and with them
     # programs in flight. It is within two units in the last place.
     denominator = sqrt(largest) / root_bias + eps
-    return p * shrink - step_size * divide(exp_avg, denominator), new_states
+    if OPTIONS[1]:
+        ratio = divide(exp_avg, denominator)
+        return shrunk(p, ratio, shrink) - step_size * ratio, new_states
+    else:
+        return p * shrink - step_size * divide(exp_avg, denominator), new_states
 
 
 def twin(
@@ -114,6 +119,9 @@ def apply_moments_twin(
     if options[0]:
         torch.maximum(states[2], exp_avg_sq, out=states[2])
     denominator = T.shift_(T.divide_(states[-1].sqrt(), root_bias), eps)
+    if options[1]:
+        ratio = exp_avg / denominator
+        return T.add_(shrunk_twin(p, ratio, shrink), ratio, -step_size), states
     return T.addcdiv_(T.scale_(p, shrink), exp_avg, denominator, -step_size), states
 
 
@@ -130,6 +138,7 @@ def peaking(group: Group) -> tuple[str, ...]:
 _DEFAULTS = {
     "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0, "amsgrad": False,
     "maximize": False, "decoupled_weight_decay": False, "bias_correction": "adam",
+    NAME: False,
 }  # fmt: skip
 
 ADAM = Rule(
@@ -138,8 +147,8 @@ ADAM = Rule(
     twin=twin,
     coefficients=coefficients,
     states=states,
-    options=lambda group: (bool(group["amsgrad"]),),
-    option_names=("amsgrad",),
+    options=lambda group: (bool(group["amsgrad"]), is_cautious(group)),
+    option_names=("amsgrad", "cautious"),
     hyper=("lr", "betas", "eps", "weight_decay"),
     coefficient_names=COEFFICIENTS,
     nonnegative=NONNEGATIVE,
@@ -152,5 +161,6 @@ ADAM = Rule(
         {**_DEFAULTS, "bias_correction": None, "weight_decay": 0.1},
         # Horizons of 1.25 and 2.5 steps, so that a few steps see both sides of them.
         {**_DEFAULTS, "bias_correction": "running_mean", "betas": (0.2, 0.6)},
+        {**_DEFAULTS, "weight_decay": 2.0, "decoupled_weight_decay": True, NAME: True},
     ),
 )

@@ -67,7 +67,7 @@ def adam_coefficients(group: Group, step: Scalar) -> tuple[Scalar, ...]:
 
 @jit
 def adam_update(p, inputs, states, coefficients, OPTIONS: tl.constexpr):
-    """Update one block; OPTIONS is (amsgrad,)."""
+    """Update one block; OPTIONS is (amsgrad, cautious)."""
     sign, shrink, one_minus_beta1, beta2 = coefficients[:4]
     mean_weight, square_weight, root_bias, eps, step_size = coefficients[4:]
     d = inputs[0] * sign

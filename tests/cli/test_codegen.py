@@ -169,7 +169,7 @@ def test_some_variants_are_no_baseline(tmp_path, capsys):
     assert result.returncode == 2 and "no variant has Signum bf17" in result.stderr
 
 
-ADAM = update_tensors(REGISTRY["Adam"], (False,), ("fp32",) * 4)
+ADAM = update_tensors(REGISTRY["Adam"], (False, False), ("fp32",) * 4)
 GOOD = Report(registers=60, stack=0, shared=0, loads={128: 8}, stores={128: 6}, matrix=())
 
 

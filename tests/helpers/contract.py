@@ -47,10 +47,10 @@ def _case(name: str, variant: str = "", **options: Any) -> Case:
 
 # Options that torch lacks, at the value that makes them torch's.
 OWN: dict[str, dict[str, Any]] = {
-    "SGD": {"momentum_form": "torch"},
+    "SGD": {"momentum_form": "torch", "cautious_weight_decay": False},
     "RMSprop": {"bias_correction": False, "denominator": "std"},
-    "Adam": {"bias_correction": "adam"},
-    "AdamW": {"bias_correction": "adam"},
+    "Adam": {"bias_correction": "adam", "cautious_weight_decay": False},
+    "AdamW": {"bias_correction": "adam", "cautious_weight_decay": False},
 }
 
 # Arguments at which every term of the update shows: steps are large, averages short.

@@ -62,8 +62,8 @@ def _exactly(rule: Any, group: Any, table: LiveTable, step: float) -> list[Decim
     formula = table.formulas[0]
     with localcontext() as context:
         context.prec = 60
-        known = [Decimal(step), *map(Decimal, table.inputs[0].tolist())]
-        known = known[: 1 + formula.n_inputs + len(formula.constants)]
+        known = [Decimal(step), Decimal(step), *map(Decimal, table.inputs[0].tolist())]
+        known = known[: 2 + formula.n_inputs + len(formula.constants)]
         for name, a, b in zip(formula.operations, formula.left, formula.right, strict=True):
             known.append(EXACT[name](known[a], known[b]))
         return [known[place] for place in formula.results]
@@ -117,14 +117,14 @@ def test_kernel_and_pytorch_differ_by_powers_alone(rule: Any, group: Any) -> Non
     kernel = _by_kernel(rule, [group], [0] * len(STEPS), STEPS)
     formula = table.formulas[0]
     powers = {
-        1 + formula.n_inputs + len(formula.constants) + i
+        2 + formula.n_inputs + len(formula.constants) + i
         for i, name in enumerate(formula.operations)
         if name == "pow"
     }
     touched = set(powers)
     for i, (a, b) in enumerate(zip(formula.left, formula.right, strict=True)):
         if {a, b} & touched:
-            touched.add(1 + formula.n_inputs + len(formula.constants) + i)
+            touched.add(2 + formula.n_inputs + len(formula.constants) + i)
     for column, place in enumerate(formula.results):
         if place not in touched:
             assert torch.equal(kernel[:, column], table.values[:, column]), column
@@ -174,22 +174,22 @@ def test_numbers_that_live_on_the_device_are_read_at_every_step() -> None:
         live["weight_decay"].fill_(decay)
         coefficients.step([live], CONTROL)
         named = dict(zip(rule.coefficient_names, table.values[0].tolist(), strict=True))
-        assert (named["lr"], named["coupled_decay"]) == (lr, decay)
+        assert (named["lr"], named["decay"]) == (lr, decay)
 
 
 def test_a_formula_says_what_was_done() -> None:
-    def coefficients(group: Any, step: Any) -> tuple[Any, ...]:
+    def coefficients(group: Any, step: Any, number: Any) -> tuple[Any, ...]:
         a, b = group["betas"]
-        return -a, 1 - b**step, 2.0, a / step + (step > 1), 0.0, -0.0
+        return -a, 1 - b**step, 2.0, a / step + (number > 1), 0.0, -0.0
 
     found = formulas.record(coefficients, {"betas": (0.1, 0.2)}, {"betas": 2})
     assert found.constants == (-1.0, 1.0, 2.0, 0.0, -0.0) and found.n_inputs == 2
     assert found.operations == ("mul", "pow", "sub", "div", "gt", "add")
-    # Step 0, inputs 1 and 2, constants 3 to 7, operations from 8 on.
-    assert (found.left, found.right) == ((1, 2, 4, 1, 0, 11), (3, 0, 9, 0, 4, 12))
-    assert found.results == (8, 10, 5, 13, 6, 7)
+    # Step 0, its number 1, inputs 2 and 3, constants 4 to 8, operations from 9 on.
+    assert (found.left, found.right) == ((2, 3, 5, 2, 1, 12), (4, 0, 10, 0, 5, 13))
+    assert found.results == (9, 11, 6, 14, 7, 8)
 
 
 def test_a_branch_on_what_lives_on_the_device_is_an_error() -> None:
     with pytest.raises(TypeError, match="branched on a hyper-parameter"):
-        formulas.record(lambda group, step: (1.0 if step > 1 else 0.0,), {}, {})
+        formulas.record(lambda group, step, _: (1.0 if step > 1 else 0.0,), {}, {})

@@ -26,6 +26,7 @@ LAYERS = (
     "clipping",
     "backends",
     "statistics",
+    "averaging",
     "step",
     "completion",
     "checkpoint",

@@ -6,12 +6,14 @@ and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+
+from ...memory.dtensor import holds_dtensors
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,24 @@ def _all(model: nn.Module) -> Iterator[Managed]:
             for group in _groups(module):
                 for inner in group.fsdp_params:
                     yield Managed(group, inner)
+
+
+def reshard(parameters: Sequence[Tensor]) -> None:
+    """Give up what FSDP2 has gathered of some shards, so that it is gathered anew when needed.
+
+    After a forward pass without backward the outermost module keeps its whole weights, and the next
+    pass computes with them, whatever was written to the shards since.
+    """
+    if not distributed.is_available() or not holds_dtensors(parameters):
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+
+    own = set(map(id, parameters))
+    for module in list(_module_state_mapping):
+        if is_managing(module):
+            inner = [x for group in _groups(module) for x in group.fsdp_params]
+            if not own.isdisjoint(id(x.sharded_param) for x in inner):
+                module.reshard()  # type: ignore[operator]
 
 
 def is_managing(module: nn.Module) -> bool:
