@@ -7,6 +7,7 @@ from .accumulation import GradientAccumulator
 from .batch_decoupled import BatchDecoupledAdam, BatchDecoupledRMSprop
 from .checkpoint import export_state_dict
 from .clipping import GlobalNorm
+from .guard import SpikeGuard
 from .kernels.rule import Rule
 from .optimizer import FusedOptimizer
 from .optimizers import SGD, Adam, AdamW, RMSprop
@@ -32,6 +33,7 @@ __all__ = [
     "PerSampleSquares",
     "RMSprop",
     "Rule",
+    "SpikeGuard",
     "export_state_dict",
     "gradient_release",
     "scaling",
