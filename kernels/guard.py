@@ -39,7 +39,6 @@ def guarded_factor(
     bound = tl.load(record + 3)
     overflow = (scaled != 0) & (tl.load(control + 1) != 0.0)
     value = total_norm(partials, count, INFINITY_NORM, BLOCK)
-    store_factor(value, inverse_scale, max_norm, control, norm)
 
     held = tl.minimum(accepted, window.to(tl.float64)).to(tl.int32)
     mean, deviation = _spread(record + 4, held, BLOCK)
@@ -51,6 +50,7 @@ def guarded_factor(
     taken = tl.where(z > bound, 0.0, tl.where(value < float("inf"), 1.0, 0.0))
     # An overflow is the scaler's to count. A norm of 0 says nothing about norms.
     noted = tl.where(overflow | (value == 0.0), 0.0, 1.0)
+    store_factor(value, inverse_scale, max_norm, control, norm)
     tl.store(control + 1, tl.where(overflow, 1.0, 1.0 - taken))
     tl.store(record, accepted + noted * taken)
     tl.store(record + 1, skipped + noted * (1.0 - taken))
