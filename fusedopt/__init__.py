@@ -9,6 +9,7 @@ from .averaging import WeightAverage
 from .batch_decoupled import BatchDecoupledAdam, BatchDecoupledRMSprop
 from .checkpoint import export_state_dict
 from .clipping import GlobalNorm
+from .guard import SpikeGuard
 from .kernels.rule import Rule
 from .lion import Lion
 from .optimizer import FusedOptimizer
@@ -39,6 +40,7 @@ __all__ = [
     "RMSprop",
     "Rule",
     "ScheduleFreeAdamW",
+    "SpikeGuard",
     "WeightAverage",
     "export_state_dict",
     "gradient_release",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import backends
 from .checkpoint import Present, check_present, initialise, is_initialising
 from .formats import check_parameters, format_of, keeps_steps
 from .formats.fitting import fit_states
@@ -68,14 +69,14 @@ class Engine:
         request = gather(optimizer, grad_scale, found_inf, known, span)
         if request is None:
             if span is not None:
-                join_norm(optimizer.clip, span, _device(optimizer, span), found_inf)
+                self._join(optimizer, span, found_inf)
             return
         if plan is None or not plan.fits(request):
             with _without_collections():
                 plan = self._make_plan(optimizer, request)
         plan.check_capture()
         try:
-            plan.prepare(request, optimizer.clip)
+            plan.prepare(request, optimizer.step_norm)
             skipped = plan.is_skipped(request)
         except Exception:
             self._undo(optimizer, plan)
@@ -93,9 +94,16 @@ class Engine:
         # Autograd then notices a parameter that changed between forward and backward.
         torch.autograd.graph.increment_version(request.params)
 
+    def _join(self, optimizer: Any, span: Span, found_inf: Tensor | None) -> None:
+        """Take part in the norm of the others' step."""
+        device = _device(optimizer, span)
+        name = backends.choose(device, optimizer.backend)[0]
+        executor = backends.prepare(name, optimizer.rule, device, (), True)
+        join_norm(optimizer.step_norm, span, device, found_inf, executor, optimizer.guard)
+
     def find_span(self, optimizer: Any, anew: bool = False) -> Span | None:
         """Return the processes to clip with; they are found anew where groups have changed."""
-        clip = optimizer.clip
+        clip = optimizer.step_norm
         if clip is None or not in_several_processes():
             return None
         groups = optimizer.param_groups
@@ -193,8 +201,8 @@ class Engine:
             for group in plan.device_groups:
                 if group.on_device:
                     self._push(optimizer, group, plan.samples)
-            if optimizer.clip is not None:
-                plan.device_groups[0].scale.set_max_norm(optimizer.clip.max_norm)
+            if optimizer.step_norm is not None:
+                plan.device_groups[0].scale.set_max_norm(optimizer.step_norm.max_norm)
 
     def _push(self, optimizer: Any, group: DeviceGroup, samples: int) -> None:
         try:

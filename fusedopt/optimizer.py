@@ -28,8 +28,10 @@ from .completion import TORCHS, Lent, is_completed, is_completing
 from .engine import Engine
 from .formats import OPTIONS as PRECISION
 from .formats import check_options, check_parameters
+from .guard import SpikeGuard
 from .kernels.rule import Rule
 from .kernels.weight_average import OPTIONS as AVERAGE
+from .normed import TakesNorm
 from .source import Source
 from .statistics.base import Statistics
 from .step.checks import check_source, check_statistics, check_virtual_batch_size
@@ -40,7 +42,7 @@ from .step.wrappers import watch
 from .tracing import untraced
 
 
-class FusedOptimizer(Averaged, Optimizer):
+class FusedOptimizer(Averaged, TakesNorm, Optimizer):
     """A ``torch.optim.Optimizer`` whose step is one launch for all parameters.
 
     A subclass names its ``rule`` and passes its hyper-parameters on::
@@ -57,6 +59,7 @@ class FusedOptimizer(Averaged, Optimizer):
         backend: ``"auto"`` (Triton for tensors on a GPU, else the reference), ``"triton"`` or
             ``"reference"``.
         clip: ``fusedopt.GlobalNorm(max_norm)``, or None.
+        guard: ``fusedopt.SpikeGuard()``, which leaves out steps by their norm, or None.
         statistics: where per-sample squares come from, for rules that take them.
         virtual_batch_size: for such rules, the batch whose second moment is to be averaged.
         state_dtype: in what states are kept: None for the parameter's type, a floating
@@ -93,6 +96,7 @@ class FusedOptimizer(Averaged, Optimizer):
         *,
         backend: str = "auto",
         clip: GlobalNorm | None = None,
+        guard: SpikeGuard | None = None,
         statistics: Statistics | None = None,
         virtual_batch_size: float | None = None,
         state_dtype: Any = None,
@@ -105,7 +109,7 @@ class FusedOptimizer(Averaged, Optimizer):
         if capturable is not None:
             defaults = {**defaults, "capturable": capturable}
         backends.check_name(backend)
-        self.clip = clip
+        self.clip, self.guard = clip, guard
         defaults = {
             **defaults,
             "state_dtype": state_dtype,
@@ -161,17 +165,6 @@ class FusedOptimizer(Averaged, Optimizer):
         return (*self.own_options, *PRECISION, *AVERAGE)
 
     @property
-    def clip(self) -> GlobalNorm | None:
-        """How gradients are clipped; None for not at all. May be set between steps."""
-        return self._clip
-
-    @clip.setter
-    def clip(self, clip: GlobalNorm | None) -> None:
-        if clip is not None and not isinstance(clip, GlobalNorm):
-            raise TypeError(f"clip must be a fusedopt.GlobalNorm or None, got {clip!r}")
-        self._clip = clip
-
-    @property
     def statistics(self) -> Source | None:
         """Where the inputs of the rule besides ``p.grad`` come from; None for none.
 
@@ -196,7 +189,7 @@ class FusedOptimizer(Averaged, Optimizer):
         As of torch's optimizers, with ``fused=True`` alone: who unscales and clips by hand tells
         from this whether gradients are the true ones. Clipping and statistics of ours need both.
         """
-        folded = self.clip is not None or self._statistics is not None
+        folded = self.step_norm is not None or self._statistics is not None
         # Which says what is wrong with it.
         folded = folded or self.gradient_release is not None
         return folded or any(group.get("fused") for group in self.param_groups)
@@ -221,7 +214,7 @@ class FusedOptimizer(Averaged, Optimizer):
             )
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        for name in ("backend", "clip", "statistics", "average"):
+        for name in ("backend", "clip", "guard", "statistics", "average"):
             # Wrappers put all arguments of the constructor into groups.
             if param_group.get(name, getattr(self, name)) != getattr(self, name):
                 raise ValueError(f"{name} is one for all groups: pass it to the optimizer")
@@ -374,7 +367,8 @@ class FusedOptimizer(Averaged, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizer of the same name does, with the clipping bound.
 
-        Options that torch's class has not are saved aside: see ``fusedopt.checkpoint.aside``.
+        And with what a guard counts and remembers. Both, and options that torch's class has not,
+        are saved aside: see ``fusedopt.checkpoint.aside``.
 
         Returns:
             A dictionary of plain values and tensors that both load.
@@ -387,11 +381,15 @@ class FusedOptimizer(Averaged, Optimizer):
         state_dict: dict[str, Any] = super().state_dict()
         show_formats(self, state_dict, self._known_of)
         config = None if self.clip is None else self.clip.config()
+        guard = None if self.guard is None else self.guard.state()
         for group in state_dict["param_groups"]:
             group["clip"] = config
-            # A wrapper's argument; its options are entries of their own.
+            # Wrappers may have put objects there; an average's options are entries of their own.
             group.pop("average", None)
-            put_aside(group, ["clip", *self.extra_options])
+            group.pop("guard", None)
+            if guard is not None:
+                group["guard"] = guard
+            put_aside(group, ["clip", "guard", *self.extra_options])
             if self.form is not None and saved_form(group, self.form) not in (None, "torch"):
                 claim(group, self.form)
         self._lent = Lent(state_dict) if is_completing() else None
@@ -417,7 +415,7 @@ class FusedOptimizer(Averaged, Optimizer):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dictionary, got {state_dict!r}")
         self.refuse_if_applied("no state can be loaded")
-        clip: Any = ...
+        beside: dict[str, Any] = {}
         lent, self._lent = self._lent, None
         if lent is not None and is_completed():
             state_dict = lent.returned(state_dict, self.form)
@@ -425,8 +423,8 @@ class FusedOptimizer(Averaged, Optimizer):
         kept: list[tuple[Tensor, dict[str, Any]]] = []
 
         def unpack(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            nonlocal clip
-            loaded, clip = unpacked(self, saved)
+            loaded, found = unpacked(self, saved)
+            beside.update(found)
             kept.extend(kept_states(self, loaded))
             return loaded
 
@@ -440,15 +438,11 @@ class FusedOptimizer(Averaged, Optimizer):
         for p, state in kept:
             rest = {n: x for n, x in self.state[p].items() if n == "step" or not torch.is_tensor(x)}
             self.state[p] = {**rest, **state}
-        if clip is ...:
-            return
-        if clip is None or self.clip is None:
-            self.clip = None if clip is None else GlobalNorm(**clip)
-        else:
-            self.clip.configure(clip)
+        self.take_norm(beside)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**super().__getstate__(), "backend": self.backend, "clip": self.clip}
+        state = {**super().__getstate__(), "backend": self.backend}
+        state |= {"clip": self.clip, "guard": self.guard}
         states, patterns = as_patterns(self.state)
         return {**state, "state": states, "patterns": patterns} if patterns else state
 
@@ -463,9 +457,11 @@ class FusedOptimizer(Averaged, Optimizer):
         self.wrapper_group = None
         self._lent = None
         self.__dict__.setdefault("gradient_release", None)
-        # States of a pickle have it under its public name.
-        if "clip" in self.__dict__:
-            self.clip = self.__dict__.pop("clip")
+        # States of a pickle have them under their public names; older ones have no guard.
+        self.__dict__.setdefault("_guard", None)
+        for name in ("clip", "guard"):
+            if name in self.__dict__:
+                setattr(self, name, self.__dict__.pop(name))
         # Pickles of before had it under its public name.
         self.__dict__.setdefault("_statistics", self.__dict__.pop("statistics", None))
         # Keys that an older or a torch checkpoint does not have.

@@ -374,6 +374,8 @@ def _check_covered(optimizer: FusedOptimizer) -> None:
     """Raise for what the theory does not cover."""
     if optimizer.clip is not None:
         raise ValueError("SVAG does not cover clipping, which is no SDE: pass clip=None")
+    if optimizer.guard is not None:
+        raise ValueError("SVAG does not cover steps left out, which no SDE has: pass guard=None")
     for group in optimizer.param_groups:
         for name, covered in _COVERED.items():
             if name in group and group[name] not in covered:

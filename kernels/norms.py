@@ -98,6 +98,13 @@ def clip_factor(
     BLOCK: tl.constexpr,
 ):
     """Reduce the partial values in one program and form the factor on the gradient."""
+    value = total_norm(partials, count, INFINITY_NORM, BLOCK)
+    store_factor(value, inverse_scale, max_norm, control, norm)
+
+
+@jit
+def total_norm(partials, count, INFINITY_NORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Reduce the partial values to the norm, in a fixed order."""
     total = tl.zeros((BLOCK,), tl.float64)
     start = 0
     # A while loop: the interpreter of Triton 3.6 fails on range() with a run-time bound.
@@ -112,6 +119,12 @@ def clip_factor(
     value = _reduce(total, INFINITY_NORM)
     if not INFINITY_NORM:
         value = tl.sqrt(value)
+    return value
+
+
+@jit
+def store_factor(value, inverse_scale, max_norm, control, norm):
+    """Write the norm, and the factor on the raw gradient that comes of it."""
     factor = tl.load(max_norm) / (value + 1e-6)
     # Not minimum(): a nan norm must give a nan factor, as torch's clamp does.
     factor = tl.where(factor > 1.0, 1.0, factor)

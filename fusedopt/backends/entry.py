@@ -128,6 +128,24 @@ class Executor(Protocol):
     ) -> None:
         """Write the gradient's norm, and into ``control[0]`` the factor on the raw gradient."""
 
+    def guarded_factor(
+        self,
+        partials: Tensor,
+        inverse_scale: Tensor,
+        max_norm: Tensor,
+        control: Tensor,
+        norm: Tensor,
+        infinity_norm: bool,
+        record: Tensor,
+        min_steps: int,
+        scaled: bool,
+    ) -> None:
+        """Do the same, decide about the step by ``record``, and write that into ``control[1]``.
+
+        The record is that of ``fusedopt/kernels/guard.py``. Nothing is decided below ``min_steps``
+        norms. With ``scaled``, ``control[1]`` says already whether a loss scaler found an overflow.
+        """
+
     def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
         """Apply the rule to every entry, unless ``control[1]`` is set."""
 

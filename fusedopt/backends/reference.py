@@ -20,6 +20,7 @@ from ..memory.dtypes import compute_dtype, decode, real_dtype
 from ..memory.layout import is_dense, real_view
 from .entry import Entries, Inputs
 from .kept import PIECE_OF_THREAD, Kept, Piece
+from .reference_guard import decide
 
 
 class ReferenceExecutor:
@@ -68,10 +69,22 @@ class ReferenceExecutor:
         norm: Tensor,
         infinity_norm: bool,
     ) -> None:
-        value = partials.max() if infinity_norm else partials.sum().sqrt()
-        factor = torch.clamp(max_norm / (value + 1e-6), max=1.0)
-        control[:1].copy_(factor * inverse_scale)
-        norm.copy_(value)
+        norm_of(partials, inverse_scale, max_norm, control, norm, infinity_norm)
+
+    def guarded_factor(
+        self,
+        partials: Tensor,
+        inverse_scale: Tensor,
+        max_norm: Tensor,
+        control: Tensor,
+        norm: Tensor,
+        infinity_norm: bool,
+        record: Tensor,
+        min_steps: int,
+        scaled: bool,
+    ) -> None:
+        value = norm_of(partials, inverse_scale, max_norm, control, norm, infinity_norm)
+        decide(value, control, record, min_steps, scaled)
 
     def memory(self) -> Iterator[Tensor]:
         # The allocator sees every use by PyTorch's own operations.
@@ -127,6 +140,22 @@ class ReferenceExecutor:
         memory.store(piece, p, (*new_states, *average))
         for target, before in zip(piece.tensors, old, strict=False):
             target.copy_(_chosen(skip, before, target))
+
+
+def norm_of(
+    partials: Tensor,
+    inverse_scale: Tensor,
+    max_norm: Tensor,
+    control: Tensor,
+    norm: Tensor,
+    infinity_norm: bool,
+) -> Tensor:
+    """Write the norm and the factor, as ``Executor.clip_factor``; return the norm in float64."""
+    value = partials.max() if infinity_norm else partials.sum().sqrt()
+    factor = torch.clamp(max_norm / (value + 1e-6), max=1.0)
+    control[:1].copy_(factor * inverse_scale)
+    norm.copy_(value)
+    return value
 
 
 class ReferenceSums:

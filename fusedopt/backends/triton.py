@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..coefficients import Table
+from ..kernels import guard, launch_config, multi_tensor, norms
 from ..kernels import launch as launching
-from ..kernels import launch_config, multi_tensor, norms
 from ..kernels.codecs.format import PLAIN
 from ..kernels.codecs.place import GROUP
 from ..kernels.launch import TRITON_DTYPES, device_architecture, launch, settle
@@ -95,6 +95,25 @@ class TritonExecutor:
             norms.clip_factor, 1, norms.REDUCE_THREADS, self.device,
             partials, partials.numel(), inverse_scale, max_norm, control, norm,
             **norms.clip_factor_constants(infinity_norm),
+        )  # fmt: skip
+
+    def guarded_factor(
+        self,
+        partials: Tensor,
+        inverse_scale: Tensor,
+        max_norm: Tensor,
+        control: Tensor,
+        norm: Tensor,
+        infinity_norm: bool,
+        record: Tensor,
+        min_steps: int,
+        scaled: bool,
+    ) -> None:
+        launch(
+            guard.guarded_factor, 1, norms.REDUCE_THREADS, self.device,
+            partials, partials.numel(), inverse_scale, max_norm, control, norm,
+            record, record.numel() - guard.HEADER, min_steps, int(scaled),
+            **guard.guarded_factor_constants(infinity_norm),
         )  # fmt: skip
 
     def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:

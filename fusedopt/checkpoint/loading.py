@@ -7,13 +7,16 @@ from typing import Any
 
 from ..clipping import GlobalNorm
 from ..completion import FORMAT
+from ..guard import SpikeGuard
 from .aside import ABSENT, carried
 from .complete import IncompleteState
 from .groups import complete_groups
 from .states import check_states, with_steps, without_gaps
 
 
-def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+def unpacked(
+    optimizer: Any, state_dict: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Check a checkpoint, and return it in the form that torch loads.
 
     Args:
@@ -21,7 +24,8 @@ def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, A
         state_dict: what its own or torch's ``state_dict()`` returned; it is not changed.
 
     Returns:
-        The state, and the arguments of the clip: None for no clip, ``...`` for nothing said.
+        The state, and what is said of ``"clip"``, its arguments or None for no clip, and of
+        ``"guard"``, one like the saved.
 
     Raises:
         IncompleteState: for a state that is partly there, or another algorithm's.
@@ -29,13 +33,17 @@ def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, A
     """
     check_form(state_dict)
     groups = [dict(group) for group in state_dict["param_groups"]]
-    clip: Any = ...
+    # They span groups: a checkpoint holds one of each, written into all of them.
+    beside: dict[str, Any] = {}
     for group in groups:
-        found = carried(group.pop("clip", ABSENT))
-        # Clipping spans groups: a checkpoint holds one bound, written into each of them.
-        clip = found if clip is ... and found is not ABSENT else clip
-    if clip is not ... and clip is not None:
-        GlobalNorm(**clip)
+        for name in ("clip", "guard"):
+            found = carried(group.pop(name, ABSENT))
+            if found is not ABSENT:
+                beside.setdefault(name, found)
+    if beside.get("clip") is not None:
+        GlobalNorm(**beside["clip"])
+    if "guard" in beside:
+        beside["guard"] = SpikeGuard.from_state(beside["guard"])
     loaded = {**state_dict, "param_groups": groups}
     if _sizes(groups) == _sizes(optimizer.param_groups):
         # Otherwise torch's error says so.
@@ -46,7 +54,7 @@ def unpacked(optimizer: Any, state_dict: Mapping[str, Any]) -> tuple[dict[str, A
         loaded["state"] = without_gaps(optimizer, loaded["state"])
     for group in groups:
         group.pop(FORMAT, None)
-    return loaded, clip
+    return loaded, beside
 
 
 def check_form(state_dict: Any) -> None:

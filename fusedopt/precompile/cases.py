@@ -15,6 +15,7 @@ from torch import Tensor
 from ..accumulation import GradientAccumulator
 from ..clipping import GlobalNorm
 from ..formats import check_options, check_parameters, format_of
+from ..guard import SpikeGuard
 from ..kernels.aot import DTYPES
 from ..kernels.aot.option_sets import option_sets
 from ..kernels.aot.update import LAYOUTS
@@ -22,6 +23,7 @@ from ..kernels.rule import Group, Rule
 from ..kernels.rules import REGISTRY
 from ..memory.layout import ALIGNMENT
 from ..optimizer import FusedOptimizer
+from ..optimizers import SGD
 from ..statistics import GradSampleSquares, Statistics
 from ..testing import statistics_for
 
@@ -106,6 +108,9 @@ def all_cases(precision: Precision = MappingProxyType({})) -> Iterator[Case]:
                 run = take_steps_from_samples
                 for layout in SAMPLE_LAYOUTS:
                     yield from _case("samples", rule, number, group, precision, layout, run)
+    for norm_type in (2.0, math.inf):
+        run = partial(take_guarded_step, norm_type)
+        yield Case(f"guard {norm_type}", None, frozenset(("fp32",)), run)
     for param, gradient, aligned in SUM_LAYOUTS:
         name = f"micro-batches {param} {gradient}{'' if aligned else ' unaligned'}"
         run = partial(accumulate, param, gradient, aligned)
@@ -152,6 +157,14 @@ def take_steps(
             p.grad_dtype = None
             p.grad = torch.zeros_like(p, dtype=TORCH_DTYPES[gradient])
             _step(rule, group, precision, p, norm, statistics_for(rule))
+
+
+def take_guarded_step(norm_type: float) -> None:
+    """Take a step that a guard decides about: it is asked after the norms of any rule."""
+    p = _parameter("fp32", NUMEL, True)
+    p.grad = torch.ones_like(p)
+    clip = GlobalNorm(1.0, norm_type=norm_type)
+    SGD([p], lr=0.1, backend="triton", clip=clip, guard=SpikeGuard()).step()
 
 
 def take_steps_from_samples(

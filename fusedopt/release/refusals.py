@@ -66,6 +66,12 @@ def check_optimizer(optimizer: Any, previous: bool) -> None:
     clip, statistics = optimizer.clip, optimizer.statistics
     if clip is not None and not previous:
         raise ValueError(_CLIP)
+    if optimizer.guard is not None:
+        raise ValueError(
+            "guard=SpikeGuard decides by the norm of all gradients before the first update, and"
+            " gradient release updates each parameter before the gradients of others are there:"
+            " pass guard=None to the optimizer"
+        )
     if statistics is not None and not isinstance(statistics, PerSampleSquares):
         raise ValueError(
             f"gradient release steps a parameter as soon as its gradient is there, when"

@@ -36,7 +36,8 @@ class Single:
         round: the latest of the handle's rounds in which it was stepped.
     """
 
-    clip = None
+    step_norm = None
+    guard = None
     wrapper_group = None
 
     def __init__(
@@ -64,6 +65,11 @@ class Single:
     def whole(self) -> Any:
         """The optimizer."""
         return self._whole()
+
+    @property
+    def decided_on_device(self) -> bool:
+        """Whether the device alone knows of a step that it is skipped."""
+        return self.scaler_on_device
 
     @property
     def choices(self) -> Any:

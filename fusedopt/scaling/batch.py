@@ -109,6 +109,7 @@ def rescale_(
     moments and momentum buffers become what they would be after as many samples in batches of the
     new size (``fusedopt.scaling.states`` says how). Tensors are written in place. With "sqrt" the
     bound of ``clip=GlobalNorm(...)`` is divided by sqrt(kappa), as norms are where noise dominates.
+    A ``guard=SpikeGuard(...)`` forgets the norms, which were those of the other batch size.
 
     A scheduler of torch's holds on to the lr that it found: make it after the last call, or use
     ``samples_schedule``, which reads the ``initial_lr`` that is rescaled here with lr. For a
@@ -151,6 +152,9 @@ def rescale_(
     rescale_states(holder, groups, scaled, batches)
     if clip is not None:
         clip.max_norm = bound
+    guard = getattr(holder, "guard", None)
+    if guard is not None and kappa != 1:
+        guard.restart()
     write(groups, scaled)
     hand_down(groups, holder.param_groups)
 

@@ -46,17 +46,16 @@ def _places(optimizer: Optimizer, param: Tensor) -> Iterator[str]:
                 yield f"{name}param_groups[{index}]['params'][{position}]"
 
 
-def is_on_device(rule: Rule, group: dict[str, Any], scaler: bool) -> bool:
+def is_on_device(rule: Rule, group: dict[str, Any], decided_there: bool) -> bool:
     """Whether step counts and hyper-parameters of a group are kept on the device.
 
     Args:
         rule: the update.
         group: the parameter group.
-        scaler: whether a loss scaler keeps its overflow flag there.
+        decided_there: whether it is there alone that is known of a step that it is skipped.
     """
-    return (
-        bool(group.get("capturable")) or scaler or lives_on_device(group, numbers_of(rule, group))
-    )
+    here = lives_on_device(group, numbers_of(rule, group))
+    return bool(group.get("capturable")) or decided_there or here
 
 
 def check_one_group(
@@ -328,7 +327,8 @@ def check_memory(
     names_of = [format_of(optimizer.rule, group).names for group in groups]
     if any(keeps_steps(optimizer.rule, group) for group in groups):
         # On the host, counts are given memory of their own.
-        live = [is_on_device(optimizer.rule, group, optimizer.scaler_on_device) for group in groups]
+        decided = optimizer.decided_on_device
+        live = [is_on_device(optimizer.rule, group, decided) for group in groups]
         names_of = [(*n, "step") if on else n for n, on in zip(names_of, live, strict=True)]
     for p, index in zip(params, group_of, strict=True):
         state = optimizer.state.get(p)

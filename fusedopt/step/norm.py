@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed
 
-from ..backends import Inputs
+from ..backends import Executor, Inputs
 from ..clipping import GlobalNorm
+from ..guard import SpikeGuard
 from .device_group import DeviceGroup
+from .scale import GradScale
 from .span import Span
 
 
@@ -20,6 +22,7 @@ def clip_by_norm(
     inputs: Sequence[Inputs],
     span: Span | None = None,
     found_inf: Tensor | None = None,
+    guard: SpikeGuard | None = None,
 ) -> None:
     """Compute the norm over all device groups, and write the factor into the scale of each.
 
@@ -30,6 +33,7 @@ def clip_by_norm(
         span: the processes that the norm is summed over; None for this one.
         found_inf: whether a loss scaler has found an overflow here. One of another process then
             shows in the norm, and the step is marked to be skipped on all.
+        guard: decides by the norm whether the step is to be skipped.
 
     Raises:
         RuntimeError: for a norm that is nan or infinite, where that is to be an error.
@@ -47,26 +51,26 @@ def clip_by_norm(
         total = joined(partials, first.device)
         total = (total.max() if infinity else total.sum()).reshape(1)
         partials = [over_processes(total, span, infinity, found_inf)]
+        if found_inf is not None:
+            first.scale.skip_unless_finite(partials[0])
     scale = first.scale
     scale.set_max_norm(clip.max_norm)
-    last = last_norm(clip, first.device)
-    first.executor.clip_factor(
-        joined(partials, first.device),
-        scale.inverse_scale,
-        scale.max_norm,
-        scale.values,
-        last,
-        infinity,
-    )
-    first.note_norm(last)
-    if span is not None and found_inf is not None:
-        scale.skip_unless_finite(last)
+    scaled = found_inf is not None
+    _form_factor(clip, joined(partials, first.device), first.executor, scale, guard, scaled)
+    first.note_norm(last_norm(clip, first.device))
     for group in device_groups[1:]:
         group.scale.values.copy_(scale.values)
     _check_finite(clip)
 
 
-def join_norm(clip: GlobalNorm, span: Span, device: torch.device, found_inf: Tensor | None) -> None:
+def join_norm(
+    clip: GlobalNorm,
+    span: Span,
+    device: torch.device,
+    found_inf: Tensor | None,
+    executor: Executor,
+    guard: SpikeGuard | None,
+) -> None:
     """Take part in the norm of a step in which nothing is to be updated in this process.
 
     Args:
@@ -74,12 +78,36 @@ def join_norm(clip: GlobalNorm, span: Span, device: torch.device, found_inf: Ten
         span: the processes that the norm is summed over.
         device: where this process has its parameters.
         found_inf: whether a loss scaler has found an overflow here.
+        executor: of nothing, on the device.
+        guard: as of the others: it notes what theirs do.
     """
     infinity = clip.norm_type == math.inf
     total = torch.zeros(1, dtype=torch.float64, device=device)
     total = over_processes(total, span, infinity, found_inf)
-    last_norm(clip, device).copy_((total if infinity else total.sqrt())[0])
+    scale = GradScale(device)
+    if found_inf is not None:
+        scale.skip_unless_finite(total)
+    _form_factor(clip, total, executor, scale, guard, found_inf is not None)
     _check_finite(clip)
+
+
+def _form_factor(
+    clip: GlobalNorm,
+    partials: Tensor,
+    executor: Executor,
+    scale: GradScale,
+    guard: SpikeGuard | None,
+    scaled: bool,
+) -> None:
+    """Have the norm, the factor and a guard's decision made of partial norms, by one kernel."""
+    norm, infinity = last_norm(clip, partials.device), clip.norm_type == math.inf
+    written = scale.inverse_scale, scale.max_norm, scale.values, norm
+    if guard is None:
+        executor.clip_factor(partials, *written, infinity)
+        return
+    record = guard.record_on(partials.device)
+    executor.guarded_factor(partials, *written, infinity, record, guard.min_steps, scaled)
+    scale.skip_is_decided()
 
 
 def joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -154,7 +154,7 @@ def _of_coefficients(optimizer: Any, samples: int) -> Iterator[Exception]:
         with_factors(optimizer.param_groups, optimizer.statistics, samples)
     ):
         # The host does not read what lives on the device.
-        if is_on_device(rule, group, optimizer.scaler_on_device):
+        if is_on_device(rule, group, optimizer.decided_on_device):
             continue
         numbers = on_host(group, rule.hyper)
         for p in group["params"]:

@@ -101,6 +101,8 @@ class Plan:
         columns = self._split(local_states)
         options_of = [request.rule.options(group) for group in groups]
         self.captured = False
+        # What captured graphs write besides: they may be taken from the optimizer.
+        self._held: list[Any] = []
         weights = None if self.span is None else self.span.weights(params)
         self.device_groups: list[DeviceGroup] = []
         self._positions: list[list[int]] = list(places.values())
@@ -241,16 +243,23 @@ class Plan:
         groups = request.coefficient_groups
         for group in self.device_groups:
             group.scale.load(
-                request.grad_scale, request.found_inf, clip is not None, request.factor
+                request.grad_scale,
+                request.found_inf,
+                clip is not None,
+                request.factor,
+                request.guard is not None,
             )
             group.prepare(groups)
         if clip is not None:
             inputs, flag = self._inputs(request), request.found_inf
-            clip_by_norm(clip, self.device_groups, inputs, self.span, flag)
+            clip_by_norm(clip, self.device_groups, inputs, self.span, flag, request.guard)
+            if self.captured and self.is_capturing():
+                self._held += [clip, request.guard]
 
     def is_skipped(self, request: Request) -> bool:
-        """Whether another process has found an overflow, where the host is to know of it."""
-        if self.span is None or request.found_inf is None:
+        """Whether a guard, or another process' overflow, skips what the host has to know of."""
+        overflows = self.span is not None and request.found_inf is not None
+        if not overflows and request.guard is None:
             return False
         # Counts on the host would go on, and a skipped step leaves no states behind.
         groups = self.device_groups
@@ -274,8 +283,9 @@ class Plan:
         """Count the step, and update: nothing is checked any more."""
         groups = request.coefficient_groups
         for group, own in zip(self.device_groups, self._inputs(request), strict=True):
-            # With an overflow of another process, where that was asked.
-            flag = None if request.found_inf is None else group.scale.values[1]
+            # With an overflow of another process, where that was asked, and a guard's decision.
+            decided = request.found_inf is not None or request.guard is not None
+            flag = group.scale.values[1] if decided else None
             group.step(own, groups, flag)
         self.created.clear()
 
@@ -286,6 +296,7 @@ class Plan:
     def release(self) -> None:
         """Let go of what is kept for captured CUDA graphs, of which there are none any more."""
         self.captured = False
+        self._held.clear()
         for group in self.device_groups:
             group.executor.release()
             group.scale.release()
@@ -373,7 +384,7 @@ def _columns(names_of: Sequence[Sequence[str]], states: Sequence[State]) -> dict
 
 def _found(request: Request) -> list[Any]:
     """List what settings follow from: the optimizer's, and of each group the names and values."""
-    found = [request.backend, request.clips, request.per_sample, request.scaler_on_device]
+    found = [request.backend, request.clips, request.per_sample, request.decided_on_device]
     found += request.groups
     for group in request.groups:
         found += group

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..clipping import GlobalNorm
 from ..formats import keeps_state
+from ..guard import SpikeGuard
 from ..kernels.rule import Rule
 from ..memory.dtensor import placed_as, specs_of
 from ..memory.storage import local_tensors, unwrapped
@@ -29,8 +30,6 @@ class Steps(Protocol):
     backend: str
     param_groups: list[dict[str, Any]]
     state: Any
-    # Whether the loss scaler keeps its overflow flag on the device.
-    scaler_on_device: bool
 
     @property
     def whole(self) -> Any:
@@ -44,8 +43,16 @@ class Steps(Protocol):
         """The update."""
 
     @property
-    def clip(self) -> GlobalNorm | None:
-        """How gradients are clipped."""
+    def step_norm(self) -> GlobalNorm | None:
+        """How the norm of all gradients is taken; None where nobody asks for it."""
+
+    @property
+    def guard(self) -> SpikeGuard | None:
+        """What leaves steps out by their norms."""
+
+    @property
+    def decided_on_device(self) -> bool:
+        """Whether the device alone knows of a step that it is skipped."""
 
     @property
     def statistics(self) -> Source | None:
@@ -59,7 +66,7 @@ class Request:
     Attributes:
         rule, backend, groups, state, scale_for: the optimizer's.
         whole_groups: the groups that parameters are numbered by, of which these may be a part.
-        clips: whether gradients are clipped.
+        clips: whether the norm of all gradients is taken, and gradients clipped by it.
         params: those that take part, ordered by group, each once.
         group_of: for each parameter, the index of its group.
         inputs: for each input of the rule, the tensors of all parameters as they were found.
@@ -73,8 +80,9 @@ class Request:
         factor: what gradients are to be multiplied by.
         grad_scale, found_inf: what ``torch.amp.GradScaler`` left, or None.
         statistics: what feeds the rule besides gradients.
-        scaler_on_device: whether a loss scaler keeps its overflow flag there.
+        decided_on_device: whether the device alone knows of a step that it is skipped.
         span: the processes whose gradients are clipped together; None for this one.
+        guard: what leaves steps out by their norms, or None.
     """
 
     rule: Rule
@@ -95,8 +103,9 @@ class Request:
     grad_scale: Tensor | None
     found_inf: Tensor | None
     statistics: Source | None
-    scaler_on_device: bool
+    decided_on_device: bool
     span: Span | None
+    guard: SpikeGuard | None
     whole_groups: Sequence[dict[str, Any]]
     scale_for: Callable[[torch.device], GradScale]
 
@@ -108,7 +117,7 @@ class Request:
     @cached_property
     def on_device(self) -> list[bool]:
         """For each group, whether step counts and hyper-parameters are on the device."""
-        return [is_on_device(self.rule, group, self.scaler_on_device) for group in self.groups]
+        return [is_on_device(self.rule, group, self.decided_on_device) for group in self.groups]
 
     @cached_property
     def coefficient_groups(self) -> Sequence[dict[str, Any]]:
@@ -188,7 +197,7 @@ def gather(
         samples = statistics.count(params)
         factor = statistics.gradient_factor(samples)
         # Clipping and overflow are decided before the update, from what it is to read.
-        plain = optimizer.clip is None and found_inf is None
+        plain = optimizer.step_norm is None and found_inf is None
         found = statistics.inputs(params, gradients, plain)
     elif len(optimizer.rule.degrees) > 1:
         raise RuntimeError(
@@ -213,9 +222,10 @@ def gather(
     rule = optimizer.rule if found.measured is None else held(optimizer.rule)
     return Request(
         rule, optimizer.backend, optimizer.param_groups, optimizer.state,
-        optimizer.clip is not None, params, group_of, tensors, local, wrappings, specs,
+        optimizer.step_norm is not None, params, group_of, tensors, local, wrappings, specs,
         found.per_sample, found.measured, samples, factor, grad_scale, found_inf, statistics,
-        optimizer.scaler_on_device, span, optimizer.whole.param_groups, optimizer.scale_for,
+        optimizer.decided_on_device, span, optimizer.guard, optimizer.whole.param_groups,
+        optimizer.scale_for,
     )  # fmt: skip
 
 

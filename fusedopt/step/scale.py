@@ -45,6 +45,7 @@ class GradScale:
         found_inf: Tensor | None,
         clipping: bool,
         factor: float = 1.0,
+        guarded: bool = False,
     ) -> None:
         """Take the loss scale and the overflow flag of ``torch.amp.GradScaler``, if any.
 
@@ -53,6 +54,7 @@ class GradScale:
             found_inf: whether to skip the step.
             clipping: whether the factor on the gradient is made of the inverse scale and a norm.
             factor: what the gradients are to be multiplied by besides.
+            guarded: whether what skips the step is written with the factor.
         """
         # A captured step must set what an eager one may leave behind, and from then on a replay may
         # have set it, too.
@@ -67,7 +69,7 @@ class GradScale:
         if found_inf is not None:
             self._skip.copy_(found_inf.reshape(1))
             self._held["skip"] = None
-        elif self._held["skip"] != 0.0:
+        elif self._held["skip"] != 0.0 and not guarded:
             self._skip.zero_()
             self._held["skip"] = 0.0
 
@@ -91,9 +93,13 @@ class GradScale:
             factor = self.values[0].square().to(dtype)
             torch._foreach_mul_([x for x in squares if x.dtype == dtype], factor)
 
-    def skip_unless_finite(self, norm: Tensor) -> None:
-        """Skip the step where the norm over all processes shows an overflow of another."""
-        finite = norm.reshape(1).isfinite()
+    def skip_is_decided(self) -> None:
+        """Take it that a kernel has written whether to skip."""
+        self._held["skip"] = None
+
+    def skip_unless_finite(self, total: Tensor) -> None:
+        """Skip the step where the sum over all processes shows an overflow of another."""
+        finite = total.reshape(1).isfinite()
         self._skip.copy_(torch.where(finite, self._skip, 1.0))
         self._held["skip"] = None
 

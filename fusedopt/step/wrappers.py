@@ -54,17 +54,18 @@ def flat_group(params: Sequence[Tensor]) -> Any:
 
 
 def check_in_backward(optimizer: Any) -> None:
-    """Raise RuntimeError where backward takes the steps, one parameter at a time, and clips.
+    """Raise RuntimeError where backward takes the steps, one parameter at a time, and takes a norm.
 
     ``torch.distributed.optim._apply_optimizer_in_backward`` makes an optimizer for each parameter.
     """
-    if optimizer.clip is None:
+    if optimizer.step_norm is None:
         return
+    taken = "clip" if optimizer.guard is None else "guard"
     for group in optimizer.param_groups:
         marked = [getattr(p, "_in_backward_optimizers", ()) for p in group["params"]]
         if any(one is optimizer for own in filter(None, marked) for one in own):
             raise RuntimeError(
                 "_apply_optimizer_in_backward gives each parameter an optimizer of its own, which"
-                " would clip by the norm of that parameter: the gradients of all are never there at"
-                " the same time. Pass clip=None"
+                f" would {taken} by the norm of that parameter: the gradients of all are never"
+                f" there at the same time. Pass {taken}=None"
             )

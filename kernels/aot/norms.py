@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .. import norms
+from .. import guard, norms
 from ..codecs import compute_type
 from .update import TABLE
 from .variant import DTYPES, Budget, Variant, alignment_suffix, element_type
 
+_FACTOR = {
+    "partials": "*fp64",
+    "count": "i32",
+    "inverse_scale": "*fp64",
+    "max_norm": "*fp64",
+    "control": "*fp64",
+    "norm": "*fp32",
+}
+
 
 def variants() -> Iterator[Variant]:
-    """Both stages, with either norm."""
+    """Both stages, the second with a guard and without, with either norm."""
     for infinity_norm in (False, True):
         for dtype in DTYPES:
             yield partial_norms(dtype, infinity_norm)
         yield partial_norms("fp32", infinity_norm, aligned=False)
         yield clip_factor(infinity_norm)
+        yield guarded_factor(infinity_norm)
 
 
 def partial_norms(dtype: str, infinity_norm: bool, aligned: bool = True) -> Variant:
@@ -45,15 +55,26 @@ def clip_factor(infinity_norm: bool) -> Variant:
     return Variant(
         name=f"clip_factor ({'inf' if infinity_norm else '2'})",
         kernel=norms.clip_factor,
-        arguments={
-            "partials": "*fp64",
-            "count": "i32",
-            "inverse_scale": "*fp64",
-            "max_norm": "*fp64",
-            "control": "*fp64",
-            "norm": "*fp32",
-        },
+        arguments=_FACTOR,
         constants=norms.clip_factor_constants(infinity_norm),
+        threads=norms.REDUCE_THREADS,
+        block=norms.REDUCE_BLOCK,
+    )
+
+
+def guarded_factor(infinity_norm: bool) -> Variant:
+    """Stage 2 of the norm with the decision of a guard, one program."""
+    return Variant(
+        name=f"guarded_factor ({'inf' if infinity_norm else '2'})",
+        kernel=guard.guarded_factor,
+        arguments={
+            **_FACTOR,
+            "record": "*fp64",
+            "window": "i32",
+            "min_steps": "i32",
+            "scaled": "i32",
+        },
+        constants=guard.guarded_factor_constants(infinity_norm),
         threads=norms.REDUCE_THREADS,
         block=norms.REDUCE_BLOCK,
     )

@@ -59,10 +59,12 @@ def test_with_squares_of_samples(virtual: int) -> None:
     assert_same(_train(released), values(plain), values(network()))
 
 
-def test_clipping_by_the_norm_of_one_parameter_is_refused() -> None:
+@pytest.mark.parametrize("option", ["clip", "guard"])
+def test_the_norm_of_one_parameter_is_refused(option: str) -> None:
     """Each optimizer has one parameter: their gradients are never there at the same time."""
     model = network()
-    _apply(fusedopt.AdamW, model, {**ADAMW.own, "clip": fusedopt.GlobalNorm(0.1)})
-    with pytest.raises(RuntimeError, match=r"_apply_optimizer_in_backward.*clip=None"):
+    value = fusedopt.GlobalNorm(0.1) if option == "clip" else fusedopt.SpikeGuard()
+    _apply(fusedopt.AdamW, model, {**ADAMW.own, option: value})
+    with pytest.raises(RuntimeError, match=rf"_apply_optimizer_in_backward.*{option}=None"):
         loss_of(model, *batches(1, 4)[0]).backward()
     assert all(torch.equal(*p) for p in zip(values(model), values(network()), strict=True))

@@ -142,6 +142,11 @@ def test_a_checkpoint_whose_count_is_no_number_changes_nothing(case: Case, step:
     saved["state"][0]["step"] = step
     saved["param_groups"][0]["lr"] = 0.7
     before = copy.deepcopy(pair.ours.state_dict())
+    if step == {} and not pair.ours.rule.counts_steps:
+        # As torch fills in for what a flattened file lacks: nothing that SGD keeps.
+        pair.ours.load_state_dict(saved)
+        assert "step" not in pair.ours.state[pair.ours.param_groups[0]["params"][0]]
+        return
     with pytest.raises((ValueError, KeyError), match=r"\['params'\]\[0\].*'step'"):
         pair.ours.load_state_dict(saved)
     assert pair.ours.param_groups[0]["lr"] == before["param_groups"][0]["lr"]
