@@ -21,7 +21,7 @@ pytestmark = needs_compiler
     ("arguments", "message"),
     [
         (["--target", "tpu:4"], "a target is cuda:"),
-        (["--target", "cuda:90", "--rule", "Lamb"], "no rule 'Lamb': there are Adam, AdamW"),
+        (["--target", "cuda:90", "--rule", "Lamb"], "no rule 'Lamb': there are Adam, AdamC, AdamW"),
         (["--target", "cuda:90", "--types", "fp8"], "no type 'fp8': there are fp32, bf16"),
         (["--target", "cuda:90", "--import", "no_such"], "--import no_such: No module"),
         (["--target", "cuda:90", "--import", "json"], "json registered no rule"),
