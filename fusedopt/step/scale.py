@@ -61,11 +61,12 @@ class GradScale:
         self._captured = self._captured or is_capturing(self.values.device)
         if self._captured:
             self._held = dict.fromkeys(self._held)
+        name = "inverse" if clipping else "factor"
+        if grad_scale is not None or self._held[name] != factor:
+            target = self.inverse_scale if clipping else self._factor
+            self._take_scale(name, target, grad_scale, factor)
         if clipping:
-            self._take_scale("inverse", self.inverse_scale, grad_scale, factor)
             self._held["factor"] = None
-        else:
-            self._take_scale("factor", self._factor, grad_scale, factor)
         if found_inf is not None:
             self._skip.copy_(found_inf.reshape(1))
             self._held["skip"] = None
@@ -76,14 +77,13 @@ class GradScale:
     def _take_scale(
         self, name: str, target: Tensor, grad_scale: Tensor | None, factor: float
     ) -> None:
-        if grad_scale is not None:
+        self._held[name] = None if grad_scale is not None else factor
+        if grad_scale is None:
+            target.fill_(factor)
+        else:
             torch.div(self._one, grad_scale.to(target.device).reshape(1), out=target)
             if factor != 1.0:
                 target.mul_(factor)
-            self._held[name] = None
-        elif self._held[name] != factor:
-            target.fill_(factor)
-            self._held[name] = factor
 
     def square_into(self, squares: Sequence[Tensor]) -> None:
         """Multiply squares by the square of the factor on the gradient."""
