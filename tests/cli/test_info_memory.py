@@ -75,7 +75,7 @@ def test_the_table_has_the_figures(capsys, monkeypatch):
         ("--model-parameters 8e9 --master remainder9", "master must be one of"),
         ("--model-parameters 8e9 --params fp32 --master remainder8", "for parameters of"),
         ("--model-parameters 8e9 --master remainder --rounding kahan", "does not go with"),
-        ("--model-parameters 8e9 --optimizer lion", "no optimizer 'lion'"),
+        ("--model-parameters 8e9 --optimizer adagrad", "no optimizer 'adagrad'"),
         ("--model-parameters 8e9 --option momentum", "name=value"),
         ("--model-parameters 8e9 --option momentum=0.9", "momentum"),
         ("--model-parameters 0", "more than 0"),
