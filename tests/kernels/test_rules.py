@@ -101,7 +101,10 @@ def test_examples_reach_every_branch(rule: Rule) -> None:
     # Catches an option that no test, no `verify` and no ahead-of-time build ever turns on.
     seen = [rule.options(group) for group in rule.example_groups]
     for position in range(len(seen[0])):
-        assert {options[position] for options in seen} == {False, True}, position
+        # Whoever updates as Adam or SGD does has the option, and not the group's entry for it.
+        has_it = rule.option_names[position] != "cautious" or rule.name in ("Adam", "SGD")
+        on = {False, True} if has_it else {False}
+        assert {options[position] for options in seen} == on, position
     signs = {group["maximize"] for group in rule.example_groups if "maximize" in group}
     assert signs in (set(), {False, True})
 
