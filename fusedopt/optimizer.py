@@ -214,9 +214,10 @@ class FusedOptimizer(Averaged, TakesNorm, Optimizer):
             )
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        for name in ("backend", "clip", "guard", "statistics", "average"):
+        for name in ("backend", "clip", "guard", "statistics", "_average"):
+            own, name = getattr(self, name), name.removeprefix("_")
             # Wrappers put all arguments of the constructor into groups.
-            if param_group.get(name, getattr(self, name)) != getattr(self, name):
+            if param_group.get(name, own) != own:
                 raise ValueError(f"{name} is one for all groups: pass it to the optimizer")
         if param_group.get("differentiable"):
             raise ValueError("differentiable=True is not supported: a fused step has no derivative")
