@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import torch_ops as T
-from ..lang import jit, where
+from ..lang import jit, tl, where  # noqa: F401 - the interpreter asks for tl
 from ..rule import Group
 
 # Entry of the parameter groups.
