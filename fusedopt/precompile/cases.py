@@ -151,12 +151,15 @@ def _case(
 def take_steps(
     rule: Rule, group: Group, precision: Precision, param: str, gradient: str, aligned: bool
 ) -> None:
-    """Take a step without clipping and with either norm."""
+    """Take a step without clipping and with either norm, and one that counts on the device."""
     for norm in CLIPS:
         for p in _parameters(rule, {**group, **precision}, param, NUMEL, aligned):
             p.grad_dtype = None
             p.grad = torch.zeros_like(p, dtype=TORCH_DTYPES[gradient])
             _step(rule, group, precision, p, norm, statistics_for(rule))
+            if norm is None:
+                live = {**group, "capturable": True}
+                _step(rule, live, precision, p, norm, statistics_for(rule))
 
 
 def take_guarded_step(norm_type: float) -> None:
