@@ -51,12 +51,26 @@ def instructions(compiled: Any, target: Any, variant: Variant) -> float | None:
     if target.backend == "hip":
         parts = paths.whole_chunk(compiled.asm["amdgcn"], paths.AMD)
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            parts = paths.whole_chunk(_run("nvdisasm", "-c", file.name), paths.SASS)
+        parts = paths.whole_chunk(_disassemble(compiled), paths.SASS)
     count = sum(map(len, parts))
     return count * variant.threads / variant.block if count and variant.block else None
+
+
+def loop_instructions(compiled: Any, target: Any) -> int | None:
+    """Count a thread's instructions in the innermost loop of products: a block and a sample's end.
+
+    None where there is no such loop, and on AMD, where it is unrolled.
+    """
+    if target.backend == "hip":
+        return None
+    return paths.loop_of_products(_disassemble(compiled), paths.SASS)
+
+
+def _disassemble(compiled: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return _run("nvdisasm", "-c", file.name)
 
 
 def _run(tool: str, *arguments: str) -> str:
