@@ -9,6 +9,8 @@ from rich.table import Table
 
 from bench.harness.tables import mebibytes
 
+from . import busy
+
 
 def report(result: dict[str, Any], console: Console) -> None:
     """Print times, memory and aims."""
@@ -16,6 +18,8 @@ def report(result: dict[str, Any], console: Console) -> None:
         console.print(f"[bold]Not a measurement:[/bold] {result['note']}.")
     for case in result["linear"]:
         console.print(_linear(case))
+    if result["linear"]:
+        console.print(busy.table())
     if result["training"] is not None:
         console.print(_training(result["training"]))
     console.print(_aims(result["aims"]))

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--instructions",
         action="store_true",
-        help="count those that an element of a whole chunk takes",
+        help="count those that an element of a whole chunk takes, or a loop of products",
     )
     parser.add_argument(
         "--baseline", type=Path, metavar="FILE", help="hold every variant to what it used then"
@@ -164,6 +164,7 @@ def compile_row(work: tuple[str, str], instructions: bool = False) -> dict[str, 
         result = aot.report(compiled, target)
         if instructions:
             row["instructions_per_element"] = aot.instructions(compiled, target, variant)
+            row["instructions_of_loop"] = aot.loop_instructions(compiled, target)
     except Exception as error:  # noqa: BLE001 - whatever the compiler raises is a finding
         return {**row, "broken": [f"does not compile: {type(error).__name__}: {error}"[:600]]}
     return {
@@ -194,7 +195,7 @@ def _print_tables(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> Non
             table.add_column(column, justify="right")
         counted = any("instructions_per_element" in row for row in rows)
         if counted:
-            table.add_column("instructions/element", justify="right")
+            table.add_column("instructions/element, or of the loop", justify="right")
         table.add_column("matrix")
         table.add_column("broken budgets, and more than the baseline")
         for row in (r for r in rows if r["target"] == target):
@@ -225,7 +226,7 @@ def _print_comparison(result: dict[str, Any]) -> None:
 def _cells(row: dict[str, Any], counted: bool) -> list[str]:
     if "registers" not in row:
         return ["-"] * (6 + counted)
-    count = row.get("instructions_per_element")
+    count = row.get("instructions_per_element") or row.get("instructions_of_loop")
     wide = f"{row['loads'].get('128', 0)}/{row['stores'].get('128', 0)}"
     moved = row["bytes_per_element"]
     return [

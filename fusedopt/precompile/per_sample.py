@@ -24,6 +24,8 @@ TYPES = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"),
 # Samples and positions of each: whole row blocks, and enough for a sum to be split.
 SAMPLES, LENGTH = 32, 128
 VOCABULARY = 4096
+# More than a weight of the widths has tiles.
+PROCESSORS = 8192
 # Columns of which a device is full of programs when 128 share a sample, and positions that one
 # program takes of a sample that is shared.
 VECTOR_WIDTH = 1024
@@ -54,9 +56,11 @@ def _case(name: str, operation: Operation, operands: str, gradient: str) -> Case
 
 def _operations() -> Iterator[tuple[str, Operation]]:
     for width in WIDTHS:
-        for splits in (1, 2):
-            for form in ("sequences", "rows", "segments"):
-                yield f"linear {width} {form} in {splits}", _linear(width, splits, form)
+        for form in ("sequences", "rows", "segments"):
+            # One processor has whole tiles alone; of many, each has a share.
+            for processors in (1, PROCESSORS):
+                name = f"linear {width} {form} on {processors}"
+                yield name, _linear(width, processors, form)
     yield "bias", _bias
     yield "gain", _gain
     yield "RMSNorm gain", _rms_gain
@@ -64,7 +68,7 @@ def _operations() -> Iterator[tuple[str, Operation]]:
     yield "embedding", _embedding
 
 
-def _linear(width: int, splits: int, form: str) -> Operation:
+def _linear(width: int, processors: int, form: str) -> Operation:
     def run(memory: Tensor, dtype: torch.dtype, accumulate: bool) -> None:
         x = memory[..., :width].contiguous() if width < memory.shape[-1] else memory
         samples = Samples(SAMPLES)
@@ -74,7 +78,8 @@ def _linear(width: int, splits: int, form: str) -> Operation:
             x = x.flatten(0, 1)
             samples = Samples(SAMPLES, torch.zeros(SAMPLES + 1, dtype=torch.int32))
         squares = _squares(accumulate, width, width)
-        triton_linear.linear_in_tiles(x, x, samples, dtype, squares, splits=splits)
+        forced = processors, False
+        triton_linear.linear_in_tiles(x, x, samples, dtype, squares, forced=forced)
 
     return run
 

@@ -11,7 +11,7 @@ of kernels each; ``catalogue``, all of them.
 
 from .catalogue import variants
 from .compile import compile_variant
-from .machine_code import instructions, report, waits
+from .machine_code import instructions, loop_instructions, report, waits
 from .targets import architecture, capability, parse_target, processors
 from .variant import DTYPES, Budget, Report, Variant, element_type
 
@@ -25,6 +25,7 @@ __all__ = [
     "compile_variant",
     "element_type",
     "instructions",
+    "loop_instructions",
     "parse_target",
     "processors",
     "report",

@@ -65,6 +65,16 @@ def waits(compiled: Any, target: Any) -> int | None:
     return waits_before_data([*first, *rest])
 
 
+def loop_instructions(compiled: Any, target: Any) -> int | None:
+    """Count a thread's instructions in the innermost loop of products: a block and a sample's end.
+
+    None where there is no such loop, and on AMD, where it is unrolled.
+    """
+    if target.backend == "hip":
+        return None
+    return paths.loop_of_products(_disassembled(compiled), paths.SASS)
+
+
 def _disassembled(compiled: Any) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

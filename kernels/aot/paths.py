@@ -59,6 +59,9 @@ AMD = Syntax(
 )
 
 
+_PRODUCT = re.compile(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b")
+
+
 @dataclass
 class Block:
     """Instructions that follow each other, up to one that may go elsewhere.
@@ -98,12 +101,35 @@ def whole_chunk(text: str, syntax: Syntax) -> tuple[list[str], list[str]]:
             if target not in done:
                 best[target] = min(best.get(target, found), found)
     way = min(found for name, found in done.items() if blocks[name].ends)[2]
-    first = next(i for i, name in enumerate(way) if blocks[name].is_wide)
+    # A kernel of tiles may have wide accesses on a way around.
+    first = next((i for i, name in enumerate(way) if blocks[name].is_wide), len(way))
     lines = [
         [line for name in part for line in blocks[name].lines]
         for part in (way[:first], way[first:])
     ]
     return lines[0], lines[1]
+
+
+def loop_of_products(text: str, syntax: Syntax) -> int | None:
+    """Count the instructions of the shortest loop that has a matrix instruction; None without."""
+    seen: dict[str, int] = {}
+    # Instructions and products so far, behind each line.
+    count = products = 0
+    before: list[tuple[int, int]] = []
+    found: list[int] = []
+    for number, line in enumerate(text.splitlines()):
+        before.append((count, products))
+        label = syntax.label.search(line)
+        if label is not None:
+            seen[label[1]] = number
+        elif syntax.instruction.search(line):
+            count += 1
+            products += bool(_PRODUCT.search(line))
+            jump = syntax.jump.search(line)
+            if jump is not None and jump[1] in seen:
+                begin = before[seen[jump[1]]]
+                found += [count - begin[0]] if products > begin[1] else []
+    return min(found, default=None)
 
 
 def _blocks(lines: Iterable[str], syntax: Syntax) -> dict[str, Block]:

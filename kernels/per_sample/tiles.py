@@ -1,15 +1,12 @@
-"""What kernels that own a tile of a weight's gradient share: order, loads, stores, reduction."""
+"""What kernels that own a tile of a weight's gradient share: order, loads, sums, stores."""
 
 from __future__ import annotations
 
 from ..codecs import decode, encode
+from ..codecs.cast import widen
 from ..lang import INTERPRETED, jit, tl
 
 _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
-
-# Elements and threads of a program of the reducing kernel.
-REDUCE_BLOCK = 1024
-REDUCE_THREADS = 128
 
 
 @jit
@@ -27,22 +24,49 @@ def tile_of_program(program, tiles_o, tiles_i, GROUP: tl.constexpr):
 
 
 @jit
+def split_tile(
+    tile, outputs, inputs, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """Return the group of a tile, and where in the weight of a group it lies, in tiles."""
+    tiles_o = tl.cdiv(outputs, BLOCK_O)
+    tiles_i = tl.cdiv(inputs, BLOCK_I)
+    group = tile // (tiles_o * tiles_i)
+    tile_o, tile_i = tile_of_program(tile % (tiles_o * tiles_i), tiles_o, tiles_i, GROUP)
+    return group, tile_o, tile_i
+
+
+@jit
+def place_tile(
+    group, tile_o, tile_i, outputs, inputs, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr
+):  # fmt: skip
+    """Return where the elements of a tile lie in a contiguous weight, and which it has."""
+    o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    row = (tl.zeros_like(tile_o) + group).to(tl.int64) * outputs + o[:, None]
+    return row * inputs + i[None, :], (o < outputs)[:, None] & (i < inputs)[None, :]
+
+
+@jit
 def load_tile(pointers, mask):
     """Load a tile for a product, with zeros outside the mask."""
-    value = tl.load(pointers, mask, 0.0)
-    if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
-        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        return bits.to(tl.float32, bitcast=True)
-    elif _INTERPRETED:
-        # NumPy would round a product of float16 to float16.
-        return value.to(tl.float32)
+    return factor(tl.load(pointers, mask, 0.0))
+
+
+@jit
+def factor(value):
+    """Return values as a product takes them."""
+    if _INTERPRETED:
+        # NumPy has no bfloat16, and would round a product of float16 to float16.
+        return widen(value, tl.float32)
     else:
         return value
 
 
 @jit
-def add_sample(last, acc, total, sums, GRADIENT: tl.constexpr):
+def add_sample(last, zero, acc, total, sums, GRADIENT: tl.constexpr):
     """At the end of a sample, add its product to one sum and the square of it to the other.
+
+    ``zero`` is what the next product begins with.
 
     A branch and not a selection: a product that is used in every turn of the loop could not run on
     while the next turn is prepared. For the same reason nothing that loads depend on belongs here.
@@ -51,8 +75,21 @@ def add_sample(last, acc, total, sums, GRADIENT: tl.constexpr):
         if GRADIENT:
             total += acc
         sums += acc * acc
-        acc = tl.zeros_like(acc)
+        acc = tl.zeros_like(acc) + zero
     return acc, total, sums
+
+
+@jit
+def zero_of(count, HIDDEN: tl.constexpr):
+    """Return 0; hidden, so that the compiler cannot know it: ``count`` is at least 0.
+
+    With wgmma it sets an accumulator to a constant by two instructions a register, through one
+    of the registers that threads share, and to a value by one.
+    """
+    if HIDDEN:
+        return (count < 0).to(tl.float32)
+    else:
+        return 0.0
 
 
 @jit
@@ -63,40 +100,3 @@ def store_tile(gradient, squares, total, sums, offsets, mask, ACCUMULATE: tl.con
     if ACCUMULATE:
         sums += decode(squares + offsets, mask, tl.float32)
     encode(squares + offsets, sums, mask)
-
-
-@jit(do_not_specialize=["splits"])
-def reduce_partials(
-    partials,  # float32 [2 or 1, splits, numel]: of the gradient (if it is wanted), of the squares
-    gradient,  # [numel], written; or None
-    squares,  # [numel], written, or added to
-    splits,
-    numel,
-    ACCUMULATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Sum partial results over the splits, always in the same order."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < numel
-    total = tl.zeros((BLOCK,), tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    source = partials + offsets
-    size = splits.to(tl.int64) * numel
-    split = 0
-    while split < splits:
-        if gradient is not None:
-            total += tl.load(source, mask, 0.0)
-            sums += tl.load(source + size, mask, 0.0)
-        else:
-            sums += tl.load(source, mask, 0.0)
-        source += numel
-        split += 1
-    store_tile(gradient, squares, total, sums, offsets, mask, ACCUMULATE)
-
-
-# Below the kernels, whose lines are a part of their keys in Triton's cache.
-
-
-def reduce_partials_constants(accumulate: bool) -> dict[str, object]:
-    """State what ``reduce_partials`` is compiled for: whoever launches or compiles it asks here."""
-    return {"ACCUMULATE": accumulate, "BLOCK": REDUCE_BLOCK}

@@ -153,6 +153,17 @@ def test_an_element_of_a_whole_chunk_takes_instructions():
     assert found[names[2]] is None
 
 
+def test_instructions_of_a_loop_of_products_are_counted():
+    """With the end of a sample; those of descriptors are fewer than those of addresses."""
+    command = ("-m", "fusedopt", "codegen", "--target", "cuda:90", "--instructions", "--json")
+    names = [f"linear_samples {form} bf16 128x128x64" for form in ("described", "dense")]
+    result = _without_interpreter(*command, *[x for n in names for x in ("--only", n)])
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["variants"]
+    found = {row["variant"]: row["instructions_of_loop"] for row in rows}
+    assert 250 < found[names[0]] < found[names[1]] - 40 < 400
+
+
 def test_some_variants_are_no_baseline(tmp_path, capsys):
     command = (
         "codegen",
@@ -323,10 +334,12 @@ def test_per_sample_products_are_pipelined_matrix_instructions():
         f"linear_samples {kind} 128x128x{rows}"
         for kind, rows in (("dense bf16", 64), ("segmented fp16", 64), ("dense fp32 tf32", 32))
     ]
+    wide += ["linear_samples described bf16 128x128x64"]
     others = ["linear_rows bf16 128", "linear_rows fp32 tf32 128", "convolution_samples bf16 128"]
     rows = _per_sample("cuda:90", *wide, *others)
     assert {name: row["broken"] for name, row in rows.items() if row["broken"]} == {}
-    for name in wide:
+    # Whole tiles and shares alike.
+    for name in [whole + suffix for whole in wide for suffix in ("", " shared")]:
         row = rows[name]
         o, i, k = row["blocks"]
         size = 4 if "fp32" in name else 2

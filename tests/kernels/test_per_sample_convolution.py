@@ -51,10 +51,10 @@ def operands(device, case, batch=2, size=(6, 7), channels=4, outputs=6, dtype=to
     return x, torch.randn(out.shape).to(device, dtype)
 
 
-def run(x, e, case, dtype=torch.float32, squares=None, splits=None):
+def run(x, e, case, dtype=torch.float32, squares=None, forced=None):
     kernel, stride, padding, dilation, groups = case
     geometry = (*kernel, *stride, *padding, *dilation)
-    return convolution_in_tiles(x, e, geometry, groups, dtype, squares, SMALL, splits)
+    return convolution_in_tiles(x, e, geometry, groups, dtype, squares, SMALL, forced)
 
 
 def check(results, expected):
@@ -80,10 +80,11 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("forced", [None, (5, True)])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_geometry(device, case):
+def test_geometry(device, case, forced):
     x, e = operands(device, case)
-    check(run(x, e, case), explicit(x.cpu(), e.cpu(), *case))
+    check(run(x, e, case, forced=forced), explicit(x.cpu(), e.cpu(), *case))
 
 
 def test_by_depth(device):
@@ -106,11 +107,15 @@ def test_narrow_types(device, dtype):
     assert torch.equal(gradient, run(x, e, PLAIN)[0].to(dtype))
 
 
-@pytest.mark.parametrize(("batch", "splits"), [(1, 1), (5, 2), (4, 3)])
-def test_splits(device, batch, splits):
-    case = CASES["1x1"]
+@pytest.mark.parametrize("forced", [(1, False), (2, False), (5, False), (2, True), (7, True)])
+@pytest.mark.parametrize("batch", [1, 4, 5])
+def test_shares(device, batch, forced):
+    """Of several tiles and groups; samples take three blocks, the last of them begun."""
+    case = CASES["groups"]
     x, e = operands(device, case, batch=batch)
-    check(run(x, e, case, splits=splits), explicit(x.cpu(), e.cpu(), *case))
+    first, second = (run(x, e, case, forced=forced) for _ in range(2))
+    check(first, explicit(x.cpu(), e.cpu(), *case))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_one_dimension(device):
@@ -142,17 +147,17 @@ def test_memory_formats(device, monkeypatch):
     check(run(x, repeated, case), explicit(x.cpu(), repeated.cpu(), *case))
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_squares_are_added_to(device, splits):
+@pytest.mark.parametrize("forced", [None, (2, False)])
+def test_squares_are_added_to(device, forced):
     case = CASES["1x1"]
     x, e = operands(device, case)
     wanted = explicit(x.cpu(), e.cpu(), *case)
     before = torch.rand(6, 4, 1, 1, device=device)
     squares = before.clone()
-    gradient, result = run(x, e, case, squares=squares, splits=splits)
+    gradient, result = run(x, e, case, squares=squares, forced=forced)
     assert result is squares
     check((gradient, result), (wanted[0], wanted[1] + before.cpu().double()))
-    gradient, result = run(x, e, case, dtype=None, splits=splits)
+    gradient, result = run(x, e, case, dtype=None, forced=forced)
     assert gradient is None
     check((result,), wanted[1:])
 

@@ -52,7 +52,8 @@ parameters = [
     {"master": "float32"},
 ]
 half = {"state_dtype": torch.float16}
-states = [{}, half, *({"state_dtype": s} for s in (torch.bfloat16, torch.float32, "int8", "fp8", own))]
+types = torch.bfloat16, torch.float32, "int8", "fp8", own
+states = [{}, half, *({"state_dtype": s} for s in types)]
 with fake_driver(target):
     for case in cases.all_cases():
         case.run()

@@ -48,9 +48,9 @@ KEYS = """
 import json, os, sys
 from fusedopt.kernels.launch import settle
 from fusedopt.kernels import multi_tensor
-from fusedopt.kernels.per_sample import linear, materialised
+from fusedopt.kernels.per_sample import materialised, rows
 
-kernels = [multi_tensor.update_tensors, materialised.update_from_samples, linear.linear_rows]
+kernels = [multi_tensor.update_tensors, materialised.update_from_samples, rows.linear_rows]
 for order in (kernels, kernels[::-1]):
     # A process of its own: keys are formed once.
     if os.fork() == 0:

@@ -1,4 +1,4 @@
-"""What the wrappers of kernels that own tiles of a weight share: device facts, results, splits."""
+"""What the wrappers of kernels that own tiles of a weight share: device facts, results, shares."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...kernels.launch import launch
-from ...kernels.per_sample import tiles
+from ...kernels.per_sample import shares as sharing
 from ...kernels.per_sample.linear import has_tf32
+from ...kernels.per_sample.shapes import SHARE_REGISTERS, Shares, Tile
 
 # Within a tile, the way from column to column is formed in int32: 128 of them, this far apart.
 MAX_STRIDE = 2**31 // 128
@@ -79,21 +80,34 @@ def near(x: Tensor) -> Tensor:
     return x.contiguous() if x.stride(-1) >= MAX_STRIDE else x
 
 
+Kernel = Callable[[Tensor | None, Tensor, Tensor | None, bool], None]
+
+
+def programs_of(shares: Shares, partials: Tensor | None) -> tuple[int, int | None]:
+    """Return how many programs a launch has, and what registers a thread of them may take."""
+    return (shares.whole, None) if partials is None else (shares.shares, SHARE_REGISTERS)
+
+
 def reduce_tiles(
-    kernel: Callable[[Tensor | None, Tensor, bool], None],
+    kernel: Kernel,
     shape: tuple[int, ...],
-    splits: int,
+    weight: tuple[int, int],
+    tile: Tile,
+    shares: Shares,
     device: torch.device,
     dtype: torch.dtype | None,
     squares: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
-    """Run a kernel that writes a gradient and squares, through partial results where it is split.
+    """Run a kernel that writes a gradient and squares, and add the partial results of its shares.
 
     Args:
-        kernel: called with where to write the gradient (or None) and the squares, and with whether
-            to add to the squares.
+        kernel: launches programs of whole tiles; called with where to write the gradient (or None)
+            and the squares, with None, and with whether to add to the squares. With partial results
+            in the place of None it launches shares, which write them alone.
         shape: of the results.
-        splits: programs that share a tile. More than one write ``float32 [splits, ...]``.
+        weight: rows of a group of it, and columns.
+        tile: of the kernel.
+        shares: of its programs.
         device: of the results.
         dtype: of the gradient, or None to leave it out.
         squares: accumulated into and returned; or None.
@@ -107,17 +121,25 @@ def reduce_tiles(
         target = torch.empty(shape, dtype=torch.float32, device=device)
     if target.numel() == 0:
         return gradient, target if squares is None else squares
-    if splits == 1:
-        kernel(gradient, target, accumulate)
-    else:
+    if shares.positions == 0:
+        # No program would have anything to do.
+        if gradient is not None:
+            gradient.zero_()
+        return gradient, target.zero_() if squares is None else squares
+    if shares.whole:
+        kernel(gradient, target, None, accumulate)
+    if shares.shares:
+        size = tile.outputs * tile.inputs
         partials = torch.empty(
-            (1 if dtype is None else 2, splits, *shape), dtype=torch.float32, device=device
+            shares.shares * shares.slots * size, dtype=torch.float32, device=device
         )
-        kernel(None if dtype is None else partials[0], partials[-1], False)
+        kernel(gradient, target, partials, False)
+        block = min(sharing.REDUCE_BLOCK, size)
         launch(
-            tiles.reduce_partials, -(-target.numel() // tiles.REDUCE_BLOCK), tiles.REDUCE_THREADS,
-            device, partials, gradient, target, splits, target.numel(),
-            **tiles.reduce_partials_constants(accumulate),
+            sharing.reduce_shares, shares.left * (size // block), sharing.REDUCE_THREADS, device,
+            partials, gradient, target, shares.whole, shares.shares, shares.tiles,
+            shares.positions, shares.unit, shares.steps, *weight,
+            **sharing.reduce_shares_constants(tile.outputs, tile.inputs, accumulate),
         )  # fmt: skip
     if squares is None:
         return gradient, target

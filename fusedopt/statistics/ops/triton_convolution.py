@@ -8,12 +8,13 @@ from torch import Tensor
 from ...kernels.lang import tl
 from ...kernels.launch import launch
 from ...kernels.per_sample import convolution as kernels
-from ...kernels.per_sample.shapes import Tile, choose_splits, convolution_tile
+from ...kernels.per_sample.shapes import Tile, convolution_tile, share_tiles, shared_by
 from .tiles import (
     capability,
     common_type,
     convolution_precision,
     processors,
+    programs_of,
     reduce_tiles,
 )
 
@@ -59,11 +60,12 @@ def convolution_in_tiles(
     dtype: torch.dtype | None,
     squares: Tensor | None = None,
     tile: Tile | None = None,
-    splits: int | None = None,
+    forced: tuple[int, bool] | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """Do what ``convolution`` does, with a tile and a number of splits that are chosen where None.
+    """Do what ``convolution`` does, with a tile and shares that are chosen where None.
 
-    ``geometry`` is kernel size, stride, padding and dilation, each a height and a width.
+    ``geometry`` is kernel size, stride, padding and dilation, each a height and a width;
+    ``forced`` as in ``linear_in_tiles``.
     """
     kernel_h, kernel_w = geometry[:2]
     shape = (e.shape[1], x.shape[1] // groups, kernel_h, kernel_w)
@@ -77,23 +79,29 @@ def convolution_in_tiles(
     if tile is None:
         choice = capability(e.device), e.dtype.itemsize, precision
         tile = convolution_tile(*choice, outputs, columns)
-    tiles = groups * tile.count(outputs, columns)
-    if splits is None:
-        steps = -(-e.shape[2] // tile.rows)
-        splits = choose_splits(max(tiles, 1), batch, steps, processors(e.device)) if batch else 1
-    chosen = tile
-    share = max(1, -(-batch // splits))
+    chosen, tiles = tile, groups * tile.count(outputs, columns)
+    work = tiles, batch, -(-e.shape[2] // tile.rows)
+    if forced is None:
+        shares = share_tiles(*work, processors(e.device), may_cut=dtype is not None)
+    else:
+        shares = shared_by(*work, *forced)
     index = tl.int32 if max(_reach(x), _reach(e)) < 2**31 else tl.int64
 
-    def run(gradient: Tensor | None, squares: Tensor, accumulate: bool) -> None:
+    def run(
+        gradient: Tensor | None, squares: Tensor, partials: Tensor | None, accumulate: bool
+    ) -> None:
+        programs, registers = programs_of(shares, partials)
         launch(
-            kernels.convolution_samples, tiles * splits, chosen.threads, e.device,
-            x, e, gradient, squares, batch, share, groups, outputs, shape[1], columns,
+            kernels.convolution_samples, programs, chosen.threads, e.device,
+            x, e, gradient, squares, partials, shares.whole, shares.shares, shares.positions,
+            shares.unit, shares.steps, groups, outputs, shape[1], columns,
             x.shape[2], x.shape[3], e.shape[2], out_width, *geometry, *x.stride(), *e.stride(),
-            INDEX=index, **chosen.constants(precision, accumulate), num_stages=chosen.stages,
+            INDEX=index, **chosen.constants_of_samples(precision, accumulate),
+            num_stages=chosen.stages, registers=registers,
         )  # fmt: skip
 
-    return reduce_tiles(run, shape, splits, e.device, dtype, squares)
+    weight = (outputs, columns)
+    return reduce_tiles(run, shape, weight, tile, shares, e.device, dtype, squares)
 
 
 def _reach(x: Tensor) -> int:
