@@ -325,9 +325,10 @@ def update_constants(
             format.
         n_inputs: how many inputs there are, if not as many as the rule has.
         backend: Triton's, ``cuda`` or ``hip``. That addresses are read early spares a wait, for
-            registers that other formats have not, and AMD's compiler takes more of.
+            registers that other formats and float64 have not, and AMD's compiler takes more of.
     """
     n_inputs = len(rule.degrees) if n_inputs is None else n_inputs
+    compute = compute_type(types)
     states = format.states or ("cast",) * (len(types) - 1 - n_inputs - format.has_companion)
     return {
         "RULE": rule.update,
@@ -335,7 +336,7 @@ def update_constants(
         "DTYPES": types,
         "DEGREES": rule.degrees,
         "N_COEFFICIENTS": rule.n_coefficients + format.average,
-        "COMPUTE": compute_type(types),
+        "COMPUTE": compute,
         "ALIGNED": aligned,
         "BLOCK": block,
         "STRIDE": rule.n_coefficients + format.columns if stride is None else stride,
@@ -345,5 +346,5 @@ def update_constants(
         "DRAWS": format.draws,
         "AVERAGE": format.average,
         "ROWWISE": rowwise,
-        "EARLY": format.is_cast and backend != "hip",
+        "EARLY": format.is_cast and backend != "hip" and compute == tl.float32,
     }

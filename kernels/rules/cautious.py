@@ -31,7 +31,7 @@ def is_cautious(group: Group) -> bool:
 def shrunk(p, u, shrink):
     """Multiply a block by ``shrink`` = 1 - lr wd, where the step is along ``-u`` towards zero."""
     # Not the sign of a product, which may be too small to have one.
-    return where(where(p < 0.0, -u, u) >= 0.0, p * shrink, p)
+    return p * where(where(p < 0.0, -u, u) >= 0.0, shrink, 1.0)
 
 
 def shrunk_twin(p: Tensor, u: Tensor, shrink: Any) -> Tensor:
