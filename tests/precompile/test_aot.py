@@ -52,7 +52,19 @@ parameters = [
     {"master": "float32"},
 ]
 states = [{}, *({"state_dtype": s} for s in (torch.bfloat16, torch.float32, "int8", "fp8", own))]
+averages = [
+    {"average_decay": 0.5, "average_start": 0, "average_dtype": dtype, **more}
+    for dtype in (torch.float32, torch.bfloat16)
+    for more in (
+        {}, {"rounding": "stochastic"}, {"master": "remainder", "state_dtype": torch.float32},
+        {"master": "remainder8", "state_dtype": "int8"},
+    )
+]
 with fake_driver(target):
+    for average in averages:
+        for case in cases.all_cases(average):
+            if case.name.startswith(tuple(json.loads(sys.argv[1]))):
+                case.run()
     for case in cases.all_cases():
         case.run()
     for parameter in parameters:
