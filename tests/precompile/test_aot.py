@@ -51,7 +51,8 @@ parameters = [
     {"master": "remainder8"}, {"master": "remainder8", "rounding": "stochastic"},
     {"master": "float32"},
 ]
-states = [{}, *({"state_dtype": s} for s in (torch.bfloat16, torch.float32, "int8", "fp8", own))]
+kinds = torch.bfloat16, torch.float16, torch.float32, "int8", "fp8", own
+states = [{}, *({"state_dtype": s} for s in kinds)]
 averages = [
     {"average_decay": 0.5, "average_start": 0, "average_dtype": dtype, **more}
     for dtype in (torch.float32, torch.bfloat16)
