@@ -146,7 +146,7 @@ def _group(kind: Any, options: argparse.Namespace) -> dict[str, Any]:
     if len(kind.rule.degrees) > 1:
         more["statistics"] = fusedopt.GradSampleSquares()
     try:
-        made = kind([parameter], **more, **precision.chosen(options))
+        made = kind([{"params": [parameter], **precision.chosen(options)}], **more)
     except (TypeError, ValueError, RuntimeError) as error:
         raise Problem(str(error)) from None
     return dict(made.param_groups[0])

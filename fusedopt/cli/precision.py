@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusedopt import FusedOptimizer
+from fusedopt import FusedOptimizer, WeightAverage
 
 DTYPES = {
     "fp32": torch.float32,
@@ -19,7 +19,7 @@ CODES = ("int8", "fp8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--states``, ``--master`` and ``--rounding``."""
+    """Declare ``--states``, ``--master``, ``--rounding`` and ``--average``."""
     types = " ".join([*CODES, *DTYPES])
     parser.add_argument(
         "--states",
@@ -29,16 +29,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--master", metavar="remainder8", help="remainder, remainder8 or float32")
     parser.add_argument("--rounding", metavar="stochastic", help="stochastic or kahan")
+    parser.add_argument(
+        "--average",
+        type=read_dtype,
+        metavar="fp32",
+        help="type of an average of the weights: fp32, bf16 or fp16; none by default",
+    )
 
 
 def chosen(options: argparse.Namespace) -> dict[str, Any]:
-    """Return those of the options that were given, as optimizers take them."""
+    """Return those of the options that were given, as parameter groups have them.
+
+    Raises:
+        ValueError: for an average of another type.
+    """
     given = {
         "state_dtype": options.states,
         "master": options.master,
         "rounding": options.rounding,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    found = {name: value for name, value in given.items() if value is not None}
+    if options.average is not None:
+        found |= WeightAverage(dtype=options.average).options()
+    return found
 
 
 def read_states(text: str) -> Any:

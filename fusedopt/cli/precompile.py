@@ -158,7 +158,10 @@ def _precision(options: argparse.Namespace, rules: Sequence[str]) -> dict[str, A
     """Return the options of precision, of which at least one rule must know what to make."""
     from fusedopt.precompile.cases import problem
 
-    chosen = precision.chosen(options)
+    try:
+        chosen = precision.chosen(options)
+    except ValueError as error:
+        raise Problem(str(error)) from None
     wanted = [REGISTRY[name] for name in rules] or list(REGISTRY.values())
     found = [problem(r, {**group, **chosen}) for r in wanted for group in r.example_groups]
     if None not in found:

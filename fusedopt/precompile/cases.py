@@ -21,6 +21,7 @@ from ..kernels.aot.option_sets import option_sets
 from ..kernels.aot.update import LAYOUTS
 from ..kernels.rule import Group, Rule
 from ..kernels.rules import REGISTRY
+from ..kernels.weight_average import OPTIONS as AVERAGE
 from ..memory.layout import ALIGNMENT
 from ..optimizer import FusedOptimizer
 from ..optimizers import SGD
@@ -65,7 +66,7 @@ NUMEL = 4 * ALIGNMENT
 # Rows that end within a group, of which codes are walked row by row.
 COLUMNS = 9 * ALIGNMENT
 
-# Options of precision, as optimizers take them.
+# Options of precision as optimizers take them, and of the average of the weights as groups do.
 Precision = Mapping[str, Any]
 
 
@@ -213,5 +214,7 @@ def _step(
 ) -> None:
     kind = type(rule.name, (FusedOptimizer,), {"rule": rule})
     clip = None if norm is None else GlobalNorm(1.0, norm_type=norm)
-    more = {"clip": clip, "statistics": statistics, **precision}
-    kind([p], dict(group), backend="triton", **more).step()
+    defaults = {**group, **{name: x for name, x in precision.items() if name in AVERAGE}}
+    more = {name: x for name, x in precision.items() if name not in AVERAGE}
+    more |= {"clip": clip, "statistics": statistics}
+    kind([p], defaults, backend="triton", **more).step()

@@ -32,6 +32,10 @@ def info(capsys, *arguments: str) -> dict:
         ("--master float32 --states fp32", 16, 14, 30),
         ("--states exp_avg=bf16,exp_avg_sq=int8", 7.03125, 5.03125, 12.0625),
         ("--params fp32", 16, 12, 28),
+        # An average of the weights: 8 bytes more are moved in float32, 4 in 16 bits.
+        ("--params fp32 --average fp32", 20, 16, 36),
+        ("--params fp32 --average bf16", 18, 14, 32),
+        ("--states int8 --master remainder8 --average bf16", 9.0625, 7.0625, 16.125),
         ("--params fp32 --clip", 16, 12, 32),
         ("--gradient fp32 --states int8", 8.0625, 4.0625, 12.125),
         ("--optimizer sgd --option momentum=0.9 --states int8", 5.03125, 3.03125, 8.0625),

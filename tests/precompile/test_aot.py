@@ -17,7 +17,7 @@ SCRIPT = """
 import json, sys
 import torch
 from triton.runtime.jit import JITFunction
-from fusedopt.examples.signum import SIGNUM
+from fusedopt.examples.lion import LION
 from fusedopt.kernels import aot
 from fusedopt.kernels.aot import accumulate, materialised, norms, update
 from fusedopt.kernels.aot.compile import specialization
@@ -25,7 +25,7 @@ from fusedopt.kernels.rules import REGISTRY, register
 from fusedopt.precompile import cases
 from fusedopt.precompile.fake_driver import fake_driver
 
-register(SIGNUM)
+register(LION)
 target = aot.parse_target("cuda:90")
 
 def text(value):
@@ -51,17 +51,29 @@ parameters = [
     {"master": "remainder8"}, {"master": "remainder8", "rounding": "stochastic"},
     {"master": "float32"},
 ]
-half = {"state_dtype": torch.float16}
-types = torch.bfloat16, torch.float32, "int8", "fp8", own
-states = [{}, half, *({"state_dtype": s} for s in types)]
+kinds = torch.bfloat16, torch.float16, torch.float32, "int8", "fp8", own
+states = [{}, *({"state_dtype": s} for s in kinds)]
+averages = [
+    {"average_decay": 0.5, "average_start": 0, "average_dtype": dtype, **more}
+    for dtype in (torch.float32, torch.bfloat16)
+    for more in (
+        {}, {"rounding": "stochastic"}, {"master": "remainder", "state_dtype": torch.float32},
+        {"master": "remainder8", "state_dtype": "int8"},
+    )
+]
 with fake_driver(target):
+    for average in averages:
+        for case in cases.all_cases(average):
+            if case.name.startswith(tuple(json.loads(sys.argv[1]))):
+                case.run()
     for case in cases.all_cases():
         case.run()
     for parameter in parameters:
         for state in states:
             for case in cases.all_cases({**parameter, **state}):
                 chosen = tuple(json.loads(sys.argv[1]))
-                some = case.name.startswith(chosen[0] if state == half else chosen)
+                half = state.get("state_dtype") is torch.float16
+                some = case.name.startswith(chosen[0] if half else chosen)
                 if some and (parameter or state):
                     case.run()
 
@@ -70,8 +82,6 @@ listed += materialised.variants()
 # No case has samples in two tensors, nor a shard that is cut along an inner dimension.
 listed = [variant for variant in listed if variant.constants.get("PARTS", 1) == 1]
 listed = [v for v in listed if not v.name.endswith("stochastic bf16 states rowwise")]
-# Nor an average of the weights, which is no option of the command.
-listed = [v for v in listed if "average" not in v.name]
 missing = [
     variant.name
     for variant in listed
