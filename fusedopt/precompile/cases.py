@@ -106,10 +106,24 @@ def all_cases(precision: Precision = MappingProxyType({})) -> Iterator[Case]:
                 run = take_steps_from_samples
                 for layout in SAMPLE_LAYOUTS:
                     yield from _case("samples", rule, number, group, precision, layout, run)
+        for number, group in enumerate(live_groups(rule)):
+            if problem(rule, {**group, **precision}) is None:
+                for param in DTYPES:
+                    layout = param, param, True
+                    yield from _case("live", rule, number, group, precision, layout, take_steps)
     for param, gradient, aligned in SUM_LAYOUTS:
         name = f"micro-batches {param} {gradient}{'' if aligned else ' unaligned'}"
         run = partial(accumulate, param, gradient, aligned)
         yield Case(name, None, frozenset((param, gradient)), run)
+
+
+def live_groups(rule: Rule) -> Iterator[Group]:
+    """Yield groups whose coefficients are formed on the device, by every formula of a rule."""
+    for group in rule.example_groups:
+        decays = (False, True) if "decoupled_weight_decay" in group else (None,)
+        for decoupled in decays:
+            more = {} if decoupled is None else {"decoupled_weight_decay": decoupled}
+            yield {**group, **more, "capturable": True}
 
 
 def problem(rule: Rule, group: Group) -> str | None:

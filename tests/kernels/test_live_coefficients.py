@@ -183,11 +183,22 @@ def test_a_formula_says_what_was_done() -> None:
         return -a, 1 - b**step, 2.0, a / step + (step > 1), 0.0, -0.0
 
     found = formulas.record(coefficients, {"betas": (0.1, 0.2)}, {"betas": 2})
-    assert found.constants == (-1.0, 1.0, 2.0, 0.0, -0.0) and found.n_inputs == 2
+    assert found.constants == (-1.0, 1.0, 1.0, 2.0, 0.0, -0.0) and found.n_inputs == 2
     assert found.operations == ("mul", "pow", "sub", "div", "gt", "add")
-    # Step 0, inputs 1 and 2, constants 3 to 7, operations from 8 on.
-    assert (found.left, found.right) == ((1, 2, 4, 1, 0, 11), (3, 0, 9, 0, 4, 12))
-    assert found.results == (8, 10, 5, 13, 6, 7)
+    # Step 0, inputs 1 and 2, constants 3 to 8, operations from 9 on.
+    assert (found.left, found.right) == ((1, 2, 4, 1, 0, 12), (3, 0, 10, 0, 5, 13))
+    assert found.results == (9, 11, 6, 14, 7, 8)
+
+
+def test_the_value_of_a_constant_is_no_part_of_a_kernel() -> None:
+    """Catches a sign, or a decay of 0, for which a kernel would be compiled of its own."""
+    group = REGISTRY["SGD"].example_groups[0]
+    counts = dict.fromkeys(REGISTRY["SGD"].hyper, 1)
+    down, up = (
+        formulas.record(REGISTRY["SGD"].coefficients, {**group, "maximize": maximize}, counts)
+        for maximize in (False, True)
+    )
+    assert down.shape == up.shape and down.constants != up.constants
 
 
 def test_a_branch_on_what_lives_on_the_device_is_an_error() -> None:
