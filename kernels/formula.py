@@ -83,7 +83,7 @@ def record(
 
     return Formula(
         n_inputs=place - _STEPS,
-        constants=tuple(float(text) for text in tape.constants),
+        constants=tuple(tape.constants),
         operations=tuple(name for name, _, _ in tape.operations),
         left=tuple(number(a) for _, a, _ in tape.operations),
         right=tuple(number(b) for _, _, b in tape.operations),
@@ -95,15 +95,15 @@ class _Tape:
     """What has been done so far; a value is named by its kind and its number of that kind."""
 
     def __init__(self) -> None:
-        # By their digits, which tell 0 from -0.
-        self.constants: dict[str, int] = {}
+        # One for each time that it stands there: what is equal in one group may not be in another.
+        self.constants: list[float] = []
         self.operations: list[tuple[str, tuple[str, int], tuple[str, int]]] = []
 
     def key(self, value: Any) -> tuple[str, int]:
         if isinstance(value, _Value):
             return value.key
-        text = repr(float(value))
-        return "constant", self.constants.setdefault(text, len(self.constants))
+        self.constants.append(float(value))
+        return "constant", len(self.constants) - 1
 
     def do(self, name: str, a: Any, b: Any) -> _Value:
         self.operations.append((name, self.key(a), self.key(b)))

@@ -15,11 +15,12 @@ BLOCK = 128
 THREADS = 128
 
 
-@jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count", "width"])
 def live_coefficients(
     table,  # int64 [3, count]: row of the coefficients, address of the count, row of ``inputs``
     count,  # int32
-    inputs,  # float64 [groups, WIDTH]: inputs of the formula, then its constants
+    inputs,  # float64 [groups, width]: inputs of the formula, then its constants
+    width,  # int32
     stages,  # float64 [rows]: what a rule reads for the step that counts none
     control,  # float64 [2]: the second, whether the step is skipped
     values,  # float64 [rows, STRIDE], written
@@ -28,7 +29,6 @@ def live_coefficients(
     RIGHT: tl.constexpr,
     RESULTS: tl.constexpr,
     N_VALUES: tl.constexpr,  # its inputs and constants
-    WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,
     COUNT_TYPE: tl.constexpr,  # of the counts, or None where there are none
     COUNTS_STEPS: tl.constexpr,  # whether the rule reads them
@@ -55,7 +55,7 @@ def live_coefficients(
             step = tl.where(skipped, 1.0, counted)
         if WITH_STEP:
             tl.store(values + row * STRIDE + (STRIDE - 1), counted, some)
-    own = inputs + tl.load(table + 2 * count + lanes) * WIDTH
+    own = inputs + tl.load(table + 2 * count + lanes) * width
     found = (step, counted)
     for i in tl.static_range(N_VALUES):
         found = found + (tl.load(own + i),)
@@ -85,13 +85,12 @@ def _operation(a, b, NAME: tl.constexpr):
 
 
 def live_coefficients_constants(
-    formula: Formula, width: int, stride: int, count_type, counts_steps: bool, with_step: bool
+    formula: Formula, stride: int, count_type, counts_steps: bool, with_step: bool
 ) -> dict[str, object]:
     """State what ``live_coefficients`` is compiled for: whoever launches or compiles it asks here.
 
     Args:
         formula: of the coefficients.
-        width: columns of the inputs.
         stride: columns of the coefficients.
         count_type: Triton's type of the counts, or None where there are none.
         counts_steps: whether the rule reads them.
@@ -103,7 +102,6 @@ def live_coefficients_constants(
         "RIGHT": formula.right,
         "RESULTS": formula.results,
         "N_VALUES": formula.n_inputs + len(formula.constants),
-        "WIDTH": width,
         "STRIDE": stride,
         "COUNT_TYPE": count_type,
         "COUNTS_STEPS": counts_steps,

@@ -42,7 +42,6 @@ class TritonCoefficients:
             upload(on_device, host)
             constants = live_coefficients.live_coefficients_constants(
                 table.formulas[parts[0]],
-                table.inputs.shape[1],
                 table.values.shape[1],
                 count_type,
                 table.rule.counts_steps,
@@ -69,6 +68,7 @@ class TritonCoefficients:
             launch(
                 live_coefficients.live_coefficients, -(-count // live_coefficients.BLOCK),
                 live_coefficients.THREADS, table.device,
-                on_device, count, table.inputs, table.steps, control, table.values,
+                on_device, count, table.inputs, table.inputs.shape[1], table.steps, control,
+                table.values,
                 exact=True, **constants,
             )  # fmt: skip

@@ -109,6 +109,11 @@ def all_cases(precision: Precision = MappingProxyType({})) -> Iterator[Case]:
                 run = take_steps_from_samples
                 for layout in SAMPLE_LAYOUTS:
                     yield from _case("samples", rule, number, group, precision, layout, run)
+        for number, group in enumerate(live_groups(rule)):
+            if problem(rule, {**group, **precision}) is None:
+                for param in DTYPES:
+                    layout = param, param, True
+                    yield from _case("live", rule, number, group, precision, layout, take_steps)
     for norm_type in (2.0, math.inf):
         run = partial(take_guarded_step, norm_type)
         yield Case(f"guard {norm_type}", None, frozenset(("fp32",)), run)
@@ -116,6 +121,15 @@ def all_cases(precision: Precision = MappingProxyType({})) -> Iterator[Case]:
         name = f"micro-batches {param} {gradient}{'' if aligned else ' unaligned'}"
         run = partial(accumulate, param, gradient, aligned)
         yield Case(name, None, frozenset((param, gradient)), run)
+
+
+def live_groups(rule: Rule) -> Iterator[Group]:
+    """Yield groups whose coefficients are formed on the device, by every formula of a rule."""
+    for group in rule.example_groups:
+        decays = (False, True) if "decoupled_weight_decay" in group else (None,)
+        for decoupled in decays:
+            more = {} if decoupled is None else {"decoupled_weight_decay": decoupled}
+            yield {**group, **more, "capturable": True}
 
 
 def problem(rule: Rule, group: Group) -> str | None:
@@ -152,15 +166,12 @@ def _case(
 def take_steps(
     rule: Rule, group: Group, precision: Precision, param: str, gradient: str, aligned: bool
 ) -> None:
-    """Take a step without clipping and with either norm, and one that counts on the device."""
+    """Take a step without clipping and with either norm."""
     for norm in CLIPS:
         for p in _parameters(rule, {**group, **precision}, param, NUMEL, aligned):
             p.grad_dtype = None
             p.grad = torch.zeros_like(p, dtype=TORCH_DTYPES[gradient])
             _step(rule, group, precision, p, norm, statistics_for(rule))
-            if norm is None:
-                live = {**group, "capturable": True}
-                _step(rule, live, precision, p, norm, statistics_for(rule))
 
 
 def take_guarded_step(norm_type: float) -> None:

@@ -26,14 +26,13 @@ def coefficients(rule: Rule, group: Group, name: str) -> Variant:
     counts = {k: len(v) if isinstance(v, tuple) else 1 for k, v in entries.items()}
     found = formula.record(lambda own, step, _: rule.coefficients(own, step), group, counts)
     count_type = tl.float32 if rule.counts_steps else None
-    width = found.n_inputs + len(found.constants)
     pointers = {"table": "*i64", "inputs": "*fp64", "stages": "*fp64", "control": "*fp64"}
     return Variant(
         name=f"live_coefficients {name}",
         kernel=live_coefficients.live_coefficients,
-        arguments={**pointers, "values": "*fp64", "count": "i32"},
+        arguments={**pointers, "values": "*fp64", "count": "i32", "width": "i32"},
         constants=live_coefficients.live_coefficients_constants(
-            found, width, rule.n_coefficients, count_type, rule.counts_steps, False
+            found, rule.n_coefficients, count_type, rule.counts_steps, False
         ),
         threads=live_coefficients.THREADS,
         exact=True,

@@ -183,11 +183,26 @@ def test_a_formula_says_what_was_done() -> None:
         return -a, 1 - b**step, 2.0, a / step + (number > 1), 0.0, -0.0
 
     found = formulas.record(coefficients, {"betas": (0.1, 0.2)}, {"betas": 2})
-    assert found.constants == (-1.0, 1.0, 2.0, 0.0, -0.0) and found.n_inputs == 2
+    assert found.constants == (-1.0, 1.0, 1.0, 2.0, 0.0, -0.0) and found.n_inputs == 2
     assert found.operations == ("mul", "pow", "sub", "div", "gt", "add")
-    # Step 0, its number 1, inputs 2 and 3, constants 4 to 8, operations from 9 on.
-    assert (found.left, found.right) == ((2, 3, 5, 2, 1, 12), (4, 0, 10, 0, 5, 13))
-    assert found.results == (9, 11, 6, 14, 7, 8)
+    # Step 0, its number 1, inputs 2 and 3, constants 4 to 9, operations from 10 on.
+    assert (found.left, found.right) == ((2, 3, 5, 2, 1, 13), (4, 0, 11, 0, 6, 14))
+    assert found.results == (10, 12, 7, 15, 8, 9)
+
+
+def test_the_value_of_a_constant_is_no_part_of_a_kernel() -> None:
+    """Catches a sign, or a decay of 0, for which a kernel would be compiled of its own."""
+    group = REGISTRY["SGD"].example_groups[0]
+    counts = dict.fromkeys(REGISTRY["SGD"].hyper, 1)
+    down, up = (
+        formulas.record(
+            lambda own, step, _: REGISTRY["SGD"].coefficients(own, step),
+            {**group, "maximize": maximize},
+            counts,
+        )
+        for maximize in (False, True)
+    )
+    assert down.shape == up.shape and down.constants != up.constants
 
 
 def test_a_branch_on_what_lives_on_the_device_is_an_error() -> None:

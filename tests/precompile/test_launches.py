@@ -118,24 +118,26 @@ def test_a_model_of_usual_layers_launches_nothing_else(
 def test_every_variant_of_codegen_is_among_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     """``codegen`` lists variants by hand: whatever it has, a step must have launched."""
     from fusedopt.backends import triton as launching
-    from fusedopt.backends import triton_accumulate, triton_samples
-    from fusedopt.kernels.aot import accumulate, materialised, norms, update
+    from fusedopt.backends import triton_accumulate, triton_coefficients, triton_samples
+    from fusedopt.kernels.aot import accumulate, coefficients, materialised, norms, update
     from fusedopt.precompile import cases
 
     seen = set()
 
     def note(
         kernel: Any, programs: int, threads: int, device: Any, *a: Any,
-        registers: Any = None, **meta: Any,
+        registers: Any = None, exact: Any = False, **meta: Any,
     ) -> None:  # fmt: skip
         seen.add((kernel.__name__, threads, _constants(meta)))
 
     monkeypatch.setattr(launching, "launch", note)
     monkeypatch.setattr(triton_samples, "launch", note)
     monkeypatch.setattr(triton_accumulate, "launch", note)
+    monkeypatch.setattr(triton_coefficients, "launch", note)
     for case in cases.all_cases():
         case.run()
     listed = [*update.plain_variants(), *norms.variants(), *accumulate.variants()]
+    listed += coefficients.variants()
     # Those of other formats are compared in test_aot.py.
     plain = {"PARAMETER": "cast", "DRAWS": False}
     for v in materialised.variants():
