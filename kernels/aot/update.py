@@ -51,8 +51,10 @@ def variants(architecture: str = "") -> Iterator[Variant]:
     for kept in formats.every():
         yield update_kept(ADAM, ADAM.example_groups[0], kept, backend)
     for kept in formats.averaged():
-        for rule, more in ((ADAM, {}), *_SOME):
-            yield update_kept(rule, {**rule.example_groups[0], **more}, kept, backend)
+        yield update_kept(ADAM, ADAM.example_groups[0], kept, backend)
+        if kept.average == "fp32" and kept.aligned and not kept.rowwise:
+            for rule, more in _SOME:
+                yield update_kept(rule, {**rule.example_groups[0], **more}, kept, backend)
     for rule, more in _SOME:
         for kept in formats.some():
             yield update_kept(rule, {**rule.example_groups[0], **more}, kept, backend)
