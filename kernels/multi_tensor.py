@@ -40,7 +40,7 @@ AVERAGE_REGISTERS = 96
 
 def register_limit(format: Format) -> int | None:
     """Registers of a thread at most, or None for as many as the compiler takes."""
-    if format.is_cast:
+    if format.parameter == "cast" and set(format.states) <= {"cast", "positive cast"}:
         return None
     return AVERAGE_REGISTERS if format.average and format.has_codes else REGISTERS
 
