@@ -17,7 +17,7 @@ SCRIPT = """
 import json, sys
 import torch
 from triton.runtime.jit import JITFunction
-from fusedopt.examples.lion import LION
+from fusedopt.examples.signum import SIGNUM
 from fusedopt.kernels import aot
 from fusedopt.kernels.aot import accumulate, materialised, norms, update
 from fusedopt.kernels.aot.compile import specialization
@@ -25,7 +25,7 @@ from fusedopt.kernels.rules import REGISTRY, register
 from fusedopt.precompile import cases
 from fusedopt.precompile.fake_driver import fake_driver
 
-register(LION)
+register(SIGNUM)
 target = aot.parse_target("cuda:90")
 
 def text(value):
