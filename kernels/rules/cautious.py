@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import torch_ops as T
-from ..lang import jit, tl
+from ..lang import jit, tl, where  # noqa: F401  # Triton's interpreter looks for tl
 from ..rule import Group
 
 # Entry of the parameter groups.
@@ -31,7 +31,7 @@ def is_cautious(group: Group) -> bool:
 def shrunk(p, u, shrink):
     """Multiply a block by ``shrink`` = 1 - lr wd, where the step is along ``-u`` towards zero."""
     # Not the sign of a product, which may be too small to have one.
-    return tl.where(tl.where(p < 0.0, -u, u) >= 0.0, p * shrink, p)
+    return where(where(p < 0.0, -u, u) >= 0.0, p * shrink, p)
 
 
 def shrunk_twin(p: Tensor, u: Tensor, shrink: Any) -> Tensor:
