@@ -35,7 +35,8 @@ from fusedopt.formats import OPTIONS as PRECISION
 
 # capturable is torch's own, accepted where torch does not have it as well.
 COMMON = (
-    "backend", "clip", "state_dtype", "rounding", "master", "rounding_seed", "capturable",
+    "backend", "clip", "state_dtype", "rounding", "master", "rounding_seed", "average",
+    "capturable",
 )  # fmt: skip
 WITH_SQUARES = ("statistics", "virtual_batch_size")
 # Names of the public interface that are there from the start, and those that may follow.
@@ -43,7 +44,7 @@ CORE = {"SGD", "RMSprop", "Adam", "AdamW", "GlobalNorm", "Rule", "FusedOptimizer
 LATER = {
     "BatchDecoupledAdam", "BatchDecoupledRMSprop", "PerSampleSquares", "MicroBatchSquares",
     "GradSampleSquares", "BackpackSquares", "SVAG", "scaling", "export_state_dict",
-    "gradient_release", "GradientAccumulator",
+    "gradient_release", "GradientAccumulator", "WeightAverage",
 }  # fmt: skip
 
 
