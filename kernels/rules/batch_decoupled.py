@@ -30,6 +30,7 @@ from ..lang import jit, lerp, tl, where
 from ..rule import Group, Rule, Scalar
 from . import adam, rmsprop
 from .adam import apply_moments as apply_to_adam
+from .cautious import NAME as CAUTIOUS
 from .rmsprop import apply_moments as apply_to_rmsprop
 
 FACTORS = ("mean_weight", "square_weight")
@@ -138,6 +139,7 @@ _WHOLE = {"mean_weight": 1.0, "square_weight": 0.0}
 _ADAM = {
     "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "amsgrad": False,
     "maximize": False, "decoupled_weight_decay": True, "bias_correction": "adam",
+    CAUTIOUS: False,
 }  # fmt: skip
 
 _RMSPROP = {
@@ -165,6 +167,7 @@ BATCH_DECOUPLED_ADAM = Rule(
         {**_ADAM, **_WHOLE, "weight_decay": 0.0},
         {**_ADAM, **_PAIRS, "amsgrad": True, "betas": (0.3, 0.6)},
         {**_ADAM, **_PAIRS, "bias_correction": "running_mean", "betas": (0.2, 0.6)},
+        {**_ADAM, **_PAIRS, "weight_decay": 2.0, CAUTIOUS: True},
     ),
 )
 

@@ -23,7 +23,6 @@ from ..lang import jit, tl, where
 from ..rule import Group, Rule, Scalar
 from .adam import ADAM
 from .adam import update as step_adam
-from .cautious import is_cautious
 from .rmsprop import RMSPROP
 from .rmsprop import update as step_rmsprop
 from .sgd import SGD
@@ -109,7 +108,6 @@ def _rule(rule: Rule, update: Any) -> Rule:
         example_groups=tuple(
             {**group, **(_SAME if i == 1 else _DOUBLE)}
             for i, group in enumerate(rule.example_groups)
-            if not is_cautious(group)
         ),
     )
 

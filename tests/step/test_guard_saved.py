@@ -78,6 +78,7 @@ def test_a_run_goes_on_with_the_same_bits(backend: str, at: int, tmp_path: Path)
         for x, state in zip(resumed, torch.load(tmp_path / "run.pt"), strict=True):
             x.load_state_dict(state)
         assert (resumed[1].guard.zscore, resumed[1].guard.min_steps) == (2.5, 3)
+        check_same(resumed, whole)
         reference = copy.deepcopy(whole)
         train(*resumed, slice(at, None))
         train(*reference, slice(at, None))
