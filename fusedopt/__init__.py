@@ -18,6 +18,7 @@ from .release import gradient_release
 from .schedule_free import ScheduleFreeAdamW
 from .statistics import BackpackSquares, GradSampleSquares, MicroBatchSquares, PerSampleSquares
 from .svag import SVAG
+from .telemetry import Telemetry
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "Rule",
     "ScheduleFreeAdamW",
     "SpikeGuard",
+    "Telemetry",
     "WeightAverage",
     "export_state_dict",
     "gradient_release",

@@ -39,10 +39,11 @@ from .step.counts import new_step
 from .step.scale import GradScale
 from .step.span import Span
 from .step.wrappers import watch
+from .telemetry import Measured, Telemetry, check_telemetry
 from .tracing import untraced
 
 
-class FusedOptimizer(Averaged, TakesNorm, Optimizer):
+class FusedOptimizer(Averaged, Measured, TakesNorm, Optimizer):
     """A ``torch.optim.Optimizer`` whose step is one launch for all parameters.
 
     A subclass names its ``rule`` and passes its hyper-parameters on::
@@ -73,6 +74,7 @@ class FusedOptimizer(Averaged, TakesNorm, Optimizer):
             bits of one), ``"float32"``, or None.
         rounding_seed: seed of stochastic rounding, an int of 64 bits.
         average: ``fusedopt.WeightAverage(decay)``, or None. See docs/riding_along.md.
+        telemetry: ``fusedopt.Telemetry()``, which norms are measured for, or None.
         capturable: keep step counts and hyper-parameters on the device, for CUDA graphs.
 
     Raises:
@@ -97,6 +99,7 @@ class FusedOptimizer(Averaged, TakesNorm, Optimizer):
         backend: str = "auto",
         clip: GlobalNorm | None = None,
         guard: SpikeGuard | None = None,
+        telemetry: Telemetry | None = None,
         statistics: Statistics | None = None,
         virtual_batch_size: float | None = None,
         state_dtype: Any = None,
@@ -139,7 +142,9 @@ class FusedOptimizer(Averaged, TakesNorm, Optimizer):
         self.scaler_on_device = False
         # The processes among which a wrapper has dealt out the parameters; see step/wrappers.py.
         self.wrapper_group: Any = None
+        check_telemetry(self, telemetry)
         super().__init__(params, defaults)
+        self.telemetry = telemetry
         if average is not None:
             average.attach(self)
         watch(FusedOptimizer)
@@ -214,7 +219,7 @@ class FusedOptimizer(Averaged, TakesNorm, Optimizer):
             )
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        for name in ("backend", "clip", "guard", "statistics", "_average"):
+        for name in ("backend", "clip", "guard", "statistics", "_average", "_telemetry"):
             own, name = getattr(self, name), name.removeprefix("_")
             # Wrappers put all arguments of the constructor into groups.
             if param_group.get(name, own) != own:
@@ -310,6 +315,8 @@ class FusedOptimizer(Averaged, TakesNorm, Optimizer):
         self.refuse_if_applied("no step can be taken")
         grad_scale, found_inf = self._load_scaler()
         release = self.gradient_release
+        if release is None and self.telemetry is not None:
+            self.telemetry.begin()
         if release is None or release.before_step(self, grad_scale, found_inf):
             self._engine.step(self, grad_scale, found_inf)
 
@@ -388,6 +395,7 @@ class FusedOptimizer(Averaged, TakesNorm, Optimizer):
             # Wrappers may have put objects there; an average's options are entries of their own.
             group.pop("average", None)
             group.pop("guard", None)
+            group.pop("telemetry", None)
             if guard is not None:
                 group["guard"] = guard
             put_aside(group, ["clip", "guard", *self.extra_options])
@@ -443,7 +451,7 @@ class FusedOptimizer(Averaged, TakesNorm, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**super().__getstate__(), "backend": self.backend}
-        state |= {"clip": self.clip, "guard": self.guard}
+        state |= {"clip": self.clip, "guard": self.guard, "telemetry": self.telemetry}
         states, patterns = as_patterns(self.state)
         return {**state, "state": states, "patterns": patterns} if patterns else state
 
@@ -460,7 +468,7 @@ class FusedOptimizer(Averaged, TakesNorm, Optimizer):
         self.__dict__.setdefault("gradient_release", None)
         # States of a pickle have them under their public names; older ones have no guard.
         self.__dict__.setdefault("_guard", None)
-        for name in ("clip", "guard"):
+        for name in ("clip", "guard", "telemetry"):
             if name in self.__dict__:
                 setattr(self, name, self.__dict__.pop(name))
         # Pickles of before had it under its public name.

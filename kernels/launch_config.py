@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import multi_tensor
+from . import multi_tensor, telemetry
 from .codecs.format import PLAIN, Format
 
 TUNED = Path(__file__).resolve().with_name("tuned.json")
@@ -64,6 +64,13 @@ def default(aligned: bool, rowwise: bool = False, format: Format = PLAIN) -> Lau
     """What stands where nothing was measured."""
     block = multi_tensor.block_size(aligned, rowwise, format)
     return LaunchConfig(block, multi_tensor.THREADS)
+
+
+def measured(config: LaunchConfig) -> LaunchConfig:
+    """Return what takes the place of a launch configuration where telemetry measures."""
+    block = max(config.block, telemetry.SMALLEST_BLOCK)
+    threads = config.threads * block // config.block
+    return LaunchConfig(block, max(config.threads, min(threads, telemetry.MOST_THREADS)))
 
 
 def update_launch_config(

@@ -9,6 +9,7 @@ stands in two small device arrays; where the tensors live stands in a table of a
     rows 3 ...        addresses of the inputs (the gradient), then of what is kept beside the
                       parameter, then of the states, of which codes are followed by their scales
     rows behind       what codecs that draw need to know: see ``codecs/place.py``
+    last row          where partial sums of squares go, with telemetry: see ``telemetry.py``
 
 with one column a tensor. Coefficients and control values are float64 and narrowed here, so that
 one table serves every bucket of a device. Behind the rule's coefficients stands the weight of the
@@ -19,9 +20,10 @@ from __future__ import annotations
 
 from .codecs import codes, compute_type, decode, encode, encode_positive, parameter
 from .codecs.format import PLAIN, Format
-from .codecs.place import draw, numbered, walk_rows
+from .codecs.place import DRAW_ROWS, ROWWISE_ROWS, draw, numbered, walk_rows
 from .codecs.rounding import stochastic, turned
 from .lang import jit, tl
+from .telemetry import begin_sums, put_sums, sums_at
 from .weight_average import follow
 
 # Elements and threads of a program. A thread holds 8 elements of each operand: one 16-byte access
@@ -34,15 +36,16 @@ UNALIGNED_BLOCK = 512
 SMALL_BLOCK = 256
 # With codes a compiler left to itself takes a dozen more, and none of them for long.
 REGISTERS = 80
-# An average of the weights beside them is one operand more, which takes stack within those.
-AVERAGE_REGISTERS = 96
+# An average of the weights beside them is one operand more, which takes stack within those; and
+# what telemetry sums up is kept to the end.
+MORE_REGISTERS = 96
 
 
-def register_limit(format: Format) -> int | None:
+def register_limit(format: Format, measured: bool = False) -> int | None:
     """Registers of a thread at most, or None for as many as the compiler takes."""
     if format.parameter == "cast" and set(format.states) <= {"cast", "positive cast"}:
         return None
-    return AVERAGE_REGISTERS if format.average and format.has_codes else REGISTERS
+    return MORE_REGISTERS if measured or (format.average and format.has_codes) else REGISTERS
 
 
 # Rows of the address table in front of the addresses.
@@ -63,7 +66,7 @@ def update_tensors(
     chunk_tensor,  # int32 [programs]: column of the tensor
     chunk_index,  # int32 [programs]: which chunk of that tensor
     coefficients,  # float64 [rows, STRIDE]
-    control,  # float64 [2]: factor on the gradient, and whether to skip the step
+    control,  # float64 [3]: factor on the gradient, whether to skip, the factor without clipping
     RULE: tl.constexpr,  # the device function of the rule
     OPTIONS: tl.constexpr,  # its compile-time options
     DTYPES: tl.constexpr,  # element types of parameter, inputs and states
@@ -79,6 +82,7 @@ def update_tensors(
     DRAWS: tl.constexpr,  # whether something that is kept depends on index and step
     AVERAGE: tl.constexpr,  # whether the last state is the average of the weights
     ROWWISE: tl.constexpr,  # whether tensors are walked row by row: see ``codecs/place.py``
+    MEASURED: tl.constexpr,  # row of the table that says where sums go; 0 where none are formed
     EARLY: tl.constexpr,  # whether addresses are read before it is known which chunks are whole
 ):
     """Update every chunk in place, unless ``control`` says that the step is to be skipped."""
@@ -94,6 +98,9 @@ def update_tensors(
         numel = tl.load(column)
         row = coefficients + tl.load(column + width) * STRIDE
         scale = tl.load(control).to(COMPUTE)
+        sums = None
+        if MEASURED:
+            sums = sums_at(column, width, chunk, control, MEASURED, COMPUTE)
         scalars = ()
         for i in tl.static_range(N_COEFFICIENTS):
             scalars = scalars + (tl.load(row + i).to(COMPUTE),)
@@ -106,7 +113,7 @@ def update_tensors(
         if ROWWISE:
             place = walk_rows(column, width, numel, chunk, 2 + len(DTYPES), BLOCK)
             _update_chunk(
-                column, width, early, place, step, scale, scalars,
+                column, width, early, place, step, scale, sums, scalars,
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
                 PARAMETER, STATES, ROWS, DRAWS, AVERAGE,
             )  # fmt: skip
@@ -114,25 +121,27 @@ def update_tensors(
         elif start + BLOCK <= numel:
             whole = whole_chunk(column, width, offsets, chunk, DTYPES, DRAWS)
             _update_chunk(
-                column, width, early, whole, step, scale, scalars,
+                column, width, early, whole, step, scale, sums, scalars,
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
                 PARAMETER, STATES, ROWS, DRAWS, AVERAGE,
             )  # fmt: skip
         elif DRAWS or PARAMETER != "cast":
+            if MEASURED:
+                begin_sums(sums)
             # In pieces: what is no cast would take half as many registers again with masks.
             for part in range(BLOCK // 256):
                 piece = chunk * (BLOCK // 256) + part
                 elements = piece * 256 + tl.arange(0, 256)
                 last = last_chunk(column, width, numel, elements, piece, DTYPES, DRAWS)
                 _update_chunk(
-                    column, width, early, last, step, scale, scalars,
+                    column, width, early, last, step, scale, sums, scalars,
                     RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
-                    PARAMETER, STATES, ROWS, DRAWS, AVERAGE,
+                    PARAMETER, STATES, ROWS, DRAWS, AVERAGE, True,
                 )  # fmt: skip
         else:
             last = last_chunk(column, width, numel, offsets, chunk, DTYPES, DRAWS)
             _update_chunk(
-                column, width, early, last, step, scale, scalars,
+                column, width, early, last, step, scale, sums, scalars,
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
                 PARAMETER, STATES, ROWS, DRAWS, AVERAGE,
             )  # fmt: skip
@@ -163,38 +172,47 @@ def last_chunk(column, width, numel, offsets, chunk, DTYPES: tl.constexpr, DRAWS
 
 @jit
 def _update_chunk(
-    column, width, early, place, step, scale, scalars,
+    column, width, early, place, step, scale, sums, scalars,
     RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, DEGREES: tl.constexpr,
     COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, PARAMETER: tl.constexpr, STATES: tl.constexpr,
-    ROWS: tl.constexpr, DRAWS: tl.constexpr, AVERAGE: tl.constexpr,
+    ROWS: tl.constexpr, DRAWS: tl.constexpr, AVERAGE: tl.constexpr, ADDS: tl.constexpr = False,
 ):  # fmt: skip
-    """Load one chunk of every operand, apply the rule, and store parameter and states."""
+    """Load one chunk of every operand, apply the rule, and store parameter and states.
+
+    With ``sums``, as of ``telemetry.sums_at``, those of squares, too; added, if ``ADDS``.
+    """
     n_inputs: tl.constexpr = len(DEGREES)
     offsets, mask = place[0], place[1]
     inputs = ()
+    gradient = None
     for i in tl.static_range(n_inputs):
         pointer = operand(column, width, early, 1 + i, DTYPES, ALIGNED, place[6]) + offsets
         x = decode(pointer, mask, COMPUTE)
+        if i == 0:
+            gradient = x
         if DEGREES[i] > 0:
             x = x * scale
         if DEGREES[i] == 2:
             x = x * scale
         inputs = inputs + (x,)
     apply_rule(
-        column, width, early, place, step, inputs, scalars,
+        column, width, early, place, step, inputs, gradient, sums, scalars,
         RULE, OPTIONS, DTYPES, n_inputs, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
-        AVERAGE,
+        AVERAGE, ADDS,
     )  # fmt: skip
 
 
 @jit
 def apply_rule(
-    column, width, early, place, step, inputs, scalars,
+    column, width, early, place, step, inputs, gradient, sums, scalars,
     RULE: tl.constexpr, OPTIONS: tl.constexpr, DTYPES: tl.constexpr, N_INPUTS: tl.constexpr,
     COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, PARAMETER: tl.constexpr, STATES: tl.constexpr,
-    ROWS: tl.constexpr, DRAWS: tl.constexpr, AVERAGE: tl.constexpr,
+    ROWS: tl.constexpr, DRAWS: tl.constexpr, AVERAGE: tl.constexpr, ADDS: tl.constexpr = False,
 ):  # fmt: skip
-    """Update one chunk of parameter and states, whose addresses follow those of the inputs."""
+    """Update one chunk of parameter and states, whose addresses follow those of the inputs.
+
+    ``gradient`` is as it was read, for ``sums``, as of ``_update_chunk``.
+    """
     offsets, mask, lower, upper, groups, some, begin = place
     own = operand(column, width, early, 0, DTYPES, ALIGNED, begin) + offsets
     if PARAMETER == "cast" or PARAMETER == "stochastic":
@@ -202,6 +220,7 @@ def apply_rule(
     else:
         companion = address(column, width, 1 + N_INPUTS, DTYPES, ALIGNED, begin) + offsets
     p = parameter.load(own, companion, mask, PARAMETER, COMPUTE)
+    before = p
     # Addresses of states are kept from load to store: a store might alias the table, so that
     # reading an address again would wait for it.
     pointers = ()
@@ -227,6 +246,9 @@ def apply_rule(
     thresholds = None
     if DRAWS:
         bits, thresholds = draw(column, width, lower, upper, step, 2 + len(DTYPES))
+    if sums is not None:
+        # Behind the last of what is read of the table, which a store might alias.
+        put_sums(sums, gradient, before, p, mask, ADDS)
     parameter.store(own, companion, p, mask, bits, PARAMETER)
     for i in tl.static_range(len(STATES)):
         if STATES[i] == "cast":
@@ -299,6 +321,12 @@ def _typed(value, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, begin):
 # Below the kernels, whose lines are a part of their keys in Triton's cache.
 
 
+def measured_row(n_operands: int, format: Format, rowwise: bool) -> int:
+    """Return which row of the table says where sums of squares go: the one behind all others."""
+    drawn = (ROWWISE_ROWS if rowwise else DRAW_ROWS) if format.draws else 0
+    return HEADER_ROWS + n_operands + drawn
+
+
 def update_constants(
     rule,
     options: tuple[bool, ...],
@@ -310,6 +338,7 @@ def update_constants(
     stride: int | None = None,
     n_inputs: int | None = None,
     backend: str = "cuda",
+    measured: bool = False,
 ) -> dict[str, object]:
     """State what ``update_tensors`` is compiled for: whoever launches or compiles it asks here.
 
@@ -326,6 +355,7 @@ def update_constants(
         n_inputs: how many inputs there are, if not as many as the rule has.
         backend: Triton's, ``cuda`` or ``hip``. That addresses are read early spares a wait, for
             registers that other formats and float64 have not, and AMD's compiler takes more of.
+        measured: whether sums of squares are formed for telemetry.
     """
     n_inputs = len(rule.degrees) if n_inputs is None else n_inputs
     compute = compute_type(types)
@@ -346,5 +376,6 @@ def update_constants(
         "DRAWS": format.draws,
         "AVERAGE": format.average,
         "ROWWISE": rowwise,
+        "MEASURED": measured_row(len(types), format, rowwise) if measured else 0,
         "EARLY": format.is_cast and backend != "hip" and compute == tl.float32,
     }

@@ -66,7 +66,7 @@ class Trial:
         table = HostTable(rule, self.device, [0] * len(self.sizes))
         table.partition([3.0] * len(self.sizes))
         table.refresh([self.entry.group])
-        control = torch.tensor([1.0, 0.0], dtype=torch.float64, device=self.device)
+        control = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64, device=self.device)
         inputs = self.tensors.inputs
         part.move_inputs(inputs)
         return lambda: part.update(inputs, table, control)

@@ -35,7 +35,12 @@ BACKENDS = ("auto", "triton", "reference")
 
 
 def prepare(
-    backend: str, rule: Rule, device: torch.device, entries: Sequence[Entries], apart: bool = False
+    backend: str,
+    rule: Rule,
+    device: torch.device,
+    entries: Sequence[Entries],
+    apart: bool = False,
+    measures: bool = False,
 ) -> Executor:
     """Prepare entries of one device for a backend that ``choose`` has named.
 
@@ -45,14 +50,15 @@ def prepare(
         device: where the tensors live.
         entries: what to update.
         apart: whether no two of the tensors are known to reach into each other's memory.
+        measures: whether some of the updates are measured.
     """
     if backend == "triton":
         from .triton import TritonExecutor
 
-        return TritonExecutor(rule, device, entries, apart)
+        return TritonExecutor(rule, device, entries, apart, measures)
     from .reference import ReferenceExecutor
 
-    return ReferenceExecutor(rule, device, entries)
+    return ReferenceExecutor(rule, device, entries, measures)
 
 
 def coefficients_on(

@@ -97,7 +97,7 @@ class Coefficients(Protocol):
 
         Args:
             groups: whose hyper-parameters are read.
-            control: float64 ``[2]``, what an update reads besides coefficients.
+            control: float64 ``[3]``, what an update reads besides coefficients.
         """
 
 
@@ -106,7 +106,12 @@ class Executor(Protocol):
 
     A part keeps parameters and states, never an input: gradients that outlive ``zero_grad()``
     would add their size to the memory of the next forward pass. Inputs are handed in at each use.
+
+    Attributes:
+        device: where the tensors live.
     """
+
+    device: torch.device
 
     def move_inputs(self, inputs: Inputs) -> None:
         """Note the addresses of inputs of the same types and layouts as before."""
@@ -146,8 +151,24 @@ class Executor(Protocol):
         norms. With ``scaled``, ``control[1]`` says already whether a loss scaler found an overflow.
         """
 
-    def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
-        """Apply the rule to every entry, unless ``control[1]`` is set."""
+    def update(self, inputs: Inputs, table: Table, control: Tensor, measured: bool = False) -> None:
+        """Apply the rule to every entry, unless ``control[1]`` is set.
+
+        Args:
+            inputs: what the rule reads besides what is kept.
+            table: the coefficients.
+            control: float64 ``[3]``: factor on the gradient, whether to skip, and the factor
+                without clipping.
+            measured: whether to form what ``squares`` returns, of an executor prepared for it.
+        """
+
+    def squares(self) -> Tensor:
+        """Return the squared norms of gradient, parameter and update of each entry.
+
+        Returns:
+            float64 ``[entries, 3]``, of the latest update that was measured and not skipped; nan
+            before, and 0 of an entry without elements. A new tensor at each call.
+        """
 
     def memory(self) -> Iterator[Tensor]:
         """List the tensors that launches read besides the entries' own."""

@@ -6,6 +6,7 @@ read from memory once, not once an operation.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..coefficients import Table
 from ..kernels.rule import Rule
+from ..kernels.telemetry import COUNT
 from ..kernels.weight_average import follow_twin
 from ..memory.dtypes import compute_dtype, decode, real_dtype
 from ..memory.layout import is_dense, real_view
@@ -26,7 +28,9 @@ from .reference_guard import decide
 class ReferenceExecutor:
     """The entries of one device; see ``fusedopt.backends.Executor``."""
 
-    def __init__(self, rule: Rule, device: torch.device, entries: Sequence[Entries]) -> None:
+    def __init__(
+        self, rule: Rule, device: torch.device, entries: Sequence[Entries], measures: bool = False
+    ) -> None:
         self.rule = rule
         self.device = device
         memories = [
@@ -37,6 +41,13 @@ class ReferenceExecutor:
         ]
         # Parameters that share memory are updated in the order in which they were given.
         self.memories = sorted(memories, key=operator.attrgetter("position"))
+        # Of each entry, the squared norms of gradient, parameter and update.
+        self._squares: Tensor | None = None
+        if measures:
+            count = sum(len(own.params) for own in entries)
+            self._squares = torch.zeros(count, COUNT, dtype=torch.float64, device=device)
+            for memory in self.memories:
+                self._squares[memory.position].fill_(math.nan)
 
     def move_inputs(self, inputs: Inputs) -> None:
         pass
@@ -93,15 +104,20 @@ class ReferenceExecutor:
     def release(self) -> None:
         pass
 
-    def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
+    def squares(self) -> Tensor:
+        assert self._squares is not None
+        return self._squares.clone()
+
+    def update(self, inputs: Inputs, table: Table, control: Tensor, measured: bool = False) -> None:
         scale: Any
         skip: Any
+        unclipped: Any
         if self.device.type == "cpu":
-            scale, skip = control.tolist()
+            scale, skip, unclipped = control.tolist()
             if skip:
                 return
         else:
-            scale, skip = control[0], control[1] != 0
+            scale, skip, unclipped = control[0], control[1] != 0, control[2]
         for memory in self.memories:
             row = table.rows[table.row_of[memory.position]]
             own = [real_view(kind[memory.position]) for kind in inputs]
@@ -110,8 +126,15 @@ class ReferenceExecutor:
             memory.begin(row[-1])
             # With the weight of the average behind them.
             coefficients = row[: self.rule.n_coefficients + memory.averages]
+            sums = torch.zeros(COUNT, dtype=torch.float64, device=self.device) if measured else None
             for piece, values in memory.pieces(own):
-                self._update(memory, piece, values, coefficients, scale, skip)
+                if sums is not None:
+                    gradient = _scaled(decode(values[0], memory.compute), unclipped, 1)
+                    sums[0] += _sum_of_squares(gradient)
+                self._update(memory, piece, values, coefficients, scale, skip, sums)
+            if sums is not None and self._squares is not None:
+                kept = self._squares[memory.position]
+                kept.copy_(torch.where(skip, kept, sums) if isinstance(skip, Tensor) else sums)
 
     def _update(
         self,
@@ -121,10 +144,12 @@ class ReferenceExecutor:
         coefficients: tuple[Any, ...],
         scale: Any,
         skip: Any,
+        sums: Tensor | None,
     ) -> None:
         # The twin may overwrite its arguments, which can be the memory itself.
         old = [t.clone() for t in piece.tensors] if isinstance(skip, Tensor) else []
         p, states = memory.load(piece)
+        before = None if sums is None else p.clone()
         scaled = tuple(
             _scaled(decode(x, memory.compute), scale, degree)
             for x, degree in zip(inputs, self.rule.degrees, strict=True)
@@ -137,6 +162,9 @@ class ReferenceExecutor:
             average = (follow_twin(last, p, weight),)
         else:
             p, new_states = self.rule.twin(p, scaled, states, coefficients, memory.options)
+        if sums is not None and before is not None:
+            sums[1] += _sum_of_squares(p)
+            sums[2] += _sum_of_squares(p - before)
         memory.store(piece, p, (*new_states, *average))
         for target, before in zip(piece.tensors, old, strict=False):
             target.copy_(_chosen(skip, before, target))
@@ -177,6 +205,10 @@ def _chosen(skip: Tensor, before: Tensor, after: Tensor) -> Tensor:
     # torch has no choice between 8-bit floats.
     patterns = torch.where(skip, before.view(torch.uint8), after.view(torch.uint8))
     return patterns.view(after.dtype)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -34,7 +34,7 @@ def decide(value: Tensor, control: Tensor, record: Tensor, min_steps: int, scale
     is_taken = (value < math.inf) & ~(z > record[BOUND])
     overflow = (control[1] != 0) & scaled
     is_noted = ~overflow & (value != 0)
-    control[1:].copy_(~is_taken | overflow)
+    control[1:2].copy_(~is_taken | overflow)
     here = places == record[ACCEPTED] % len(ring)
     ring.copy_(torch.where(here & is_noted & is_taken, value, ring))
     record[ACCEPTED].add_(is_noted & is_taken)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..coefficients import Table
-from ..kernels import guard, launch_config, multi_tensor, norms
+from ..kernels import guard, launch_config, multi_tensor, norms, telemetry
 from ..kernels import launch as launching
 from ..kernels.codecs.format import PLAIN
 from ..kernels.codecs.place import GROUP
@@ -24,6 +24,7 @@ from ..kernels.launch import TRITON_DTYPES, device_architecture, launch, settle
 from ..kernels.per_sample import materialised
 from ..kernels.rule import Rule
 from ..memory.device import upload
+from ..memory.dtypes import compute_dtype
 from ..memory.layout import are_apart, byte_range
 from ..memory.storage import chained
 from .entry import Entries, Inputs
@@ -38,12 +39,19 @@ class TritonExecutor:
         device: where the tensors live.
         entries: what to update.
         apart: whether no two of the tensors are known to reach into each other's memory.
+        measures: whether some of the updates are measured.
     """
 
     def __init__(
-        self, rule: Rule, device: torch.device, entries: Sequence[Entries], apart: bool
+        self,
+        rule: Rule,
+        device: torch.device,
+        entries: Sequence[Entries],
+        apart: bool,
+        measures: bool = False,
     ) -> None:
         self.device = device
+        self._count = sum(len(own.params) for own in entries)
         orders = None if apart else _launch_orders(entries)
         buckets = [
             (key, own, rows)
@@ -54,7 +62,7 @@ class TritonExecutor:
         # As wide as the table is, which all buckets read.
         stride = rule.n_coefficients + any(own.format.average for own in entries)
         stride += any(own.format.counts for own in entries)
-        self.buckets = [Bucket(rule, device, *bucket, stride) for bucket in buckets]
+        self.buckets = [Bucket(rule, device, *bucket, stride, measures) for bucket in buckets]
         self._partials: Tensor | None = None
         # Sources of copies that a CUDA graph repeats.
         self._captured: list[Tensor] = []
@@ -116,9 +124,16 @@ class TritonExecutor:
             **guard.guarded_factor_constants(infinity_norm),
         )  # fmt: skip
 
-    def update(self, inputs: Inputs, table: Table, control: Tensor) -> None:
+    def update(self, inputs: Inputs, table: Table, control: Tensor, measured: bool = False) -> None:
         for bucket in self.buckets:
-            bucket.update(inputs, table, control, self._captured)
+            bucket.update(inputs, table, control, self._captured, measured)
+
+    def squares(self) -> Tensor:
+        totals = torch.zeros(self._count, telemetry.COUNT, dtype=torch.float64, device=self.device)
+        for bucket in self.buckets:
+            if bucket.measured is not None:
+                totals[_host(bucket.positions).to(self.device)] = bucket.measured.totals()
+        return totals
 
     def memory(self) -> Iterator[Tensor]:
         if self._partials is not None:
@@ -141,6 +156,7 @@ class Bucket:
         operands: Operands,
         rows: Sequence[int],
         stride: int,
+        measures: bool,
     ) -> None:
         self.device = device
         self.key = key
@@ -158,14 +174,20 @@ class Bucket:
         rows_of = [_host([self._numels, self._row_of]), addresses]
         if key.format.draws:
             rows_of.append(operands.draw_rows(rows, key.rowwise))
-        host_table = torch.cat(rows_of)
-        self.table = torch.empty(host_table.shape, dtype=torch.int64, device=device)
-        upload(self.table, host_table)
         shape = _launch_config(rule, device, key)
-        self._threads = shape.threads
         walked = self._numels
         if key.rowwise:
             walked = [GROUP * groups for groups in operands.groups(rows)]
+        self.measured: Measured | None = None
+        if measures:
+            shape = launch_config.measured(shape)
+            chunks = [-(-n // shape.block) for n in walked]
+            self.measured = Measured(chunks, compute_dtype(key.dtypes), device)
+            rows_of.append(self.measured.addresses)
+        host_table = torch.cat(rows_of)
+        self.table = torch.empty(host_table.shape, dtype=torch.int64, device=device)
+        upload(self.table, host_table)
+        self._threads = shape.threads
         self.chunk_tensor, self.chunk_index = chunk_map(walked, shape.block, device)
         self._programs = len(self.chunk_tensor)
         self._norm_chunks: tuple[Tensor, Tensor] | None = None
@@ -185,7 +207,8 @@ class Bucket:
                 rule, key.options, types, len(key.counts), key.aligned, shape.block, *kept
             )
             self._extra = (device_vector(key.counts, device),)
-        self._registers = multi_tensor.register_limit(key.format)
+        self._measures = {**self._meta, "MEASURED": len(host_table) - 1} if measures else {}
+        self._registers = multi_tensor.register_limit(key.format, measures)
 
     @cached_property
     def norm_programs(self) -> int:
@@ -213,6 +236,8 @@ class Bucket:
             yield from buffers.values()
         for _, buffer in self._staged_memory:
             yield buffer
+        if self.measured is not None:
+            yield self.measured.sums
 
     def move_inputs(self, inputs: Inputs, captured: list[Tensor]) -> None:
         """Write the addresses of inputs into the table; those of buffers stay."""
@@ -248,7 +273,14 @@ class Bucket:
             ),
         )  # fmt: skip
 
-    def update(self, inputs: Inputs, table: Table, control: Tensor, captured: list[Tensor]) -> None:
+    def update(
+        self,
+        inputs: Inputs,
+        table: Table,
+        control: Tensor,
+        captured: list[Tensor],
+        measured: bool,
+    ) -> None:
         """Update every tensor of the bucket by one launch."""
         # A table that deals its rows anew has another list.
         if table.row_of is not self._dealt:
@@ -263,10 +295,45 @@ class Bucket:
         launch(
             self._kernel, self._programs, self._threads, self.device,
             self.table, self.width, self.chunk_tensor, self.chunk_index, table.values, control,
-            *self._extra, registers=self._registers, **self._meta,
+            *self._extra, registers=self._registers,
+            **(self._measures if measured else self._meta),
         )  # fmt: skip
         for tensor, buffer in self._staged_memory:
             tensor.copy_(buffer)
+
+
+class Measured:
+    """The partial sums of squares of a bucket, nan until a step has written them.
+
+    Args:
+        chunks: of each tensor.
+        dtype: of the sums.
+        device: where they are.
+
+    Attributes:
+        sums: ``[chunks of all tensors, 3]``.
+        addresses: of each tensor's sums, int64 ``[1, tensors]`` on the host.
+    """
+
+    def __init__(self, chunks: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        first = torch.zeros(len(chunks) + 1, dtype=torch.int64, device="cpu")
+        first[1:] = _host(list(chunks)).cumsum(0)
+        shape = int(first[-1]), telemetry.COUNT
+        self.sums = torch.full(shape, float("nan"), dtype=dtype, device=device)
+        begin, size = self.sums.data_ptr(), telemetry.COUNT * self.sums.element_size()
+        self.addresses = (begin + size * first[:-1]).unsqueeze(0)
+        self._first = first.to(device)
+
+    def totals(self) -> Tensor:
+        """Add up the sums of each tensor: float64 ``[tensors, 3]``."""
+        count = len(self._first) - 1
+        device = self.sums.device
+        totals = torch.empty(count, telemetry.COUNT, dtype=torch.float64, device=device)
+        launch(
+            telemetry.add_up, count, telemetry.THREADS, device, self.sums, self._first, totals,
+            **telemetry.add_up_constants(),
+        )  # fmt: skip
+        return totals
 
 
 def _launch_config(rule: Rule, device: torch.device, key: BucketKey) -> launch_config.LaunchConfig:

@@ -174,6 +174,8 @@ class GradientRelease:
             self._norm.begin(optimizer.clip, optimizer.find_span())
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(partial(self._end, task))  # type: ignore[attr-defined]
+        if optimizer.telemetry is not None:
+            optimizer.telemetry.begin()
         self._pass = task
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ through the optimizer's would look at all of them, and make a plan for each anew
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +18,7 @@ from ..engine import Engine
 from ..memory.device import is_capturing
 from ..step.alone import Alone
 from ..step.options import complete
+from ..step.plan import Plan
 from ..step.scale import GradScale
 
 _NOTHING: dict[str, Any] = {}
@@ -65,6 +67,11 @@ class Single:
     def whole(self) -> Any:
         """The optimizer."""
         return self._whole()
+
+    @property
+    def telemetry(self) -> Any:
+        """What measures the optimizer's steps."""
+        return self.whole.telemetry
 
     @property
     def decided_on_device(self) -> bool:
@@ -117,19 +124,26 @@ class Single:
         self._own = self.state.get(self.parameter)
         if plan is not None and gradient is not None and self.statistics is None:
             self._alone = plan.alone(gradient)
-            self._made_for = plan, self.rule, self.backend
+            self._made_for = self._makes_for(plan)
 
     def _has_stepped(self) -> bool:
         """Take the step in the quicker way, if there is one for what is there now."""
         alone, gradient = self._alone, self.parameter.grad
         if alone is None or gradient is None or self.statistics is not None:
             return False
-        plan, rule, backend = self._made_for
-        if not (self.engine.plan is plan and self.rule is rule and self.backend is backend):
+        plan, telemetry = self.engine.plan, self.telemetry
+        if plan is None or not all(map(operator.is_, self._made_for, self._makes_for(plan))):
             return False
         if self.scaler_on_device or is_capturing(self.parameter.device):
             return False
-        return alone.step(self._group, self._own, gradient)
+        if not alone.step(self._group, self._own, gradient, plan.is_measured(telemetry)):
+            return False
+        plan.took(telemetry)
+        return True
+
+    def _makes_for(self, plan: Plan) -> tuple[Any, ...]:
+        """List what the quicker way is made for."""
+        return plan, self.rule, self.backend, self.telemetry is None
 
     def push(self, optimizer: Any) -> None:
         """Send hyper-parameters to captured CUDA graphs."""

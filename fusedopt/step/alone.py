@@ -57,13 +57,16 @@ class Alone:
         self._tensors = [state[name] for name in names]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
-    def step(self, group: Mapping[str, Any], state: Any, gradient: Tensor) -> bool:
+    def step(
+        self, group: Mapping[str, Any], state: Any, gradient: Tensor, measured: bool = False
+    ) -> bool:
         """Update the parameter, if nothing has changed but numbers and the gradient's address.
 
         Args:
             group: of the parameter, as it is now, the same object as at first.
             state: of the parameter.
             gradient: the gradient.
+            measured: whether its norms are, by a plan made for that.
 
         Returns:
             False where nothing was done.
@@ -75,7 +78,7 @@ class Alone:
             self._device_group.prepare(groups)
         except Exception:  # noqa: BLE001 - it is raised again, and explained, by who does all of it
             return False
-        self._device_group.step(((gradient,),), groups, None)
+        self._device_group.step(((gradient,),), groups, None, measured)
         torch.autograd.graph.increment_version((self._parameter,))
         return True
 

@@ -32,6 +32,7 @@ class DeviceGroup:
         scale: what launches read besides coefficients.
         weights: for each entry, what its part of the norm over several processes counts; None for
             1 each.
+        measures: whether some steps are measured.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class DeviceGroup:
         fresh: Sequence[bool],
         scale: GradScale,
         weights: Sequence[float] | None = None,
+        measures: bool = False,
     ) -> None:
         self.rule = rule
         self.device = device
         self.on_device = on_device
-        self.executor = prepare(backend, rule, device, entries, apart)
+        self.executor = prepare(backend, rule, device, entries, apart, measures)
         self.scale = scale
         self.norm_weights: Tensor | None = None
         if weights is not None and any(weight != 1.0 for weight in weights):
@@ -106,13 +108,15 @@ class DeviceGroup:
             self.table.partition(steps, counts)
         self.table.refresh(groups)
 
-    def step(self, inputs: Inputs, groups: Groups, found_inf: Tensor | None) -> None:
+    def step(
+        self, inputs: Inputs, groups: Groups, found_inf: Tensor | None, measured: bool = False
+    ) -> None:
         """Advance the step counts and update."""
         if self._coefficients is not None:
             self._coefficients.step(groups, self.scale.values)
         else:
             self._count_and_form(groups, found_inf)
-        self.executor.update(inputs, self.table, self.scale.values)
+        self.executor.update(inputs, self.table, self.scale.values, measured)
         if self._readers is not None:
             self._readers.note(self.memory)
         self._partitioned = True

@@ -32,7 +32,7 @@ from .alone import Alone
 from .counts import State
 from .device_group import DeviceGroup
 from .norm import clip_by_norm
-from .request import Known, Request, identical
+from .request import Known, Measures, Request, identical
 
 _DEVICE = operator.attrgetter("device")
 
@@ -121,6 +121,7 @@ class Plan:
                     [bool(created[k]) for k in chosen],
                     request.scale_for(device),
                     None if weights is None else [weights[k] for k in chosen],
+                    request.telemetry is not None,
                 )
             )
 
@@ -248,6 +249,7 @@ class Plan:
                 clip is not None,
                 request.factor,
                 request.guard is not None,
+                self.is_measured(request.telemetry),
             )
             group.prepare(groups)
         if clip is not None:
@@ -279,14 +281,27 @@ class Plan:
             group.scale.square_into(squares)
         request.statistics.keep(request.params)
 
+    def is_measured(self, telemetry: Measures | None) -> bool:
+        """Whether norms are measured at this step: whenever a CUDA graph is to repeat it."""
+        return telemetry is not None and (telemetry.measured or self.is_capturing())
+
+    def took(self, telemetry: Measures | None) -> None:
+        """Tell telemetry of the step that was taken."""
+        if telemetry is not None:
+            params = self.known.params
+            places = zip(self._positions, self.device_groups, strict=True)
+            parts = [([params[k] for k in own], group.executor) for own, group in places]
+            telemetry.took(parts, self.is_measured(telemetry))
+
     def launch(self, request: Request) -> None:
         """Count the step, and update: nothing is checked any more."""
-        groups = request.coefficient_groups
+        groups, measured = request.coefficient_groups, self.is_measured(request.telemetry)
         for group, own in zip(self.device_groups, self._inputs(request), strict=True):
             # With an overflow of another process, where that was asked, and a guard's decision.
             decided = request.found_inf is not None or request.guard is not None
             flag = group.scale.values[1] if decided else None
-            group.step(own, groups, flag)
+            group.step(own, groups, flag, measured)
+        self.took(request.telemetry)
         self.created.clear()
 
     def is_capturing(self) -> bool:
@@ -384,7 +399,8 @@ def _columns(names_of: Sequence[Sequence[str]], states: Sequence[State]) -> dict
 
 def _found(request: Request) -> list[Any]:
     """List what settings follow from: the optimizer's, and of each group the names and values."""
-    found = [request.backend, request.clips, request.per_sample, request.decided_on_device]
+    found: list[Any] = [request.backend, request.clips, request.per_sample]
+    found += [request.decided_on_device, request.telemetry]
     found += request.groups
     for group in request.groups:
         found += group
@@ -414,6 +430,7 @@ def _settings(request: Request) -> list[Any]:
     rule = request.rule
     skip = {"params", "param_names", "virtual_batch_size", DECAY, *rule.hyper}
     settings: list[Any] = [request.backend, request.clips, request.per_sample, request.on_device]
+    settings.append(request.telemetry is not None)
     for group in request.groups:
         settings.append(format_of(rule, group))
         settings.append(rule.options(group))

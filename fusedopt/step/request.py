@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..backends import Executor
 from ..clipping import GlobalNorm
 from ..formats import keeps_state
 from ..guard import SpikeGuard
@@ -22,6 +23,17 @@ from .checks import check_one_group, check_samples, follow_unscaling, is_on_devi
 from .counts import State
 from .scale import GradScale
 from .span import Span
+
+
+class Measures(Protocol):
+    """What asks for the norms of gradient, parameter and update."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether the step under way is to be measured."""
+
+    def took(self, parts: Iterable[tuple[list[Tensor], Executor]], measured: bool) -> None:
+        """Note a step, with the parameters that each executor has."""
 
 
 class Steps(Protocol):
@@ -58,6 +70,10 @@ class Steps(Protocol):
     def statistics(self) -> Source | None:
         """What feeds the rule besides gradients."""
 
+    @property
+    def telemetry(self) -> Measures | None:
+        """What the norms of steps are for."""
+
 
 @dataclass
 class Request:
@@ -83,6 +99,7 @@ class Request:
         decided_on_device: whether the device alone knows of a step that it is skipped.
         span: the processes whose gradients are clipped together; None for this one.
         guard: what leaves steps out by their norms, or None.
+        telemetry: what norms are measured for, or None.
     """
 
     rule: Rule
@@ -106,6 +123,7 @@ class Request:
     decided_on_device: bool
     span: Span | None
     guard: SpikeGuard | None
+    telemetry: Measures | None
     whole_groups: Sequence[dict[str, Any]]
     scale_for: Callable[[torch.device], GradScale]
 
@@ -224,8 +242,8 @@ def gather(
         rule, optimizer.backend, optimizer.param_groups, optimizer.state,
         optimizer.step_norm is not None, params, group_of, tensors, local, wrappings, specs,
         found.per_sample, found.measured, samples, factor, grad_scale, found_inf, statistics,
-        optimizer.decided_on_device, span, optimizer.guard, optimizer.whole.param_groups,
-        optimizer.scale_for,
+        optimizer.decided_on_device, span, optimizer.guard, optimizer.telemetry,
+        optimizer.whole.param_groups, optimizer.scale_for,
     )  # fmt: skip
 
 

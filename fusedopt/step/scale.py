@@ -11,14 +11,20 @@ from ..memory.device import is_capturing
 
 
 class GradScale:
-    """What a launch reads besides coefficients: the gradient's factor, and whether to skip."""
+    """What a launch reads besides coefficients.
+
+    Attributes:
+        values: float64 ``[3]``: the gradient's factor, whether to skip, and the factor without
+            clipping, which norms are taken with.
+        inverse_scale: the last of them.
+        max_norm: the bound that gradients are clipped to.
+    """
 
     def __init__(self, device: torch.device) -> None:
         # float64, so that float64 parameters see the factor in full.
-        self.values = torch.zeros(2, dtype=torch.float64, device=device)
-        self._factor, self._skip = self.values[:1], self.values[1:]
-        self._factor.fill_(1.0)
-        self.inverse_scale = torch.ones(1, dtype=torch.float64, device=device)
+        self.values = torch.ones(3, dtype=torch.float64, device=device)
+        self._factor, self._skip, self.inverse_scale = self.values.split(1)
+        self._skip.zero_()
         self.max_norm = torch.ones(1, dtype=torch.float64, device=device)
         self._one = torch.ones(1, dtype=torch.float64, device=device)
         self._max_norm = 1.0
@@ -30,7 +36,6 @@ class GradScale:
     def memory(self) -> Iterator[Tensor]:
         """List the tensors that launches read and write."""
         yield self.values
-        yield self.inverse_scale
         yield self.max_norm
         yield self._one
 
@@ -46,6 +51,7 @@ class GradScale:
         clipping: bool,
         factor: float = 1.0,
         guarded: bool = False,
+        measured: bool = False,
     ) -> None:
         """Take the loss scale and the overflow flag of ``torch.amp.GradScaler``, if any.
 
@@ -55,16 +61,17 @@ class GradScale:
             clipping: whether the factor on the gradient is made of the inverse scale and a norm.
             factor: what the gradients are to be multiplied by besides.
             guarded: whether what skips the step is written with the factor.
+            measured: whether the inverse scale is read without clipping, too.
         """
         # A captured step must set what an eager one may leave behind, and from then on a replay may
         # have set it, too.
         self._captured = self._captured or is_capturing(self.values.device)
         if self._captured:
             self._held = dict.fromkeys(self._held)
-        name = "inverse" if clipping else "factor"
-        if grad_scale is not None or self._held[name] != factor:
-            target = self.inverse_scale if clipping else self._factor
-            self._take_scale(name, target, grad_scale, factor)
+        if not clipping and (grad_scale is not None or self._held["factor"] != factor):
+            self._take_scale("factor", self._factor, grad_scale, factor)
+        if (clipping or measured) and (grad_scale is not None or self._held["inverse"] != factor):
+            self._take_scale("inverse", self.inverse_scale, grad_scale, factor)
         if clipping:
             self._held["factor"] = None
         if found_inf is not None:

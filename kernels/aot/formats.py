@@ -59,6 +59,7 @@ class Kept:
         aligned: whether every address is a multiple of 16 bytes.
         rowwise: whether tensors are walked row by row.
         average: type of the average of the weights; nothing for none.
+        measured: whether telemetry measures.
     """
 
     types: tuple[str, str]
@@ -67,12 +68,14 @@ class Kept:
     aligned: bool = True
     rowwise: bool = False
     average: str = ""
+    measured: bool = False
 
     @property
     def name(self) -> str:
         """What tables call it."""
         parts = ["/".join(dict.fromkeys(self.types)), self.parameter, f"{self.states} states"]
         parts += [f"{self.average} average"] * bool(self.average)
+        parts += ["measured"] * self.measured
         parts += ["rowwise"] * self.rowwise + ["unaligned"] * (not self.aligned)
         return " ".join(filter(None, parts))
 
@@ -153,6 +156,25 @@ def averaged() -> Iterator[Kept]:
         ):
             yield Kept(half, parameter, states, average=average)
         yield Kept(half, "remainder8", "int8", rowwise=True, average=average)
+
+
+def measured() -> Iterator[Kept]:
+    """Those with telemetry besides."""
+    half, single = ("bf16", "bf16"), ("fp32", "fp32")
+    for types, parameter, states in (
+        (half, "", "fp32"),
+        (half, "stochastic", "bf16"),
+        (half, "remainder", "fp32"),
+        (half, "", "int8"),
+        (half, "remainder8", "int8"),
+        (half, "remainder8", "fp8"),
+        (half, "float32 master", "fp32"),
+        (single, "", "int8"),
+    ):
+        yield Kept(types, parameter, states, measured=True)
+    yield Kept(half, "remainder8", "int8", aligned=False, measured=True)
+    yield Kept(half, "remainder8", "int8", rowwise=True, measured=True)
+    yield Kept(half, "remainder8", "int8", average="fp32", measured=True)
 
 
 def some() -> Iterator[Kept]:

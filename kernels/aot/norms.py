@@ -1,10 +1,10 @@
-"""The variants of the norm kernels."""
+"""The variants of the norm kernels, and of the one that adds up what telemetry has measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .. import guard, norms
+from .. import guard, norms, telemetry
 from ..codecs import compute_type
 from .update import TABLE
 from .variant import DTYPES, Budget, Variant, alignment_suffix, element_type
@@ -20,13 +20,15 @@ _FACTOR = {
 
 
 def variants() -> Iterator[Variant]:
-    """Both stages, the second with a guard and without, with either norm."""
+    """Both stages, the second with a guard and without, with either norm; and telemetry's."""
     for infinity_norm in (False, True):
         for dtype in DTYPES:
             yield partial_norms(dtype, infinity_norm)
         yield partial_norms("fp32", infinity_norm, aligned=False)
         yield clip_factor(infinity_norm)
         yield guarded_factor(infinity_norm)
+    for dtype in ("fp32", "fp64"):
+        yield add_up(dtype)
 
 
 def partial_norms(dtype: str, infinity_norm: bool, aligned: bool = True) -> Variant:
@@ -77,4 +79,16 @@ def guarded_factor(infinity_norm: bool) -> Variant:
         constants=guard.guarded_factor_constants(infinity_norm),
         threads=norms.REDUCE_THREADS,
         block=norms.REDUCE_BLOCK,
+    )
+
+
+def add_up(dtype: str) -> Variant:
+    """What telemetry's partial sums are added up by, one program a tensor."""
+    return Variant(
+        name=f"add_up {dtype}",
+        kernel=telemetry.add_up,
+        arguments={"sums": f"*{dtype}", "first": "*i64", "totals": "*fp64"},
+        constants=telemetry.add_up_constants(),
+        threads=telemetry.THREADS,
+        block=telemetry.BLOCK,
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from .. import multi_tensor
+from .. import multi_tensor, telemetry
 from ..codecs.format import Format
 from ..codecs.place import GROUP
 from ..launch_config import default, update_launch_config
+from ..launch_config import measured as with_telemetry
 from ..rule import Group, Rule
 from ..rules import ADAM, BATCH_DECOUPLED_ADAM, REGISTRY, RMSPROP, SGD
 from . import formats
@@ -30,6 +31,9 @@ LAYOUTS = (
 # AMD's compiler takes more than NVIDIA's for a few formats, and stack where it is kept from that.
 # With so many four waves fit on a SIMD.
 AMD_REGISTERS = 128
+
+# Of AdamW in float32 with telemetry: a program of 256 threads three times on a processor.
+MEASURED_REGISTERS = 80
 
 # Rules that are compiled for some formats, and hyper-parameters that choose their options.
 _SOME: tuple[tuple[Rule, Group], ...] = (
@@ -55,9 +59,25 @@ def variants(architecture: str = "") -> Iterator[Variant]:
         if kept.average == "fp32" and kept.aligned and not kept.rowwise:
             for rule, more in _SOME:
                 yield update_kept(rule, {**rule.example_groups[0], **more}, kept, backend)
+    yield from measured_variants(architecture)
     for rule, more in _SOME:
         for kept in formats.some():
             yield update_kept(rule, {**rule.example_groups[0], **more}, kept, backend)
+
+
+def measured_variants(architecture: str = "") -> Iterator[Variant]:
+    """Those with telemetry: one row of sums a chunk, whatever else there is."""
+    backend = architecture.partition(":")[0]
+    group = ADAM.example_groups[0]
+    for param, gradient, state, aligned in LAYOUTS:
+        types = (param, gradient, state, state)
+        yield update_tensors(ADAM, ADAM.options(group), types, aligned, architecture, True)
+    for rule, more in _SOME:
+        group = {**rule.example_groups[0], **more}
+        types = ("fp32",) * (1 + len(rule.degrees) + len(rule.states(group)))
+        yield update_tensors(rule, rule.options(group), types, True, architecture, True)
+    for kept in formats.measured():
+        yield update_kept(ADAM, ADAM.example_groups[0], kept, backend)
 
 
 def plain_variants(architecture: str = "") -> Iterator[Variant]:
@@ -86,6 +106,7 @@ def update_tensors(
     dtypes: tuple[str, ...],
     aligned: bool = True,
     architecture: str = "",
+    measured: bool = False,
 ) -> Variant:
     """The update kernel with a rule, for one mix of types.
 
@@ -102,6 +123,10 @@ def update_tensors(
     inputs = sum(sizes[1 : 1 + len(rule.degrees)])
     is_adamw = rule.name == "Adam" and not any(options) and set(dtypes) == {"fp32"}
     launch = update_launch_config(architecture, rule.name, dtypes, aligned)
+    limit = 64
+    if measured:
+        launch, names, limit = with_telemetry(launch), f"{names} measured", MEASURED_REGISTERS
+    sums = sums_of(dtypes) if measured else 0
     return Variant(
         name=f"{rule.label(options)} {names}{alignment_suffix(aligned)}",
         kernel=multi_tensor.update_tensors,
@@ -111,16 +136,20 @@ def update_tensors(
             "control": "*fp64",
         },
         constants=multi_tensor.update_constants(
-            rule, options, types, aligned, launch.block, backend=architecture.partition(":")[0]
+            rule, options, types, aligned, launch.block, backend=architecture.partition(":")[0],
+            measured=measured,
         ),
         threads=launch.threads,
         block=launch.block,
+        sums=sums,
         budget=Budget(
             bytes_per_element=2 * sum(sizes) - inputs if aligned else None,
-            registers=64 if is_adamw else None,
+            narrow={32: 4 * sums / launch.block} if sums and aligned else {},
+            registers=limit if is_adamw else None,
+            amd_registers=AMD_REGISTERS if measured and is_adamw else None,
         ),
         coefficients=rule.coefficient_names,
-    )
+    )  # fmt: skip
 
 
 def update_kept(rule: Rule, group: Group, kept: Kept, backend: str = "cuda") -> Variant:
@@ -133,23 +162,33 @@ def update_kept(rule: Rule, group: Group, kept: Kept, backend: str = "cuda") -> 
     squares = ["fp64" if kept.types[0] == "fp64" else "fp32"] * (len(rule.degrees) - 1)
     types = (*kept.types, *squares, *kept.kept_types(rule, group))
     launch = default(kept.aligned, kept.rowwise, format)
+    launch = with_telemetry(launch) if kept.measured else launch
     is_counted = kept.aligned and not kept.rowwise
-    limit = multi_tensor.register_limit(format)
+    limit = multi_tensor.register_limit(format, kept.measured)
     moved = bytes_by_width(types, format, len(rule.degrees)) if is_counted else {}
+    sums = sums_of(types) if kept.measured else 0
+    if moved and sums:
+        moved[32] = moved.get(32, 0.0) + 4 * sums / launch.block
     return Variant(
         name=f"{rule.label(options)} {kept.name}",
         kernel=multi_tensor.update_tensors,
         arguments={**TABLE, "coefficients": "*fp64", "control": "*fp64"},
         constants=multi_tensor.update_constants(
             rule, options, tuple(map(element_type, types)), kept.aligned, launch.block, format,
-            kept.rowwise, backend=backend,
+            kept.rowwise, backend=backend, measured=kept.measured,
         ),
         threads=launch.threads,
         registers=limit,
         block=launch.block,
+        sums=sums,
         budget=kept_budget(moved, limit),
         coefficients=rule.coefficient_names,
     )  # fmt: skip
+
+
+def sums_of(types: Sequence[str]) -> int:
+    """Return how many 32-bit sums a program writes that measures; none in float64."""
+    return 0 if "fp64" in types else telemetry.COUNT
 
 
 def kept_budget(moved: Mapping[int, float], limit: int | None) -> Budget:

@@ -85,6 +85,7 @@ class Variant:
         exact: whether each operation is rounded by itself.
         stages: depth of the software pipeline, or None for the compiler's default.
         block: elements that a program owns, where bytes an element are counted; otherwise 0.
+        sums: accesses of 32 bits that one thread of a program makes, and no other.
         divisible: integer arguments that are multiples of 16. Addresses always are: torch
             allocates on 16 bytes and more, and the launcher says so to the compiler.
         budget: what the variant may use.
@@ -100,6 +101,7 @@ class Variant:
     exact: bool = False
     stages: int | None = None
     block: int = 0
+    sums: int = 0
     divisible: tuple[str, ...] = ()
     budget: Budget = field(default_factory=Budget)
     coefficients: tuple[str, ...] = ()
@@ -148,7 +150,8 @@ class Report:
             accesses = self.narrow.get(width, 0)
         if width == 32:
             # Scales: the threads of a group read one together, and one of them writes it.
-            return 4 * accesses / GROUP
+            scales = max(accesses - variant.sums, 0)
+            return 4 * scales / GROUP + 4 * (accesses - scales) / variant.block
         return width / 8 * accesses * variant.threads / variant.block
 
 

@@ -23,6 +23,7 @@ from ..multi_tensor import (
     update_constants,
     whole_chunk,
 )
+from ..telemetry import begin_sums, sums_at
 
 _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
 
@@ -136,7 +137,7 @@ def update_from_samples(
     chunk_tensor,  # int32 [programs]: column of the tensor
     chunk_index,  # int32 [programs]: which chunk of that tensor
     coefficients,  # float64 [rows, STRIDE]
-    control,  # float64 [2]: factor on the gradient, and whether to skip the step
+    control,  # float64 [3]: as of ``update_tensors``
     counts,  # int32 [PARTS]: samples in each part
     RULE: tl.constexpr,  # the device function of the rule; its inputs are sum and sum of squares
     OPTIONS: tl.constexpr,
@@ -153,6 +154,7 @@ def update_from_samples(
     DRAWS: tl.constexpr,
     AVERAGE: tl.constexpr,
     ROWWISE: tl.constexpr,
+    MEASURED: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Reduce samples and update every chunk in place, in one pass over memory."""
@@ -165,6 +167,9 @@ def update_from_samples(
         numel = tl.load(column)
         row = coefficients + tl.load(column + width) * STRIDE
         scale = tl.load(control).to(COMPUTE)
+        sums = None
+        if MEASURED:
+            sums = sums_at(column, width, chunk, control, MEASURED, COMPUTE)
         scalars = ()
         for i in tl.static_range(N_COEFFICIENTS):
             scalars = scalars + (tl.load(row + i).to(COMPUTE),)
@@ -176,48 +181,50 @@ def update_from_samples(
         # Samples are reduced before a chunk is placed, which would keep its numbers over the loop.
         if ROWWISE:
             place = walk_rows(column, width, numel, chunk, 2 + len(DTYPES), BLOCK)
-            inputs = _reduced(
+            reduced = _reduced(
                 column, width, counts, numel, place[0], place[1], scale,
                 DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
             )  # fmt: skip
             apply_rule(
-                column, width, None, place, step, inputs, scalars,
+                column, width, None, place, step, reduced[:2], reduced[2], sums, scalars,
                 RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
                 AVERAGE,
             )  # fmt: skip
         elif start + BLOCK <= numel:
-            inputs = _reduced(
+            reduced = _reduced(
                 column, width, counts, numel, offsets, None, scale,
                 DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
             )  # fmt: skip
             whole = whole_chunk(column, width, offsets, chunk, DTYPES, DRAWS)
             apply_rule(
-                column, width, None, whole, step, inputs, scalars,
+                column, width, None, whole, step, reduced[:2], reduced[2], sums, scalars,
                 RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
                 AVERAGE,
             )  # fmt: skip
         elif DRAWS or PARAMETER != "cast":
+            if MEASURED:
+                begin_sums(sums)
             for part in range(BLOCK // 256):
                 piece = chunk * (BLOCK // 256) + part
                 elements = piece * 256 + tl.arange(0, 256)
-                inputs = _reduced(
+                reduced = _reduced(
                     column, width, counts, numel, elements, elements < numel, scale,
                     DTYPES, COMPUTE, ALIGNED, 256, PARTS,
                 )  # fmt: skip
                 last = last_chunk(column, width, numel, elements, piece, DTYPES, DRAWS)
                 apply_rule(
-                    column, width, None, last, step, inputs, scalars,
+                    column, width, None, last, step, reduced[:2], reduced[2], sums, scalars,
                     RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
-                    AVERAGE,
+                    AVERAGE, True,
                 )  # fmt: skip
         else:
-            inputs = _reduced(
+            reduced = _reduced(
                 column, width, counts, numel, offsets, offsets < numel, scale,
                 DTYPES, COMPUTE, ALIGNED, BLOCK, PARTS,
             )  # fmt: skip
             last = last_chunk(column, width, numel, offsets, chunk, DTYPES, DRAWS)
             apply_rule(
-                column, width, None, last, step, inputs, scalars,
+                column, width, None, last, step, reduced[:2], reduced[2], sums, scalars,
                 RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
                 AVERAGE,
             )  # fmt: skip
@@ -229,11 +236,14 @@ def _reduced(
     DTYPES: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Return a chunk's sum and sum of squares over the samples, as a rule takes them."""
+    """Return a chunk's sum and sum of squares over the samples, as a rule takes them.
+
+    And the sum as it is, for telemetry.
+    """
     total, squares = _sum_samples(
         column, width, counts, numel, offsets, mask, 1, PARTS, DTYPES, COMPUTE, ALIGNED, BLOCK
     )
-    return total * scale, squares * scale * scale
+    return total * scale, squares * scale * scale, total
 
 
 # Below the kernels, whose lines are a part of their keys in Triton's cache.
@@ -265,8 +275,11 @@ def update_from_samples_constants(
     format: Format = PLAIN,
     rowwise: bool = False,
     stride: int | None = None,
+    measured: bool = False,
 ) -> dict[str, object]:
     """Do the same for ``update_from_samples``; as ``multi_tensor.update_constants``, with parts."""
-    common = update_constants(rule, options, types, aligned, block, format, rowwise, stride, parts)
+    common = update_constants(
+        rule, options, types, aligned, block, format, rowwise, stride, parts, measured=measured
+    )
     del common["EARLY"]  # never: they would be kept over the loop
     return {**common, "PARTS": parts}

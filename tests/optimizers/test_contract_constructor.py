@@ -35,7 +35,7 @@ from fusedopt.formats import OPTIONS as PRECISION
 
 # capturable is torch's own, accepted where torch does not have it as well.
 COMMON = (
-    "backend", "clip", "guard", "average", "state_dtype", "rounding", "master", "rounding_seed",
+    "backend", "clip", "guard", "telemetry", "average", "state_dtype", "rounding", "master", "rounding_seed",
     "capturable",
 )  # fmt: skip
 WITH_SQUARES = ("statistics", "virtual_batch_size")
@@ -45,7 +45,7 @@ LATER = {
     "BatchDecoupledAdam", "BatchDecoupledRMSprop", "PerSampleSquares", "MicroBatchSquares",
     "GradSampleSquares", "BackpackSquares", "SVAG", "scaling", "export_state_dict",
     "gradient_release", "GradientAccumulator", "AdamC", "Lion", "ScheduleFreeAdamW",
-    "SpikeGuard", "WeightAverage",
+    "SpikeGuard", "Telemetry", "WeightAverage",
 }  # fmt: skip
 
 

@@ -32,6 +32,7 @@ LAYERS = (
     "completion",
     "checkpoint",
     "engine",
+    "telemetry",
     "normed",
     "optimizer",
     "arguments",

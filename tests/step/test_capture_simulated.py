@@ -196,17 +196,23 @@ def test_a_factor_and_a_scale_are_each_of_one_step():
     found = scale.GradScale(torch.device("cpu"))
     grad_scale, flag = torch.tensor([8.0]), torch.tensor([0.0])
     found.load(grad_scale, flag, False, 2.0)
-    assert found.values.tolist() == [0.25, 0.0]
+    assert found.values[:2].tolist() == [0.25, 0.0]
     found.load(None, torch.tensor(3.0), True, 0.5)
     assert found.inverse_scale == 0.5 and found.values[1] == 3.0
     found.values[0] = 7.0  # the norm's factor
     found.load(None, None, True)
     assert found.inverse_scale == 1.0 and found.values[1] == 0.0
     found.load(None, None, False)
-    assert found.values.tolist() == [1.0, 0.0]
+    assert found.values[:2].tolist() == [1.0, 0.0]
     found.load(None, None, False, 0.5)
-    assert found.values.tolist() == [0.5, 0.0]
+    assert found.values[:2].tolist() == [0.5, 0.0]
     found.load(None, None, True)
     found.values[0] = 7.0
     found.load(None, None, False, 0.5)
-    assert found.values.tolist() == [0.5, 0.0]
+    assert found.values[:2].tolist() == [0.5, 0.0]
+    found.load(None, None, False, 0.5, measured=True)
+    assert found.values.tolist() == [0.5, 0.0, 0.5]
+    found.load(grad_scale, None, False, measured=True)
+    assert found.values.tolist() == [0.125, 0.0, 0.125]
+    found.load(None, None, False, measured=True)
+    assert found.values.tolist() == [1.0, 0.0, 1.0]
