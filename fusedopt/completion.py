@@ -48,6 +48,23 @@ def is_completed() -> bool:
     return _are_calling((_LOAD,))
 
 
+def flat_state() -> Mapping[str, Any] | None:
+    """Return the flattened state that torch hands over an extract of; None where it is another.
+
+    It takes out what the state of the loading optimizer has by now, and drops the rest: what is
+    kept beside a parameter in the file's format, but not in the optimizer's own.
+    """
+    frame = sys._getframe(1)
+    for _ in range(_DEPTH):
+        if frame is None:
+            break
+        if frame.f_globals.get("__name__") == _TORCH:
+            state = frame.f_locals.get("state_dict") if frame.f_code.co_name == _LOAD else None
+            return state if isinstance(state, Mapping) and "state" not in state else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
 def is_creating() -> bool:
     """Whether torch calls ``step()`` to have states created, which it then reads or replaces."""
     return _are_calling((_INIT,))

@@ -24,7 +24,7 @@ from .checkpoint import (
     unpacked,
 )
 from .clipping import GlobalNorm
-from .completion import TORCHS, Lent, is_completed, is_completing
+from .completion import TORCHS, Lent, flat_state, is_completed, is_completing
 from .engine import Engine
 from .formats import OPTIONS as PRECISION
 from .formats import check_options, check_parameters
@@ -429,10 +429,11 @@ class FusedOptimizer(Averaged, Measured, TakesNorm, Optimizer):
         if lent is not None and is_completed():
             state_dict = lent.returned(state_dict, self.form)
 
+        flat = flat_state()
         kept: list[tuple[Tensor, dict[str, Any]]] = []
 
         def unpack(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            loaded, found = unpacked(self, saved)
+            loaded, found = unpacked(self, saved, flat)
             beside.update(found)
             kept.extend(kept_states(self, loaded))
             return loaded

@@ -29,12 +29,18 @@ DTYPE = torch.bfloat16
 FORMATS: Mapping[str, dict[str, Any]] = {
     "plain": {},
     "remainder8 + int8": {"master": "remainder8", "state_dtype": "int8"},
+    "remainder8, stochastic + int8": {
+        "master": "remainder8",
+        "rounding": "stochastic",
+        "state_dtype": "int8",
+    },
     "stochastic + int8": {"rounding": "stochastic", "state_dtype": "int8"},
     "remainder8 + fp8": {"master": "remainder8", "state_dtype": "fp8"},
     "stochastic": {"rounding": "stochastic"},
     "remainder8": {"master": "remainder8"},
     "int8": {"state_dtype": "int8"},
     "fp8": {"state_dtype": "fp8"},
+    "float16": {"state_dtype": torch.float16},
     "bf16 and int8": {"state_dtype": {"exp_avg": DTYPE, "exp_avg_sq": "int8"}},
     "remainder": {"master": "remainder"},
     "kahan": {"rounding": "kahan"},

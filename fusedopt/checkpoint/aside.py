@@ -29,7 +29,7 @@ def put_aside(group: Group, names: Iterable[str]) -> None:
     """Replace options of a saved group, in place, by empty containers that carry them."""
     for name in names:
         # What is put aside for one reason is not to be again for another.
-        if name in group and not _is_carrier(group[name]):
+        if name in group and not is_carrier(group[name]):
             group[name] = _carrier(group[name])
 
 
@@ -39,7 +39,8 @@ def _carrier(value: Any) -> OrderedDict[str, Any]:
     return carrier
 
 
-def _is_carrier(value: Any) -> bool:
+def is_carrier(value: Any) -> bool:
+    """Whether a value of a saved group is one that was put aside."""
     return isinstance(value, OrderedDict) and hasattr(value, "value")
 
 

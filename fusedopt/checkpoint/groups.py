@@ -6,7 +6,7 @@ from typing import Any
 
 from ..completion import TORCHS
 from ..step.options import check_numbers
-from .aside import ABSENT, Group, carried
+from .aside import ABSENT, Group, carried, is_carrier
 from .complete import IncompleteState
 
 # How apex and deepspeed spell ``bias_correction``.
@@ -24,6 +24,9 @@ def complete_groups(optimizer: Any, groups: list[Group]) -> None:
                 saved[name] = group[name]
             else:
                 saved.pop(name, None)
+        for name in [n for n, value in saved.items() if is_carrier(value)]:
+            # An option of another class of ours, which torch's would not look at either.
+            del saved[name]
         allowed = optimizer.choices.get("bias_correction", ())
         if "adam" in allowed and isinstance(saved["bias_correction"], bool):
             saved["bias_correction"] = _SWITCH[saved["bias_correction"]]

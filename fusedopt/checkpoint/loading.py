@@ -8,20 +8,21 @@ from typing import Any
 from ..clipping import GlobalNorm
 from ..completion import FORMAT
 from ..guard import SpikeGuard
-from .aside import ABSENT, carried
+from .aside import ABSENT, carried, is_carrier
 from .complete import IncompleteState
 from .groups import complete_groups
-from .states import check_states, with_steps, without_gaps
+from .states import check_states, with_dropped, with_steps, without_gaps
 
 
 def unpacked(
-    optimizer: Any, state_dict: Mapping[str, Any]
+    optimizer: Any, state_dict: Mapping[str, Any], flat: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Check a checkpoint, and return it in the form that torch loads.
 
     Args:
         optimizer: that is to load it.
         state_dict: what its own or torch's ``state_dict()`` returned; it is not changed.
+        flat: the flattened file that torch has made this of, or None.
 
     Returns:
         The state, and what is said of ``"clip"``, its arguments or None for no clip, and of
@@ -47,10 +48,14 @@ def unpacked(
     loaded = {**state_dict, "param_groups": groups}
     if _sizes(groups) == _sizes(optimizer.param_groups):
         # Otherwise torch's error says so.
+        ours = [is_carrier(group.get("master")) for group in groups]
         complete_groups(optimizer, groups)
-        loaded["state"] = with_steps(optimizer, groups, state_dict["state"])
-        for own, saved in zip(optimizer.param_groups, groups, strict=True):
-            check_states(optimizer, own, saved, loaded["state"])
+        states = state_dict["state"]
+        if flat is not None:
+            states = with_dropped(optimizer, groups, states, flat)
+        loaded["state"] = with_steps(optimizer, groups, states)
+        for own, saved, is_ours in zip(optimizer.param_groups, groups, ours, strict=True):
+            check_states(optimizer, own, saved, loaded["state"], is_ours)
         loaded["state"] = without_gaps(optimizer, loaded["state"])
     for group in groups:
         group.pop(FORMAT, None)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..completion import FORMAT
+from ..formats import format_of
 from ..formats.group import COMPANIONS, SCALE
 from ..formats.saved import PLAIN, companion_kinds, has_codes, kind_problem
 from ..kernels.rule import Rule
@@ -34,6 +35,30 @@ def with_steps(optimizer: Any, groups: list[Group], states: Mapping[Any, Any]) -
     return states
 
 
+def with_dropped(
+    optimizer: Any, groups: list[Group], states: Mapping[Any, Any], flat: Mapping[str, Any]
+) -> dict[Any, Any]:
+    """Put back what torch has left out of a flattened file, which the saved options ask for.
+
+    Args:
+        optimizer: that is to load it.
+        groups: of the checkpoint, complete.
+        states: what torch took of the file, for those entries that live states have.
+        flat: the file.
+    """
+    states = dict(states)
+    for own, saved in zip(optimizer.param_groups, groups, strict=True):
+        names = (*format_of(optimizer.rule, {**own, **saved}).names, "step")
+        for key in saved["params"]:
+            state = states.get(key)
+            if not isinstance(state, Mapping):
+                continue
+            places = {name: f"state.{key}.{name}" for name in names if name not in state}
+            found = {name: flat[place] for name, place in places.items() if place in flat}
+            states[key] = {**state, **found}
+    return states
+
+
 def without_gaps(optimizer: Any, states: Mapping[Any, Any]) -> dict[Any, Any]:
     """Leave out the gaps of what the saved options do not ask for."""
     groups = optimizer.rule.example_groups or optimizer.param_groups
@@ -48,7 +73,9 @@ def without_gaps(optimizer: Any, states: Mapping[Any, Any]) -> dict[Any, Any]:
     return {key: present(state) for key, state in states.items()}
 
 
-def check_states(optimizer: Any, own: Group, saved: Group, states: Mapping[Any, Any]) -> None:
+def check_states(
+    optimizer: Any, own: Group, saved: Group, states: Mapping[Any, Any], ours: bool
+) -> None:
     """Raise where a saved state does not fit its parameter, by the options saved with it.
 
     Args:
@@ -56,6 +83,7 @@ def check_states(optimizer: Any, own: Group, saved: Group, states: Mapping[Any, 
         own: a group of the optimizer.
         saved: the same of the checkpoint.
         states: of the checkpoint.
+        ours: whether ``state_dict()`` here has written the options of precision in ``saved``.
 
     Raises:
         IncompleteState: for a state that is partly there.
@@ -69,7 +97,11 @@ def check_states(optimizer: Any, own: Group, saved: Group, states: Mapping[Any, 
     ]
     for p, state in params:
         _check_entries(rule, group, state, Place(optimizer, p))
-    besides = _besides(rule, group, format, [state for _, state in params])
+    if ours:
+        # Whoever takes it apart by the entries of live states leaves out the name of its format.
+        besides: Sequence[str] = beside(rule, group)
+    else:
+        besides = _besides(rule, group, format, [state for _, state in params])
     for p, state in params:
         place = Place(optimizer, p)
         check_complete(rule, names, besides, state, place)

@@ -42,3 +42,17 @@ def test_every_format_is_one_of_the_optimizers():
     for options in formats.FORMATS.values():
         p = torch.nn.Parameter(torch.empty(1, dtype=formats.DTYPE, device="meta"))
         fusedopt.AdamW([p], **options)
+
+
+def test_every_codec_is_measured():
+    # Catches a codec whose bandwidth nobody would miss, as that of a remainder by chance.
+    from fusedopt.formats import format_of
+    from fusedopt.kernels.codecs import format as codecs
+    from fusedopt.kernels.rules import ADAM
+
+    group = dict(ADAM.example_groups[0], amsgrad=False)
+    made = [format_of(ADAM, {**group, **own}) for own in module("formats").FORMATS.values()]
+    assert {own.parameter for own in made} == set(codecs.PARAMETERS)
+    # Of the average of the weights alone is a state stochastic.
+    states = {state.codec for own in made for state in own.states}
+    assert states == set(codecs.STATES) - {codecs.STOCHASTIC}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
+import saving
 import torch
 from contract import assert_unchanged, snapshot
 from format_cases import assert_same_bits_of, bits_of, params_of
@@ -242,3 +244,52 @@ def test_a_gap_in_a_flattened_state_is_named(format: str, key: str) -> None:
     saved = sd.get_optimizer_state_dict(model, plain, options=form)
     sd.set_optimizer_state_dict(model, ours, saved, options=form)
     assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in ours.state.values())
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["new", "stepped"])
+@pytest.mark.parametrize("format", [*FORMATS, "int8, remainder8"])
+@pytest.mark.parametrize("rule", ["AdamW", "SGD"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_flattened_state_is_whole_for_an_optimizer_without_its_entries(
+    rule: str, format: str, steps: int
+) -> None:
+    # Catches torch taking out what the loading optimizer has by now: masters, compensations and
+    # step counts are left out in silence and begin anew, codes come without their scales.
+    from torch.distributed.checkpoint import state_dict as sd
+
+    form = sd.StateDictOptions(flatten_optimizer_state_dict=True)
+    own = FORMATS.get(format, {"state_dtype": "int8", "master": "remainder8"})
+    cls, options = RULES[rule]
+    models = [torch.nn.Linear(150, 2).bfloat16() for _ in range(2)]
+    first = cls(models[0].parameters(), **options, **own, backend="reference")
+    second = cls(models[1].parameters(), **options, backend="reference")
+    for optimizer, count in ((first, 3), (second, steps)):
+        for seed in range(1, count + 1):
+            step(optimizer, seed)
+        optimizer.zero_grad()
+    saved = through_file(sd.get_optimizer_state_dict(models[0], first, options=form))
+    models[1].load_state_dict(models[0].state_dict())
+    sd.set_optimizer_state_dict(models[1], second, saved, options=form)
+    for seed in (4, 5):
+        step(first, seed)
+        step(second, seed)
+    assert_same_bits_of(bits_of(first), second)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_master_that_another_loader_leaves_out_is_missed(tmp_path: Path) -> None:
+    # Catches torchtitan's container, which hands over the entries that live states have, and so no
+    # master where torch's states were loaded since the last step: it would begin anew in silence.
+    models = [torch.nn.Linear(3, 2).bfloat16() for _ in range(2)]
+    first, second = (
+        fusedopt.AdamW(list(model.named_parameters()), master="remainder", backend="reference")
+        for model in models
+    )
+    theirs = torch.optim.AdamW(models[1].parameters())
+    for optimizer in (first, theirs):
+        step(optimizer, 1)
+        optimizer.zero_grad()
+    second.load_state_dict(theirs.state_dict())
+    saving.save(models[0], first, tmp_path / "saved", "titan")
+    with pytest.raises(ValueError, match=r"'weight'.*its state has no 'master'"):
+        saving.load(models[1], second, tmp_path / "saved", "titan", staged=True)

@@ -232,3 +232,41 @@ def test_distributed_checkpoints_hold_torchs_entries(
     if way != "to torch":
         assert all(made[1].param_groups[0][key] == value for key, value in options.items())
         assert (made[1].clip is not None) == (clipped and way == "from torch")
+
+
+# What a class of ours has beside torch's, with what may go on from its file.
+RICHER = [
+    ("BatchDecoupledAdam", "AdamW"),
+    ("BatchDecoupledAdam", "Adam"),
+    ("BatchDecoupledAdam", "AdamC"),
+    ("BatchDecoupledRMSprop", "RMSprop"),
+    ("AdamC", "AdamW"),
+]
+
+
+@pytest.mark.parametrize(("richer", "name"), RICHER)
+def test_options_of_another_class_do_not_keep_its_file_out(richer: str, name: str) -> None:
+    # Catches a refusal of what torch's class of the same states takes, and containers that stay in
+    # the groups, where scaling would take the optimizer for one with a virtual batch.
+    params = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    own: dict[str, Any] = {}
+    if richer.startswith("Batch"):
+        own = {"statistics": fusedopt.GradSampleSquares(), "virtual_batch_size": 2}
+        for p in params:
+            p.grad_sample = torch.arange(24.0).reshape(4, 3, 2)
+    first = getattr(fusedopt, richer)(params, lr=0.25, **own)
+    for p in params:
+        p.grad = torch.full((3, 2), 0.5)
+    first.step()
+    saved = copy.deepcopy(first.state_dict())
+    second = getattr(fusedopt, name)(params)
+    second.load_state_dict(saved)
+    group = second.param_groups[0]
+    assert group["lr"] == 0.25
+    assert group.keys() == getattr(fusedopt, name)(params).param_groups[0].keys() | (
+        {"decoupled_weight_decay"} & group.keys()
+    )
+    for p in params:
+        for key, value in first.state[p].items():
+            assert torch.equal(second.state[p][key], value)
+    second.step()
