@@ -82,6 +82,7 @@ def update_tensors(
     DRAWS: tl.constexpr,  # whether something that is kept depends on index and step
     AVERAGE: tl.constexpr,  # whether the last state is the average of the weights
     ROWWISE: tl.constexpr,  # whether tensors are walked row by row: see ``codecs/place.py``
+    PIECES: tl.constexpr,  # whether the chunk that a tensor ends in is taken in pieces
     MEASURED: tl.constexpr,  # row of the table that says where sums go; 0 where none are formed
     EARLY: tl.constexpr,  # whether addresses are read before it is known which chunks are whole
 ):
@@ -125,10 +126,11 @@ def update_tensors(
                 RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
                 PARAMETER, STATES, ROWS, DRAWS, AVERAGE,
             )  # fmt: skip
-        elif DRAWS or PARAMETER != "cast":
+        elif PIECES:
             if MEASURED:
                 begin_sums(sums)
-            # In pieces: what is no cast would take half as many registers again with masks.
+            # What is no cast, and types of several sizes, take half as many registers again with
+            # masks.
             for part in range(BLOCK // 256):
                 piece = chunk * (BLOCK // 256) + part
                 elements = piece * 256 + tl.arange(0, 256)
@@ -376,6 +378,7 @@ def update_constants(
         "DRAWS": format.draws,
         "AVERAGE": format.average,
         "ROWWISE": rowwise,
+        "PIECES": not format.is_cast or len({t.primitive_bitwidth for t in types}) > 1,
         "MEASURED": measured_row(len(types), format, rowwise) if measured else 0,
         "EARLY": format.is_cast and backend != "hip" and compute == tl.float32,
     }

@@ -154,6 +154,7 @@ def update_from_samples(
     DRAWS: tl.constexpr,
     AVERAGE: tl.constexpr,
     ROWWISE: tl.constexpr,
+    PIECES: tl.constexpr,
     MEASURED: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -201,7 +202,7 @@ def update_from_samples(
                 RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
                 AVERAGE,
             )  # fmt: skip
-        elif DRAWS or PARAMETER != "cast":
+        elif PIECES:
             if MEASURED:
                 begin_sums(sums)
             for part in range(BLOCK // 256):
