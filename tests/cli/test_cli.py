@@ -115,8 +115,13 @@ def test_verify_passes_on_right_kernels(monkeypatch, capsys):
         for rule in ("SGD", "Adam")
         for dtype in ("float32", "float64", "bfloat16", "float16")
     }
+    # Three parameters of 41 elements in all, five steps, seven sets; momentum in five of them.
+    counts = {row["rule"]: (row["compared"], row["undecided"]) for row in report["rows"]}
+    assert counts["SGD"][0] == 41 * 5 * (7 + 5)
+    assert all(0 <= undecided <= compared // 100 for compared, undecided in counts.values())
     assert cli.main(["verify"]) == 0
-    assert "FAILED" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "FAILED" not in printed and "at most 1% of an option set" in " ".join(printed.split())
 
 
 def test_verify_fails_on_a_wrong_twin(monkeypatch, capsys):
@@ -128,6 +133,32 @@ def test_verify_fails_on_a_wrong_twin(monkeypatch, capsys):
 
     broken = type(rule)(**{**vars(rule), "twin": wrong})
     monkeypatch.setitem(verify.REGISTRY, "SGD", broken)
+    assert cli.main(["verify"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_verify_fails_where_one_option_set_does(monkeypatch, capsys):
+    # Catches a set that is left out, as sets were whose decay is cautious, and a verdict on sums.
+    _only(monkeypatch, "SGD")
+    rule = REGISTRY["SGD"]
+
+    def wrong(p, inputs, states, coefficients, options):
+        cautious = options[2]
+        numbers = (coefficients[0], 0.0, *coefficients[2:]) if cautious else coefficients
+        return rule.twin(p, inputs, states, numbers, options)
+
+    monkeypatch.setitem(verify.REGISTRY, "SGD", type(rule)(**{**vars(rule), "twin": wrong}))
+    assert cli.main(["verify", "--json"]) == 1
+
+
+def test_verify_fails_where_too_much_is_undecided(monkeypatch, capsys):
+    # Catches a verdict by distances alone.
+    def undecided(*_):
+        return testing.Comparison(0.0, 2, 100, True, 1.0)
+
+    _only(monkeypatch, "SGD")
+    monkeypatch.setattr(verify, "compare", undecided)
+    monkeypatch.setattr(verify.verify_samples, "compare_all", lambda device: iter(()))
     assert cli.main(["verify"]) == 1
     assert "FAILED" in capsys.readouterr().out
 
@@ -149,7 +180,7 @@ def test_verify_keeps_numpys_warnings_to_itself(monkeypatch, capsys):
 
     def overflow(*_):
         numpy.array([1e30], numpy.float32).astype(numpy.float16)
-        return 0.0, True
+        return testing.Comparison(0.0, 0, 1, True, 1.0)
 
     _only(monkeypatch, "SGD")
     monkeypatch.setattr(verify, "compare", overflow)

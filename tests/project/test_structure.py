@@ -48,6 +48,7 @@ LAYERS = (
     # The package itself: what users import.
     "",
     "examples",
+    "conditioning",
     "testing",
     "precompile",
     "cli",
