@@ -112,10 +112,6 @@ def compiling(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
-# What needs a fixture that compiles is run where it is.
-compiles_once = pytest.mark.xdist_group("codegen")
-
-
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, tuple[float, int, list[str]]]:
     result = _without_interpreter("-c", SCRIPT, json.dumps(list(BYTES)))
@@ -123,23 +119,19 @@ def compiled() -> dict[str, tuple[float, int, list[str]]]:
     return json.loads(result.stdout)
 
 
-@compiles_once
 def test_each_byte_is_moved_once_in_wide_accesses(compiled):
     assert {name: row[0] for name, row in compiled.items()} == BYTES
 
 
-@compiles_once
 def test_clipping_costs_four_bytes(compiled):
     assert compiled["Adam fp32"][0] + compiled["partial_norms (2) fp32"][0] == 32
 
 
-@compiles_once
 def test_budgets_hold(compiled):
     assert {name: row[2] for name, row in compiled.items() if row[2]} == {}
     assert compiled["Adam fp32"][1] <= 64
 
 
-@compiles_once
 def test_few_loads_come_before_the_data(compiled):
     # Where the chunk is; then its tensor's address and length; then numbers. A control value or an
     # address that is waited for by itself is one more. Other formats read addresses late.
@@ -150,7 +142,6 @@ def test_few_loads_come_before_the_data(compiled):
     assert compiled["partial_norms (2) fp32"][3] <= 2
 
 
-@compiles_once
 def test_codes_take_no_more_registers_than_are_let(compiled):
     # As many as six programs of 128 threads share an SM with. Left to itself the assembler takes
     # more: this also sees that it is told.
@@ -170,7 +161,6 @@ ELEMENTS = ("Adam bf16 fp8 states", "Adam bf16 stochastic fp8 states", "SVAG SGD
 LOOPS = tuple(f"linear_samples {form} bf16 128x128x64" for form in ("described", "dense"))
 
 
-@compiles_once
 def test_an_element_of_a_whole_chunk_takes_instructions(counted):
     """Counted on one way through the machine code, and more of them where more is done."""
     found = [counted[name]["instructions_per_element"] for name in ELEMENTS]
@@ -179,7 +169,6 @@ def test_an_element_of_a_whole_chunk_takes_instructions(counted):
     assert found[2] is None
 
 
-@compiles_once
 def test_instructions_of_a_loop_of_products_are_counted(counted):
     """With the end of a sample; those of descriptors are fewer than those of addresses."""
     found = [counted[name]["instructions_of_loop"] for name in LOOPS]

@@ -14,8 +14,6 @@ import pytest
 from fusedopt.cli import codegen, codegen_reports
 from fusedopt.kernels.aot import Report
 
-pytestmark = pytest.mark.xdist_group("codegen-reports")
-
 # In a process without the interpreter: rows that were compiled, and then with what was kept of them
 # while nothing can be compiled. Names of one variant after one change each.
 SCRIPT = r"""
