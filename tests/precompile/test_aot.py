@@ -53,7 +53,7 @@ parameters = [
 ]
 kinds = torch.bfloat16, torch.float16, torch.float32, "int8", "fp8", own
 states = [{}, *({"state_dtype": s} for s in kinds)]
-# Those that other rules than Adam's are compiled for: a format that is missing here is found missing.
+# Those that other rules than Adam's are compiled for; one that lacks here is found missing.
 some = [
     {"rounding": "stochastic", "state_dtype": torch.bfloat16},
     {"rounding": "kahan", "state_dtype": torch.bfloat16},
