@@ -69,15 +69,44 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", r"error:::fusedopt(\..*)?$")
 
 
+# Before pytest-xdist's own, which reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need a GPU where there is none, and on one those that use it for nothing."""
+    """Skip tests that need a GPU where there is none, and on one those that use it for nothing.
+
+    Those that share a fixture of their module are put on one worker, which builds it once.
+    """
     for item in items:
+        if item.get_closest_marker("xdist_group") is None and shares_fixture(item):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
         # Not its keywords, among which are names of folders: a checkout may be in one called gpu.
         is_marked = item.get_closest_marker("gpu") is not None
         if is_marked and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if DEVICE != "cpu" and not is_marked and not uses_device(item):
             item.add_marker(pytest.mark.skip(reason="has nothing on the device"))
+
+
+def shares_fixture(item: pytest.Item) -> bool:
+    """Whether a test asks for a fixture of its module's scope, by itself or through another.
+
+    One that is there for all tests of a file (autouse) is no such: those are cheap.
+    """
+    fixtures = getattr(item, "_fixtureinfo", None)
+    if fixtures is None:
+        return False
+    left, seen = list(fixtures.argnames), set()
+    while left:
+        name = left.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for fixture in fixtures.name2fixturedefs.get(name, ()):
+            # Those of plugins have no place.
+            if fixture.baseid and fixture.scope in ("module", "session"):
+                return True
+            left += fixture.argnames
+    return False
 
 
 def uses_device(item: pytest.Item) -> bool:

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fusedopt.cli import codegen_baseline
+from fusedopt.cli import codegen_baseline, codegen_reports, codegen_tables
 from fusedopt.cli.progress import progress
 from fusedopt.cli.targets import problem as target_problem
 from fusedopt.kernels import aot, lang
@@ -52,6 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record", type=Path, metavar="FILE", help="write a baseline, if no budget is broken"
     )
+    parser.add_argument(
+        "--reports",
+        type=Path,
+        metavar="FILE",
+        help="compile only what is not in it, and one in"
+        f" {codegen_reports.CHECKED} of the others, which must be the same",
+    )
+    parser.add_argument(
+        "--record-reports", type=Path, metavar="FILE", help="write what was compiled, for --reports"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -63,11 +73,14 @@ def run(options: argparse.Namespace) -> int:
         return 2
     try:
         known = codegen_baseline.load(options.baseline) if options.baseline else None
+        if options.reports:
+            codegen_reports.load(options.reports)
     except ValueError as error:
         print(f"codegen: {error}", file=sys.stderr)
         return 2
-    if options.only and (options.baseline or options.record):
-        print("codegen: a baseline is of all variants: leave --only out", file=sys.stderr)
+    problem = _contradiction(options)
+    if problem:
+        print(f"codegen: {problem}", file=sys.stderr)
         return 2
     try:
         rows = list(
@@ -77,6 +90,8 @@ def run(options: argparse.Namespace) -> int:
                 quiet=options.json,
                 only=options.only or (),
                 instructions=options.instructions,
+                reports=options.reports,
+                named=options.record_reports is not None,
             )
         )
     except BrokenProcessPool:
@@ -97,15 +112,30 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result, indent=2))
     else:
-        _print_tables(rows, targets)
+        codegen_tables.variants(rows, targets)
         if known is not None:
-            _print_comparison(result)
+            codegen_tables.comparison(result)
+        if options.reports:
+            codegen_tables.kept(rows, options.reports)
     if options.record and broken:
         print(f"codegen: {options.record} is not written: budgets are broken", file=sys.stderr)
     elif options.record:
         codegen_baseline.record(options.record, rows, _triton_version())
         print(f"codegen: wrote {options.record}", file=sys.stderr)
+    if options.record_reports:
+        codegen_reports.record(options.record_reports, rows)
+        print(f"codegen: wrote {options.record_reports}", file=sys.stderr)
     return 1 if broken or result.get("regressed") else 0
+
+
+def _contradiction(options: argparse.Namespace) -> str | None:
+    if options.only and (options.baseline or options.record):
+        return "a baseline is of all variants: leave --only out"
+    if options.only and options.record_reports:
+        return "--record-reports is of all variants: leave --only out"
+    if options.instructions and options.reports:
+        return "--instructions are counted in machine code, which --reports has not"
+    return None
 
 
 def _triton_version() -> str:
@@ -121,7 +151,13 @@ def _unusable(targets: Sequence[str]) -> str | None:
 
 
 def _compile_all(
-    targets: Sequence[str], jobs: int, quiet: bool, only: Sequence[str], instructions: bool
+    targets: Sequence[str],
+    jobs: int,
+    quiet: bool,
+    only: Sequence[str],
+    instructions: bool,
+    reports: Path | None,
+    named: bool,
 ) -> Iterator[dict[str, Any]]:
     work = [
         (target, variant.name)
@@ -129,7 +165,7 @@ def _compile_all(
         for variant in aot.variants(aot.parse_target(target))
         if not only or any(text in variant.name for text in only)
     ]
-    compile_one = partial(compile_row, instructions=instructions)
+    compile_one = partial(compile_row, instructions=instructions, reports=reports, named=named)
     with (
         ProcessPoolExecutor(max(1, jobs), mp_context=get_context("spawn")) as pool,
         progress("compiling", quiet) as show,
@@ -144,10 +180,21 @@ def _variants(target: str) -> dict[str, Any]:
     return {variant.name: variant for variant in aot.variants(aot.parse_target(target))}
 
 
-def compile_row(work: tuple[str, str], instructions: bool = False) -> dict[str, Any]:
+def compile_row(
+    work: tuple[str, str],
+    instructions: bool = False,
+    reports: Path | None = None,
+    named: bool = False,
+) -> dict[str, Any]:
     """Compile one variant for one target and say what it uses and which budgets it breaks.
 
     Variants travel between processes by name: a kernel cannot be pickled.
+
+    Args:
+        work: names of the target and of the variant.
+        instructions: whether they are counted.
+        reports: a file of ``codegen_reports``; what it has is ``kept``, and mostly not compiled.
+        named: whether the row says the variant's ``identity``, for a file like that.
     """
     target_name, name = work
     target = aot.parse_target(target_name)
@@ -159,9 +206,19 @@ def compile_row(work: tuple[str, str], instructions: bool = False) -> dict[str, 
     }
     if variant.coefficients:
         row["coefficients"] = list(variant.coefficients)
+    kept, differences = None, []
     try:
-        compiled = aot.compile_variant(variant, target)
-        result = aot.report(compiled, target)
+        if named or reports:
+            row["identity"] = aot.identity(variant, target)
+        if reports:
+            kept = codegen_reports.load(reports).get(row["identity"])
+            row["kept"] = kept is not None
+        if kept and not codegen_reports.is_checked(row["identity"]):
+            result = kept
+        else:
+            compiled = aot.compile_variant(variant, target)
+            result = aot.report(compiled, target)
+            differences = codegen_reports.differences(kept, result) if kept else []
         if instructions:
             row["instructions_per_element"] = aot.instructions(compiled, target, variant)
             row["instructions_of_loop"] = aot.loop_instructions(compiled, target)
@@ -169,72 +226,7 @@ def compile_row(work: tuple[str, str], instructions: bool = False) -> dict[str, 
         return {**row, "broken": [f"does not compile: {type(error).__name__}: {error}"[:600]]}
     return {
         **row,
-        "registers": result.registers,
-        "stack": result.stack,
-        "shared": result.shared,
-        "loads": {str(bits): n for bits, n in sorted(result.loads.items())},
-        "stores": {str(bits): n for bits, n in sorted(result.stores.items())},
+        **codegen_reports.columns(result),
         "bytes_per_element": result.bytes_moved(variant),
-        "matrix": list(result.matrix),
-        "broken": variant.budget.broken(variant, result, target),
+        "broken": variant.budget.broken(variant, result, target) + differences,
     }
-
-
-def _print_tables(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        # A log file has no edge: numbers must not be cut off at 80 columns.
-        console = Console(width=120)
-    for target in targets:
-        table = Table(title=f"{target}: what each variant uses")
-        table.add_column("variant", no_wrap=True)
-        for column in ("registers", "stack", "shared", "B/element", "128-bit ld/st"):
-            table.add_column(column, justify="right")
-        counted = any("instructions_per_element" in row for row in rows)
-        if counted:
-            table.add_column("instructions/element, or of the loop", justify="right")
-        table.add_column("matrix")
-        table.add_column("broken budgets, and more than the baseline")
-        for row in (r for r in rows if r["target"] == target):
-            complaints = [*row["broken"], *row.get("regressed", [])]
-            table.add_row(row["variant"], *_cells(row, counted), "; ".join(complaints) or "-")
-        console.print(table)
-    broken = sum(bool(row["broken"]) for row in rows)
-    console.print(
-        f"{len(rows)} variants compiled for {len(targets)} targets, {broken} break a budget. "
-        "B/element: bytes that whole chunks of aligned tensors move; of embeddings, what is read."
-    )
-
-
-def _print_comparison(result: dict[str, Any]) -> None:
-    found = result["baseline"]
-    if found["note"]:
-        print(found["note"])
-        return
-    for what in ("new", "removed"):
-        for name in found[what]:
-            print(f"{name}: {'not in' if what == 'new' else 'only in'} the baseline")
-    print(
-        f"{found['compared']} variants compared with the baseline of Triton {found['triton']}:"
-        f" {result['regressed']} use more"
-    )
-
-
-def _cells(row: dict[str, Any], counted: bool) -> list[str]:
-    if "registers" not in row:
-        return ["-"] * (6 + counted)
-    count = row.get("instructions_per_element") or row.get("instructions_of_loop")
-    wide = f"{row['loads'].get('128', 0)}/{row['stores'].get('128', 0)}"
-    moved = row["bytes_per_element"]
-    return [
-        str(row["registers"]),
-        str(row["stack"]),
-        str(row["shared"]),
-        f"{moved:g}" if moved else "-",
-        wide,
-        *([f"{count:.0f}" if count else "-"] if counted else []),
-        ", ".join(row["matrix"]) or "-",
-    ]

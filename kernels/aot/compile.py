@@ -23,8 +23,8 @@ def specialization(variant: Variant) -> dict[str, Any]:
     }
 
 
-def compile_variant(variant: Variant, target: Any) -> Any:
-    """Compile a variant for a target; Triton's compiled kernel is returned."""
+def compiler_input(variant: Variant, target: Any) -> tuple[Any, dict[str, Any]]:
+    """State what Triton compiles of a variant, and the options."""
     from triton.compiler import ASTSource
 
     source = ASTSource(fn=variant.kernel, **specialization(variant))
@@ -33,4 +33,10 @@ def compile_variant(variant: Variant, target: Any) -> Any:
     options |= register_options(variant.registers, target.backend)
     if variant.stages is not None:
         options["num_stages"] = variant.stages
+    return source, options
+
+
+def compile_variant(variant: Variant, target: Any) -> Any:
+    """Compile a variant for a target; Triton's compiled kernel is returned."""
+    source, options = compiler_input(variant, target)
     return triton.compile(source, target=target, options=options)

@@ -60,7 +60,6 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo.demo_report, "draw", lambda *_: None)
 
 
-@pytest.mark.xdist_group("demo")
 def test_tables_show_both_runs(shown: tuple[str, dict, bytes]) -> None:
     printed, result, _ = shown
     for run in result["runs"].values():
@@ -76,7 +75,6 @@ def test_tables_show_both_runs(shown: tuple[str, dict, bytes]) -> None:
     assert "read and write three times as much, 84 bytes" in printed
 
 
-@pytest.mark.xdist_group("demo")
 def test_runs_agree_and_learn(shown: tuple[str, dict, bytes]) -> None:
     _, result, _ = shown
     ours, theirs = result["runs"]["fusedopt"], result["runs"]["torch"]
@@ -88,7 +86,6 @@ def test_runs_agree_and_learn(shown: tuple[str, dict, bytes]) -> None:
     assert result["text"]["source"] == "the Python language reference"
 
 
-@pytest.mark.xdist_group("demo")
 def test_cost_counts_every_state(shown: tuple[str, dict, bytes]) -> None:
     _, result, _ = shown
     for run in result["runs"].values():
@@ -98,7 +95,6 @@ def test_cost_counts_every_state(shown: tuple[str, dict, bytes]) -> None:
         assert run["step_ms"] > 0
 
 
-@pytest.mark.xdist_group("demo")
 def test_kernels_are_compared_on_all_parameters(shown: tuple[str, dict, bytes]) -> None:
     _, result, _ = shown
     kernels = result["kernels"]
@@ -108,7 +104,6 @@ def test_kernels_are_compared_on_all_parameters(shown: tuple[str, dict, bytes]) 
     assert kernels["worst_ulps"] <= kernels["tolerance_ulps"] < kernels["update_ulps"]
 
 
-@pytest.mark.xdist_group("demo")
 def test_picture_is_a_png_with_content(shown: tuple[str, dict, bytes]) -> None:
     _, _, picture = shown
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 import uuid
@@ -17,6 +18,11 @@ import torch.multiprocessing as mp
 # What a collective waits for the others, and all of the work: many times what is needed.
 PATIENCE = timedelta(seconds=120)
 LIMIT = 300.0
+
+# Processes are forked from a server that has imported these, and run nothing of them: each is as
+# fresh as a new one, which would take seconds of a processor for the imports alone.
+IMPORTED = ["numpy", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
+            "torch.distributed.tensor", "pytest", "fusedopt"]  # fmt: skip
 
 
 def in_ranks(
@@ -59,7 +65,9 @@ def in_worlds(
 
 
 def _spawn(world: int, start: Callable[..., None], given: Any, name: str, limit: float) -> None:
-    context = mp.spawn(start, given, nprocs=world, join=False)
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    given = (dict(os.environ), start, given)
+    context = mp.start_processes(_start, given, world, join=False, start_method="forkserver")
     end = time.monotonic() + limit
     while not context.join(timeout=1.0):
         if time.monotonic() > end:
@@ -67,6 +75,15 @@ def _spawn(world: int, start: Callable[..., None], given: Any, name: str, limit:
                 process.kill()
                 process.join()
             raise TimeoutError(f"{name} in {world} processes: not done in {limit} s")
+
+
+def _start(
+    rank: int, environment: dict[str, str], start: Callable[..., None], given: tuple[Any, ...]
+) -> None:
+    # The server has that of the first to ask for it.
+    os.environ.clear()
+    os.environ.update(environment)
+    start(rank, *given)
 
 
 def _join(world: int, rank: int, meeting: Path) -> None:

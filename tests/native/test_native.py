@@ -31,7 +31,6 @@ ENTRIES = {entry.name: entry for entry in LIBRARY}
 MISSING = [tool for tool in ("cmake", "ctest", "cc") if shutil.which(tool) is None]
 
 pytestmark = [
-    pytest.mark.xdist_group("native"),
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
     pytest.mark.skipif(lang.triton is None, reason="needs Triton"),

@@ -97,7 +97,6 @@ def compared() -> dict[str, tuple[int, list[str]]]:
     return {name: (n, missing) for name, (n, missing) in json.loads(result.stdout).items()}
 
 
-@pytest.mark.xdist_group("precompile-keys")
 @pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
 def test_nothing_is_launched_that_is_not_compiled(
     target: str, compared: dict[str, tuple[int, list[str]]]
@@ -106,7 +105,6 @@ def test_nothing_is_launched_that_is_not_compiled(
     assert launched > 60 and missing == []
 
 
-@pytest.mark.xdist_group("precompile-keys")
 def test_a_model_of_usual_layers_launches_nothing_else(
     compared: dict[str, tuple[int, list[str]]],
 ) -> None:

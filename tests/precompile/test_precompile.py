@@ -101,11 +101,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Warm:
     return Warm(tmp_path_factory.mktemp("precompile"))
 
 
-slow_fixture = pytest.mark.xdist_group("precompile")
-
-
 @needs_gcc
-@slow_fixture
 def test_steps_compile_nothing_on_a_warm_cache(warm: Warm) -> None:
     """Neither kernels nor, for NVIDIA, the C modules of Triton, which are loaded here."""
     filled = {name: case for name, case in FP32.items() if case.get("optimizer") != "RMSprop"}
@@ -117,7 +113,6 @@ def test_steps_compile_nothing_on_a_warm_cache(warm: Warm) -> None:
 
 
 @needs_gcc
-@slow_fixture
 def test_the_counts_see_an_empty_cache(warm: Warm, tmp_path: Path) -> None:
     """Otherwise the test above would pass for nothing."""
     cases = {"cuda:90": {"SGD": {"optimizer": "SGD", "lr": 0.1}}}
@@ -128,7 +123,6 @@ def test_the_counts_see_an_empty_cache(warm: Warm, tmp_path: Path) -> None:
 
 
 @needs_gcc
-@slow_fixture
 @pytest.mark.parametrize(
     ("targets", "variables"),
     [(("cuda:80", "hip:gfx90a"), {}), (("cuda:90",), {"DISABLE_LLVM_OPT": "1"})],
@@ -144,7 +138,6 @@ def test_what_changes_the_key_misses(
 
 
 @needs_gcc
-@slow_fixture
 def test_the_record_says_what_the_cache_is_good_for(warm: Warm) -> None:
     """The second run adds to what the first wrote, for its target and for another."""
     record = json.loads((warm.cache / "fusedopt.json").read_text())
