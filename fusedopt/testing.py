@@ -138,6 +138,14 @@ class PowersOfGradients(Statistics):
         return {}
 
 
+class HeldSquares(PowersOfGradients):
+    """The same with squares of an earlier step, as ``PerSampleSquares(every=k)`` has them."""
+
+    def inputs(self, parameters: list[Tensor], gradients: list[Tensor], plain: bool) -> RuleInputs:
+        """Return gradients and squares, of which none are of this step."""
+        return super().inputs(parameters, gradients, plain)._replace(measured=[])
+
+
 def another(gradient: Tensor, i: int) -> Tensor:
     """Return what input i is if its degree is 1: no two the same, or weights could be exchanged."""
     return gradient * (1 + i)

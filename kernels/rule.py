@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -95,3 +96,10 @@ class Rule:
         names = self.option_names or tuple(f"option {i}" for i in range(len(options)))
         chosen = [name for name, on in zip(names, options, strict=True) if on]
         return f"{self.name} ({', '.join(chosen)})" if chosen else self.name
+
+
+@cache
+def held(rule: Rule) -> Rule:
+    """Return a rule of which the squares are held from step to step, in the unit of the update."""
+    degrees = tuple(0 if degree == 2 else degree for degree in rule.degrees)
+    return replace(rule, degrees=degrees)

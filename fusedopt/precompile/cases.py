@@ -26,7 +26,7 @@ from ..memory.layout import ALIGNMENT
 from ..optimizer import FusedOptimizer
 from ..optimizers import SGD
 from ..statistics import GradSampleSquares, Statistics
-from ..testing import statistics_for
+from ..testing import HeldSquares, statistics_for
 
 TORCH_DTYPES = {
     "fp32": torch.float32,
@@ -109,6 +109,9 @@ def all_cases(precision: Precision = MappingProxyType({})) -> Iterator[Case]:
                 run = take_steps_from_samples
                 for layout in SAMPLE_LAYOUTS:
                     yield from _case("samples", rule, number, group, precision, layout, run)
+                step = take_steps_with_held_squares
+                for layout in STEP_LAYOUTS:
+                    yield from _case("held", rule, number, group, precision, layout, step)
         for number, group in enumerate(live_groups(rule)):
             if problem(rule, {**group, **precision}) is None:
                 for param in DTYPES:
@@ -172,6 +175,16 @@ def take_steps(
             p.grad_dtype = None
             p.grad = torch.zeros_like(p, dtype=TORCH_DTYPES[gradient])
             _step(rule, group, precision, p, norm, statistics_for(rule))
+
+
+def take_steps_with_held_squares(
+    rule: Rule, group: Group, precision: Precision, param: str, gradient: str, aligned: bool
+) -> None:
+    """Take a step whose squares are an earlier one's."""
+    for p in _parameters(rule, {**group, **precision}, param, NUMEL, aligned):
+        p.grad_dtype = None
+        p.grad = torch.zeros_like(p, dtype=TORCH_DTYPES[gradient])
+        _step(rule, group, precision, p, None, HeldSquares(rule))
 
 
 def take_guarded_step(norm_type: float) -> None:

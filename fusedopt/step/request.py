@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from ..backends import Executor
 from ..clipping import GlobalNorm
 from ..formats import keeps_state
 from ..guard import SpikeGuard
-from ..kernels.rule import Rule
+from ..kernels.rule import Rule, held
 from ..memory.dtensor import placed_as, specs_of
 from ..memory.storage import local_tensors, unwrapped
 from ..source import RuleInputs, Source
@@ -245,13 +245,6 @@ def gather(
         optimizer.decided_on_device, span, optimizer.guard, optimizer.telemetry,
         optimizer.whole.param_groups, optimizer.scale_for,
     )  # fmt: skip
-
-
-@cache
-def held(rule: Rule) -> Rule:
-    """Return a rule of which the squares are held from step to step, in the unit of the update."""
-    degrees = tuple(0 if degree == 2 else degree for degree in rule.degrees)
-    return replace(rule, degrees=degrees)
 
 
 def gather_params(

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from .. import multi_tensor, telemetry
 from ..codecs.format import Format
 from ..codecs.place import GROUP
 from ..launch_config import default, update_launch_config
 from ..launch_config import measured as with_telemetry
-from ..rule import Group, Rule
-from ..rules import ADAM, BATCH_DECOUPLED_ADAM, REGISTRY, RMSPROP, SGD
+from ..rule import Group, Rule, held
+from ..rules import (
+    ADAM,
+    BATCH_DECOUPLED_ADAM,
+    BATCH_DECOUPLED_RMSPROP,
+    REGISTRY,
+    RMSPROP,
+    SGD,
+)
 from . import formats
 from .formats import Kept
 from .option_sets import option_sets
@@ -60,9 +68,25 @@ def variants(architecture: str = "") -> Iterator[Variant]:
             for rule, more in _SOME:
                 yield update_kept(rule, {**rule.example_groups[0], **more}, kept, backend)
     yield from measured_variants(architecture)
+    yield from held_variants(architecture)
     for rule, more in _SOME:
         for kept in formats.some():
             yield update_kept(rule, {**rule.example_groups[0], **more}, kept, backend)
+
+
+def held_variants(architecture: str = "") -> Iterator[Variant]:
+    """Those that read squares of an earlier step, in the unit of the update already."""
+    for rule in map(held, (BATCH_DECOUPLED_ADAM, BATCH_DECOUPLED_RMSPROP)):
+        group = rule.example_groups[0]
+        states = len(rule.states(group))
+        for param, gradient, state, aligned in LAYOUTS:
+            squares = "fp64" if param == "fp64" else "fp32"
+            types = (param, gradient, squares, *[state] * states)
+            variant = update_tensors(rule, rule.options(group), types, aligned, architecture)
+            yield replace(variant, name=f"{variant.name}, squares held")
+        for kept in formats.some():
+            variant = update_kept(rule, group, kept, architecture.partition(":")[0])
+            yield replace(variant, name=f"{variant.name}, squares held")
 
 
 def measured_variants(architecture: str = "") -> Iterator[Variant]:
