@@ -107,19 +107,27 @@ def windows(codes: Tensor, context: int, batch: int, seed: int) -> Iterator[Tens
 
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Decay the matrices only: shrinking a bias or a norm's gain does not regularise."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [(name, p) for name, p in model.named_parameters() if p.dim() >= 2]
+    vectors = [(name, p) for name, p in model.named_parameters() if p.dim() < 2]
     return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def train(
     model: CharGPT, optimizer: torch.optim.Optimizer, batches: Iterator[Tensor], steps: int
 ) -> Iterator[float]:
-    """Yield each step's loss; the learning rate rises to the optimizer's, then falls to 4 %."""
+    """Yield each step's loss; the learning rate rises to the optimizer's, then falls to 4 %.
+
+    So does weight decay, which begins as the groups have it.
+    """
     rise, fall = max(1, steps // 20), math.pi / steps
-    factors = [min((i + 1) / rise, 0.52 + 0.48 * math.cos(fall * i)) for i in range(steps + 1)]
+    falling = [0.52 + 0.48 * math.cos(fall * i) for i in range(steps + 1)]
+    factors = [min((i + 1) / rise, factor) for i, factor in enumerate(falling)]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__)
-    for codes in itertools.islice(batches, steps):
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    for i, codes in enumerate(itertools.islice(batches, steps)):
+        # As any number of a group it may change at each step; no launch is prepared anew.
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay * falling[i]
         optimizer.zero_grad()
         loss = model.loss(codes)
         loss.backward()

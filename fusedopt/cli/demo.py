@@ -25,6 +25,7 @@ from .progress import progress
 
 DEFAULT_OUT = Path("demo-out")
 SAMPLE = 300  # characters
+MEASURED = 100  # steps of which norms are drawn
 
 
 class InputError(Exception):
@@ -143,7 +144,8 @@ def collect(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     """Train, compare the runs, run the kernels, and gather it all."""
     backend, reason = training_backend(options.device)
     torchs = Trainee(torch.optim.AdamW, options, corpus)
-    fused = Trainee(fusedopt.AdamW, options, corpus, backend=backend)
+    telemetry = fusedopt.Telemetry(every=max(1, options.steps // MEASURED))
+    fused = Trainee(fusedopt.AdamW, options, corpus, backend=backend, telemetry=telemetry)
     train_in_turn(torchs, fused, options.steps, options.json)
     parameters = list(torchs.model.parameters()), list(fused.model.parameters())
     apart = agreement((torchs.losses, fused.losses), parameters)
@@ -166,6 +168,8 @@ def collect(options: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
             "vocabulary": len(corpus.vocabulary),
         },
         "runs": runs,
+        # Of the fusedopt run: |update| / |parameter| by layer.
+        "update_ratios": vars(fused.ratios),
         "agreement": asdict(apart),
         "kernels": kernels,
         "sample": fused.sample(SAMPLE) if learned else "",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from rich.console import Console
     from rich.table import Table
 
@@ -140,7 +141,7 @@ def _traffic(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """Plot both runs' losses, and their difference below.
+    """Plot both runs' losses, their difference, and how far updates move each layer.
 
     Raises:
         ImportError: where matplotlib is not installed.
@@ -150,8 +151,8 @@ def draw(result: dict[str, Any], file: Path) -> None:
 
     theirs, ours = (result["runs"][run]["losses"] for run in ("torch", "fusedopt"))
     steps = range(1, len(ours) + 1)
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    losses, gap = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    losses, gap, ratios = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 2.5))
     losses.plot(steps, theirs, color="#9ecae1", linewidth=4, label="torch.optim.AdamW")
     losses.plot(steps, ours, color="#a63603", linewidth=1, label="fusedopt.AdamW")
     held_out = [result["runs"][run]["held_out_loss"] for run in ("torch", "fusedopt")]
@@ -166,11 +167,26 @@ def draw(result: dict[str, Any], file: Path) -> None:
     losses.legend()
     gap.plot(steps, [b - a for a, b in zip(theirs, ours, strict=True)], color="black", linewidth=1)
     gap.set_ylabel("difference,\nfusedopt - torch")
-    gap.set_xlabel("step")
     gap.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     if result["agreement"]["loss"] == 0.0:
         gap.set_ylim(-1e-6, 1e-6)
         gap.text(0.5, 0.75, "every loss bitwise equal", transform=gap.transAxes, ha="center")
-    for axes in (losses, gap):
+    _draw_ratios(ratios, result["update_ratios"])
+    for axes in (losses, gap, ratios):
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
+
+
+def _draw_ratios(axes: Axes, found: dict[str, Any]) -> None:
+    """Plot the norm of each layer's update over that of its parameters."""
+    from matplotlib import colormaps
+
+    layers = found["layers"]
+    for i, (layer, values) in enumerate(layers.items()):
+        color = colormaps["viridis"](i / max(1, len(layers) - 1))
+        axes.plot(found["steps"], values, color=color, linewidth=1, label=layer)
+    axes.set(yscale="log", xlabel="step", ylabel="norm of the update over\nthat of the parameter")
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
+        fontsize="x-small", title="layer, by fusedopt.Telemetry", title_fontsize="small",
+    )  # fmt: skip

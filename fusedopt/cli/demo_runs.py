@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fusedopt
+import fusedopt.telemetry
 from fusedopt.examples import char_gpt
 
 ADAMW: dict[str, Any] = {"lr": 6e-3, "betas": (0.9, 0.99)}
@@ -87,6 +90,29 @@ class Corpus:
     held_out: Tensor
 
 
+class Ratios:
+    """Norms of updates over norms of parameters, by layer, as an optimizer's telemetry has them.
+
+    Attributes:
+        steps: that were measured, from 1.
+        layers: for each layer, the ratio at each of them.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.layers: dict[str, list[float]] = {}
+
+    def note(self, telemetry: fusedopt.Telemetry, step: int) -> None:
+        """Read the norms of a step; those of a layer are of all its parameters together."""
+        self.steps.append(step)
+        found: dict[str, list[fusedopt.telemetry.Norms]] = {}
+        for name, norms in telemetry.table().items():
+            found.setdefault(name.rpartition(".")[0], []).append(norms)
+        for layer, own in found.items():
+            sizes = (math.hypot(*column) for column in zip(*own, strict=True))
+            self.layers.setdefault(layer, []).append(fusedopt.telemetry.Norms(*sizes).ratio)
+
+
 class Trainee:
     """A model with its optimizer; two of the same seed start equal and see the same batches."""
 
@@ -99,12 +125,16 @@ class Trainee:
         self.optimizer = adamw(char_gpt.decay_groups(self.model), **ADAMW, **extra)
         self.timer = StepTimer(self.optimizer, options.device)
         self.losses: list[float] = []
+        self.ratios = Ratios()
 
     def train(self, steps: int) -> Iterator[float]:
         """Yield the loss of each step."""
         batches = char_gpt.windows(self.corpus.codes, self.size["context"], BATCH, self.seed)
         for loss in char_gpt.train(self.model, self.optimizer, batches, steps):
             self.losses.append(loss)
+            telemetry = getattr(self.optimizer, "telemetry", None)
+            if telemetry is not None and telemetry.measured:
+                self.ratios.note(telemetry, len(self.losses))
             yield loss
 
     def result(self) -> Run:

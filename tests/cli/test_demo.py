@@ -104,6 +104,18 @@ def test_kernels_are_compared_on_all_parameters(shown: tuple[str, dict, bytes]) 
     assert kernels["worst_ulps"] <= kernels["tolerance_ulps"] < kernels["update_ulps"]
 
 
+def test_updates_are_measured_by_layer(shown: tuple[str, dict, bytes]) -> None:
+    """Catches norms of other steps, layers that lack one, and parameters counted one by one."""
+    ratios = shown[1]["update_ratios"]
+    model = char_gpt.CharGPT(shown[1]["text"]["vocabulary"], **demo_runs.SIZES["tiny"])
+    layers = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    assert ratios["steps"] == list(range(1, 9)) and set(ratios["layers"]) == layers
+    assert all(len(values) == 8 for values in ratios["layers"].values())
+    # AdamW's first steps are about as long as the learning rate, 6e-3, and a gain begins as 1.
+    assert 1e-3 < ratios["layers"]["body.0.mlp_norm"][1] < 2e-2
+    assert all(1e-5 < value < 1.0 for own in ratios["layers"].values() for value in own)
+
+
 def test_picture_is_a_png_with_content(shown: tuple[str, dict, bytes]) -> None:
     _, _, picture = shown
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
@@ -328,14 +340,25 @@ def _reference(*arguments, **options) -> fusedopt.AdamW:
 def test_learning_rate_rises_and_falls(steps: int) -> None:
     model = char_gpt.CharGPT(5, context=4, width=4, heads=1, layers=1)
     optimizer = torch.optim.SGD(char_gpt.decay_groups(model), lr=2.0)
-    rates = []
-    optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    rates, decays = [], []
+
+    def note(optimizer, *_) -> None:
+        decayed, plain = optimizer.param_groups
+        rates.append(decayed["lr"])
+        decays.append(decayed["weight_decay"])
+        assert plain["weight_decay"] == 0.0
+
+    optimizer.register_step_pre_hook(note)
     batches = itertools.repeat(torch.zeros(1, 5, dtype=torch.int64))
     assert len(list(char_gpt.train(model, optimizer, batches, steps))) == len(rates) == steps
     top = rates.index(max(rates))
     assert 1.9 < rates[top] <= 2.0 and top <= steps // 20
     assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.08)
+    # Catches a decay that stays, or falls from what it has fallen to.
+    assert decays[0] == 0.1 and decays == sorted(decays, reverse=True)
+    middle = 0.5 * (0.1 + 0.004)
+    assert decays[steps // 2] == pytest.approx(middle if steps > 1 else 0.1, abs=0.1 / steps)
 
 
 def test_model_cannot_see_the_future() -> None:
