@@ -92,11 +92,12 @@ native: $(STAMP) ## Build the C library for TARGETS in BUILD, without a GPU, and
 	cmake --build "$(BUILD)"
 	ctest --test-dir "$(BUILD)" --output-on-failure --label-exclude codegen
 
-table: $(STAMP) ## Write the tables of docs/: algorithms, benchmarks, launches, and scale with its picture
+table: $(STAMP) ## Write the tables of docs/: algorithms, benchmarks, launches, and scale with its picture, costs of a step
 	$(BIN)/python -m tools.algorithm_table --write
 	$(BIN)/python -m tools.benchmark_table --write
 	$(BIN)/python -m tools.scale --write
 	TRITON_INTERPRET=1 $(BIN)/python -m tools.launches --write
+	$(BIN)/python -m tools.step_costs --write
 
 # The conventions that only a pattern can check are pre-commit hooks; those need the git checkout.
 lint: $(STAMP) ## Check style, format, types and conventions

@@ -114,6 +114,14 @@ def _clip(**more: Any) -> Callable[[], dict[str, Any]]:
     return lambda: {"clip": fusedopt.GlobalNorm(1.0), **more}
 
 
+def _clip_and_more() -> dict[str, Any]:
+    return {
+        "clip": fusedopt.GlobalNorm(1.0),
+        "average": fusedopt.WeightAverage(),
+        "telemetry": fusedopt.Telemetry(),
+    }
+
+
 def _backpack(params: nn.ParameterList) -> Any:
     for p in params:
         p.sum_grad_squared = torch.ones_like(p)  # type: ignore[attr-defined]
@@ -138,6 +146,9 @@ KINDS = (
     Kind("clipped, three groups", _clip(), groups=3),
     Kind("loss scale", scales=True),
     Kind("loss scale, clipped", _clip(), scales=True),
+    Kind("`WeightAverage`", lambda: {"average": fusedopt.WeightAverage()}),
+    Kind("`Telemetry`", lambda: {"telemetry": fusedopt.Telemetry()}),
+    Kind("`WeightAverage`, `Telemetry`, clipped", _clip_and_more),
     Kind("`capturable=True`", lambda: CAPTURABLE),
     Kind("`capturable=True`, three groups", lambda: CAPTURABLE, groups=3),
     Kind("`capturable=True`, `lr` a tensor", lambda: CAPTURABLE, live=("lr",)),
