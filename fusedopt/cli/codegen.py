@@ -221,7 +221,6 @@ def compile_row(
             differences = codegen_reports.differences(kept, result) if kept else []
         if instructions:
             row["instructions_per_element"] = aot.instructions(compiled, target, variant)
-            row["instructions_of_loop"] = aot.loop_instructions(compiled, target)
     except Exception as error:  # noqa: BLE001 - whatever the compiler raises is a finding
         return {**row, "broken": [f"does not compile: {type(error).__name__}: {error}"[:600]]}
     return {

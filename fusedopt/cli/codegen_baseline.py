@@ -12,19 +12,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 
 # Columns of the file, by their names in a row of codegen's.
-COLUMNS = ("registers", "stack", "shared", "bytes_per_element")
+COLUMNS = ("registers", "stack", "shared", "bytes_per_element", "loop")
 
-# How much more a variant may use: registers as a share and in number, shared memory as a share;
-# stack and bytes moved, not at all.
+# How much more a variant may use: registers as a share and in number, shared memory and the
+# instructions of a loop of products as a share; stack and bytes moved, not at all.
 REGISTERS_SHARE, REGISTERS_MORE = 1.1, 8
 SHARED_SHARE = 1.1
+LOOP_SHARE = 1.05
 
 Row = dict[str, Any]
 # Of each target, its variants' columns.
-Targets = Mapping[str, Mapping[str, Sequence[float]]]
+Targets = Mapping[str, Mapping[str, Sequence[Any]]]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def compare(rows: Iterable[Row], baseline: Mapping[str, Any], triton: str) -> di
     return found
 
 
-def worse(row: Mapping[str, Any], known: Mapping[str, float]) -> list[str]:
+def worse(row: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
     """Say what a variant uses more of than it did."""
     complaints = []
     was, now = known["registers"], row["registers"]
@@ -122,4 +123,8 @@ def worse(row: Mapping[str, Any], known: Mapping[str, float]) -> list[str]:
     if now != was:
         # Fewer are narrower accesses, which this counts the wide ones of.
         complaints.append(f"128-bit accesses of {now:g} bytes an element, {was:g} in the baseline")
+    was, now = known["loop"], row["loop"]
+    # A loop that is not found any more is one that nobody counts.
+    if was is not None and (now is None or now > LOOP_SHARE * was):
+        complaints.append(f"{now} instructions in the loop of products, {was} in the baseline")
     return complaints

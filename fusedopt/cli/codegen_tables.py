@@ -68,7 +68,7 @@ def kept(rows: Sequence[Row], path: Path) -> None:
 def _cells(row: Row, counted: bool) -> list[str]:
     if "registers" not in row:
         return ["-"] * (6 + counted)
-    count = row.get("instructions_per_element") or row.get("instructions_of_loop")
+    count = row.get("instructions_per_element") or row.get("loop")
     wide = f"{row['loads'].get('128', 0)}/{row['stores'].get('128', 0)}"
     moved = row["bytes_per_element"]
     return [

@@ -12,7 +12,7 @@ imports those before it alone: ``targets``; ``variant``, the vocabulary; ``compi
 from .catalogue import variants
 from .compile import compile_variant
 from .identity import identity
-from .machine_code import instructions, loop_instructions, report, waits
+from .machine_code import instructions, report, waits
 from .targets import architecture, capability, parse_target, processors
 from .variant import DTYPES, Budget, Report, Variant, element_type
 
@@ -27,7 +27,6 @@ __all__ = [
     "element_type",
     "identity",
     "instructions",
-    "loop_instructions",
     "parse_target",
     "processors",
     "report",

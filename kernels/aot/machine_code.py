@@ -41,6 +41,7 @@ def report(compiled: Any, target: Any) -> Report:
         dict(counts["st"]),
         tuple(sorted(set(matrix))),
         dict(narrow),
+        _loop_instructions(compiled) if matrix else None,
     )
 
 
@@ -65,13 +66,11 @@ def waits(compiled: Any, target: Any) -> int | None:
     return waits_before_data([*first, *rest])
 
 
-def loop_instructions(compiled: Any, target: Any) -> int | None:
+def _loop_instructions(compiled: Any) -> int | None:
     """Count a thread's instructions in the innermost loop of products: a block and a sample's end.
 
-    None where there is no such loop, and on AMD, where it is unrolled.
+    None where there is no such loop. On AMD, where it is unrolled, nobody asks.
     """
-    if target.backend == "hip":
-        return None
     return paths.loop_of_products(_disassembled(compiled), paths.SASS)
 
 

@@ -120,6 +120,7 @@ class Report:
         matrix: names of matrix instructions.
         narrow: number of accesses of 64 and of 32 bits that a whole chunk takes, without those to
             the table of addresses, where it has 128-bit ones.
+        loop: a thread's instructions in the innermost loop of products; None where there is none.
     """
 
     registers: int
@@ -129,6 +130,7 @@ class Report:
     stores: dict[int, int]
     matrix: tuple[str, ...]
     narrow: dict[int, int] = field(default_factory=dict)
+    loop: int | None = None
 
     def bytes_moved(self, variant: Variant) -> float:
         """Bytes an element that whole chunks move, by what the variant's budget has."""

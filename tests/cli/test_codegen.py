@@ -171,7 +171,7 @@ def test_an_element_of_a_whole_chunk_takes_instructions(counted):
 
 def test_instructions_of_a_loop_of_products_are_counted(counted):
     """With the end of a sample; those of descriptors are fewer than those of addresses."""
-    found = [counted[name]["instructions_of_loop"] for name in LOOPS]
+    found = [counted[name]["loop"] for name in LOOPS]
     assert 250 < found[0] < found[1] - 40 < 400
 
 

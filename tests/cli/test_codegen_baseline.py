@@ -105,9 +105,18 @@ def test_what_uses_more_than_it_did_fails(command, baseline, rows, column, chang
 
 
 def test_few_registers_may_not_double():
-    known = {"registers": 20, "stack": 0, "shared": 0, "bytes_per_element": 4.0}
+    known = {"registers": 20, "stack": 0, "shared": 0, "bytes_per_element": 4.0, "loop": None}
     assert codegen_baseline.worse({**known, "registers": 22}, known) == []
     assert codegen_baseline.worse({**known, "registers": 23}, known) != []
+
+
+def test_a_loop_of_products_may_not_grow():
+    """Catches a longer end of a sample, and a loop that is not found any more."""
+    known = {"registers": 200, "stack": 0, "shared": 0, "bytes_per_element": 0.0, "loop": 300}
+    assert codegen_baseline.worse({**known, "loop": 315}, known) == []
+    for loop in (316, None):
+        (complaint,) = codegen_baseline.worse({**known, "loop": loop}, known)
+        assert complaint == f"{loop} instructions in the loop of products, 300 in the baseline"
 
 
 def test_new_and_removed_variants_are_named(command, baseline, rows):
