@@ -35,8 +35,8 @@ from fusedopt.formats import OPTIONS as PRECISION
 
 # capturable is torch's own, accepted where torch does not have it as well.
 COMMON = (
-    "backend", "clip", "guard", "telemetry", "average", "state_dtype", "rounding", "master", "rounding_seed",
-    "capturable",
+    "backend", "clip", "guard", "telemetry", "average", "state_dtype", "rounding", "master",
+    "rounding_seed", "capturable",
 )  # fmt: skip
 WITH_SQUARES = ("statistics", "virtual_batch_size")
 # Names of the public interface that are there from the start, and those that may follow.
