@@ -80,7 +80,8 @@ with fake_driver(target):
         case.run()
     for kept in ({}, *measured):
         for case in cases.all_cases({**kept, "telemetry": Telemetry(every=2)}):
-            if case.name.startswith(tuple(json.loads(sys.argv[1]))[: 1 if kept else None]):
+            some = "Adam step 0 " if kept else tuple(json.loads(sys.argv[1]))
+            if case.name.startswith(some) and " samples " not in case.name:
                 case.run()
     for parameter in parameters:
         for state in states:
