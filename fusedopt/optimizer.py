@@ -143,6 +143,7 @@ class FusedOptimizer(Averaged, Measured, TakesNorm, Optimizer):
         # The processes among which a wrapper has dealt out the parameters; see step/wrappers.py.
         self.wrapper_group: Any = None
         check_telemetry(self, telemetry)
+        self._telemetry = telemetry
         super().__init__(params, defaults)
         self.telemetry = telemetry
         if average is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, distributed
 
 from .backends import Executor
 from .kernels.telemetry import COUNT
+from .memory.device import upload
+from .memory.storage import local_tensors
 from .step.span import Span, in_several_processes, span_of
 from .step.wrappers import flat_group
 
@@ -46,7 +48,8 @@ class Telemetry:
         ValueError: for one below 1.
 
     Attributes:
-        measured: whether the latest step was.
+        measured: whether the latest step was; False where that came to nothing.
+        is_due: whether the one under way is to be.
     """
 
     def __init__(self, every: int = 1) -> None:
@@ -55,11 +58,17 @@ class Telemetry:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         self._every = every
+        self._optimizer: weakref.ref[Any] | None = None
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         self._count = 0
-        self.measured = False
+        self.measured = self.is_due = False
         self._is_open = False
         self._parts: dict[Executor, list[Tensor]] = {}
-        self._optimizer: weakref.ref[Any] | None = None
+        # What was measured before these, for as long as the device alone knows whether the step
+        # of these was skipped.
+        self._earlier: tuple[list[Tensor], Tensor] | None = None
 
     @property
     def every(self) -> int:
@@ -68,25 +77,41 @@ class Telemetry:
 
     def begin(self) -> None:
         """Begin a step, or a backward pass that takes one; whether it is measured is decided."""
-        self.measured = self._count % self._every == 0
+        self.is_due = self._count % self._every == 0
+        self.measured = False
         self._is_open = True
 
-    def took(self, parts: Iterable[tuple[list[Tensor], Executor]], measured: bool) -> None:
+    def took(
+        self, parts: Sequence[tuple[list[Tensor], Executor]], measured: bool, certain: bool = True
+    ) -> None:
         """Note a step, or a part of one.
 
         Args:
             parts: what has measured it, each with its parameters in order.
             measured: whether it was.
+            certain: whether the host knows that it is not skipped.
         """
         if self._is_open:
             # Steps that come to nothing are not counted.
             self._is_open = False
             self._count += 1
             if measured:
-                self._parts.clear()
+                self._leave({executor for _, executor in parts}, certain)
         self.measured = measured
         if measured:
             self._parts.update((executor, params) for params, executor in parts)
+
+    def _leave(self, following: set[Executor], certain: bool) -> None:
+        """Let go of what has measured before, but for what may have to be read again."""
+        if certain:
+            self._earlier = None
+        elif self._parts and following != self._parts.keys():
+            params = [p for own in self._parts.values() for p in own]
+            if self._earlier is not None:
+                params += self._earlier[0]
+            params = list({id(p): p for p in params}.values())
+            self._earlier = params, self._sums(params)
+        self._parts.clear()
 
     @property
     def norms(self) -> Tensor:
@@ -109,8 +134,7 @@ class Telemetry:
             )
         sums = self._sums(params)
         if span is not None:
-            weights = torch.tensor(span.weights(params), dtype=torch.float64, device=sums.device)
-            sums *= weights.unsqueeze(1)
+            sums *= _sent(span.weights(params), torch.float64, sums.device).unsqueeze(1)
             distributed.all_reduce(sums, group=span.group)
         norms = sums[:, :COUNT].sqrt()
         return torch.where(sums[:, COUNT:] > 0, norms, math.nan).float()
@@ -118,16 +142,15 @@ class Telemetry:
     def _sums(self, params: list[Tensor]) -> Tensor:
         """Return squared norms of what is in this process, and whether each was updated."""
         device = next(iter(self._parts)).device if self._parts else params[0].device
-        sums = torch.zeros(len(params), COUNT + 1, dtype=torch.float64, device=device)
         place = {id(p): i for i, p in enumerate(params)}
+        sums = torch.zeros(len(params), COUNT + 1, dtype=torch.float64, device=device)
         for executor, own in self._parts.items():
-            # One may have been taken out of the groups since.
-            rows = [(place[id(p)], i) for i, p in enumerate(own) if id(p) in place]
-            to, of = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 2).T
-            squares = executor.squares().to(device)
-            sums[to.to(device), :COUNT] = squares[of.to(device)]
-            sums[to.to(device), COUNT] = 1.0
-        return sums
+            _put(sums, place, own, executor.squares())
+        earlier = torch.zeros_like(sums)
+        if self._earlier is not None:
+            _put(earlier, place, *self._earlier)
+        # Of a step that was skipped nothing is written.
+        return torch.where((sums < 0).any(), earlier, sums)
 
     def table(self) -> Table:
         """Return the norms by name of the parameter; this waits for the device.
@@ -173,6 +196,8 @@ class Telemetry:
             ValueError: where that is another one's already.
         """
         self.check_free(optimizer)
+        if self._optimizer is None or self._optimizer() is not optimizer:
+            self._begin_anew()
         self._optimizer = weakref.ref(optimizer)
 
     def check_free(self, optimizer: Any) -> None:
@@ -192,6 +217,28 @@ class Telemetry:
 
     def __repr__(self) -> str:
         return f"Telemetry(every={self._every})"
+
+
+def _put(sums: Tensor, place: Mapping[int, int], own: list[Tensor], values: Tensor) -> None:
+    """Put rows into those of the same parameters; with what was updated, if they lack it."""
+    device = sums.device
+    # One may have been taken out of the groups since.
+    rows = [(place[id(p)], i) for i, p in enumerate(own) if id(p) in place]
+    to, of = _sent(rows, torch.int64, device).reshape(-1, 2).unbind(1)
+    sums[to, : values.shape[1]] = values.to(device)[of]
+    if values.shape[1] == COUNT:
+        # Who has nothing of a parameter does not know whether it was.
+        local = local_tensors(own)
+        known = [local[i].numel() > 0 or own[i].numel() == 0 for _, i in rows]
+        sums[to, COUNT] = _sent(known, torch.float64, device)
+
+
+def _sent(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Send numbers to a device without waiting for it."""
+    host = torch.tensor(values, dtype=dtype, device="cpu")
+    found = torch.empty(host.shape, dtype=dtype, device=device)
+    upload(found, host)
+    return found
 
 
 class Norms(NamedTuple):

@@ -131,8 +131,9 @@ def update_tensors(
                 begin_sums(sums)
             # What is no cast, and types of several sizes, take half as many registers again with
             # masks.
-            for part in range(BLOCK // 256):
-                piece = chunk * (BLOCK // 256) + part
+            piece = chunk * (BLOCK // 256)
+            # A while loop: the interpreter of Triton 3.6 fails on range() with a run-time bound.
+            while piece * 256 < numel:
                 elements = piece * 256 + tl.arange(0, 256)
                 last = last_chunk(column, width, numel, elements, piece, DTYPES, DRAWS)
                 _update_chunk(
@@ -140,6 +141,7 @@ def update_tensors(
                     RULE, OPTIONS, DTYPES, DEGREES, COMPUTE, ALIGNED,
                     PARAMETER, STATES, ROWS, DRAWS, AVERAGE, True,
                 )  # fmt: skip
+                piece += 1
         else:
             last = last_chunk(column, width, numel, offsets, chunk, DTYPES, DRAWS)
             _update_chunk(

@@ -17,6 +17,8 @@ from .lang import jit, tl
 
 # Sums of a chunk: of gradient, parameter and update.
 COUNT = 3
+# What stands there until a step has written them: no square is below 0.
+UNWRITTEN = -1.0
 # The smallest chunk of a launch that measures, for less than 0.01 bytes an element.
 SMALLEST_BLOCK = 2048
 # Threads of such a launch, at most: more leave too few registers for codes.

@@ -166,8 +166,8 @@ class Executor(Protocol):
         """Return the squared norms of gradient, parameter and update of each entry.
 
         Returns:
-            float64 ``[entries, 3]``, of the latest update that was measured and not skipped; nan
-            before, and 0 of an entry without elements. A new tensor at each call.
+            float64 ``[entries, 3]``, of the latest update that was measured and not skipped; below
+            0 before, and 0 of an entry without elements. A new tensor at each call.
         """
 
     def memory(self) -> Iterator[Tensor]:

@@ -6,7 +6,6 @@ read from memory once, not once an operation.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..coefficients import Table
 from ..kernels.rule import Rule
-from ..kernels.telemetry import COUNT
+from ..kernels.telemetry import COUNT, UNWRITTEN
 from ..kernels.weight_average import follow_twin
 from ..memory.dtypes import compute_dtype, decode, real_dtype
 from ..memory.layout import is_dense, real_view
@@ -47,7 +46,7 @@ class ReferenceExecutor:
             count = sum(len(own.params) for own in entries)
             self._squares = torch.zeros(count, COUNT, dtype=torch.float64, device=device)
             for memory in self.memories:
-                self._squares[memory.position].fill_(math.nan)
+                self._squares[memory.position].fill_(UNWRITTEN)
 
     def move_inputs(self, inputs: Inputs) -> None:
         pass

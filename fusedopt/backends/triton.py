@@ -132,7 +132,7 @@ class TritonExecutor:
         totals = torch.zeros(self._count, telemetry.COUNT, dtype=torch.float64, device=self.device)
         for bucket in self.buckets:
             if bucket.measured is not None:
-                totals[_host(bucket.positions).to(self.device)] = bucket.measured.totals()
+                totals[device_vector(bucket.positions, self.device)] = bucket.measured.totals()
         return totals
 
     def memory(self) -> Iterator[Tensor]:
@@ -303,7 +303,7 @@ class Bucket:
 
 
 class Measured:
-    """The partial sums of squares of a bucket, nan until a step has written them.
+    """The partial sums of squares of a bucket, below 0 until a step has written them.
 
     Args:
         chunks: of each tensor.
@@ -319,10 +319,11 @@ class Measured:
         first = torch.zeros(len(chunks) + 1, dtype=torch.int64, device="cpu")
         first[1:] = _host(list(chunks)).cumsum(0)
         shape = int(first[-1]), telemetry.COUNT
-        self.sums = torch.full(shape, float("nan"), dtype=dtype, device=device)
+        self.sums = torch.full(shape, telemetry.UNWRITTEN, dtype=dtype, device=device)
         begin, size = self.sums.data_ptr(), telemetry.COUNT * self.sums.element_size()
         self.addresses = (begin + size * first[:-1]).unsqueeze(0)
-        self._first = first.to(device)
+        self._first = torch.empty(len(first), dtype=torch.int64, device=device)
+        upload(self._first, first)
 
     def totals(self) -> Tensor:
         """Add up the sums of each tensor: float64 ``[tensors, 3]``."""

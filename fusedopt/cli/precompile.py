@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fusedopt import Telemetry
 from fusedopt.cli import precision
 from fusedopt.cli import precompile_report as report
 from fusedopt.cli.progress import progress
@@ -68,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="per-sample squares of usual layers, too; their kernels depend on shapes",
     )
     precision.add_arguments(parser)
+    parser.add_argument(
+        "--telemetry",
+        action="store_true",
+        help="steps with telemetry=fusedopt.Telemetry(), and none without",
+    )
     jobs = aot.processors()
     parser.add_argument(
         "--jobs",
@@ -166,7 +172,8 @@ def _precision(options: argparse.Namespace, rules: Sequence[str]) -> dict[str, A
     found = [problem(r, {**group, **chosen}) for r in wanted for group in r.example_groups]
     if None not in found:
         raise Problem(found[0])
-    return chosen
+    # Of two steps one is measured, and one is not.
+    return chosen | ({"telemetry": Telemetry(every=2)} if options.telemetry else {})
 
 
 def _import(names: Sequence[str]) -> None:

@@ -23,9 +23,10 @@ in lists, and option sets that no combination of a rule's example groups shows.
 What is left out is compiled when it is first used.
 
 Steps are taken with the options of precision that are given (--states,
---master, --rounding), and with none without: one run for each that parameter
-groups have, into the same cache. Left out of those is what only shards need
-that are cut along an inner dimension and rounded stochastically.
+--master, --rounding, --average, --telemetry), and with none without: one run
+for each that parameter groups have, into the same cache. Left out of those is
+what only shards need that are cut along an inner dimension and rounded
+stochastically.
 
 With TRITON_STORE_BINARY_ONLY=1 entries take a third of the space, without what
 debugging needs.

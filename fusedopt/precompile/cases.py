@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ NUMEL = 4 * ALIGNMENT
 # Rows that end within a group, of which codes are walked row by row.
 COLUMNS = 9 * ALIGNMENT
 
-# Options of precision as optimizers take them, and of the average of the weights as groups do.
+# Options of precision and telemetry as optimizers take them, and of the average of the weights as
+# groups do.
 Precision = Mapping[str, Any]
 
 
@@ -240,5 +242,12 @@ def _step(
     clip = None if norm is None else GlobalNorm(1.0, norm_type=norm)
     defaults = {**group, **{name: x for name, x in precision.items() if name in AVERAGE}}
     more = {name: x for name, x in precision.items() if name not in AVERAGE}
-    more |= {"clip": clip, "statistics": statistics}
-    kind([p], defaults, backend="triton", **more).step()
+    # Each optimizer has its own.
+    telemetry = copy.copy(more.get("telemetry"))
+    more |= {"clip": clip, "statistics": statistics, "telemetry": telemetry}
+    optimizer = kind([p], defaults, backend="triton", **more)
+    optimizer.step()
+    if telemetry is not None:
+        # Chunks are as large at steps that are not measured.
+        optimizer.step()
+        assert telemetry.norms is not None

@@ -283,25 +283,25 @@ class Plan:
 
     def is_measured(self, telemetry: Measures | None) -> bool:
         """Whether norms are measured at this step: whenever a CUDA graph is to repeat it."""
-        return telemetry is not None and (telemetry.measured or self.is_capturing())
+        return telemetry is not None and (telemetry.is_due or self.is_capturing())
 
-    def took(self, telemetry: Measures | None) -> None:
-        """Tell telemetry of the step that was taken."""
+    def took(self, telemetry: Measures | None, certain: bool = True) -> None:
+        """Tell telemetry of the step that was taken, or that the device may have skipped."""
         if telemetry is not None:
             params = self.known.params
             places = zip(self._positions, self.device_groups, strict=True)
             parts = [([params[k] for k in own], group.executor) for own, group in places]
-            telemetry.took(parts, self.is_measured(telemetry))
+            telemetry.took(parts, self.is_measured(telemetry), certain)
 
     def launch(self, request: Request) -> None:
         """Count the step, and update: nothing is checked any more."""
         groups, measured = request.coefficient_groups, self.is_measured(request.telemetry)
+        # With an overflow of another process, where that was asked, and a guard's decision.
+        decided = request.found_inf is not None or request.guard is not None
         for group, own in zip(self.device_groups, self._inputs(request), strict=True):
-            # With an overflow of another process, where that was asked, and a guard's decision.
-            decided = request.found_inf is not None or request.guard is not None
             flag = group.scale.values[1] if decided else None
             group.step(own, groups, flag, measured)
-        self.took(request.telemetry)
+        self.took(request.telemetry, not decided)
         self.created.clear()
 
     def is_capturing(self) -> bool:

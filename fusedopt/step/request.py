@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -29,10 +29,12 @@ class Measures(Protocol):
     """What asks for the norms of gradient, parameter and update."""
 
     @property
-    def measured(self) -> bool:
+    def is_due(self) -> bool:
         """Whether the step under way is to be measured."""
 
-    def took(self, parts: Iterable[tuple[list[Tensor], Executor]], measured: bool) -> None:
+    def took(
+        self, parts: Sequence[tuple[list[Tensor], Executor]], measured: bool, certain: bool
+    ) -> None:
         """Note a step, with the parameters that each executor has."""
 
 

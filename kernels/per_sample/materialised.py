@@ -205,8 +205,8 @@ def update_from_samples(
         elif PIECES:
             if MEASURED:
                 begin_sums(sums)
-            for part in range(BLOCK // 256):
-                piece = chunk * (BLOCK // 256) + part
+            piece = chunk * (BLOCK // 256)
+            while piece * 256 < numel:
                 elements = piece * 256 + tl.arange(0, 256)
                 reduced = _reduced(
                     column, width, counts, numel, elements, elements < numel, scale,
@@ -218,6 +218,7 @@ def update_from_samples(
                     RULE, OPTIONS, DTYPES, PARTS, COMPUTE, ALIGNED, PARAMETER, STATES, ROWS, DRAWS,
                     AVERAGE, True,
                 )  # fmt: skip
+                piece += 1
         else:
             reduced = _reduced(
                 column, width, counts, numel, offsets, offsets < numel, scale,

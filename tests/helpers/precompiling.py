@@ -71,6 +71,8 @@ def train(optimizer="AdamW", dtype="float32", clip=None, samples=False, scaled=F
         options["clip"] = fusedopt.GlobalNorm(1.0, norm_type=float(clip))
     if samples:
         options["statistics"] = fusedopt.GradSampleSquares()
+    if "telemetry" in options:
+        options["telemetry"] = fusedopt.Telemetry(options["telemetry"])
     groups = [{"params": own[:3]}, {"params": own[3:], "lr": 0.5}]
     o = getattr(fusedopt, optimizer)(groups, backend="triton", **options)
     for _ in range(2):
@@ -81,6 +83,8 @@ def train(optimizer="AdamW", dtype="float32", clip=None, samples=False, scaled=F
         if scaled:
             o.grad_scale, o.found_inf = torch.full((1,), 8.0), torch.zeros(1)
         o.step()
+    if o.telemetry is not None:
+        o.telemetry.norms
 """
 
 FP32: dict[str, dict[str, Any]] = {

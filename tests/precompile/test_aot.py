@@ -17,6 +17,7 @@ SCRIPT = """
 import json, sys
 import torch
 from triton.runtime.jit import JITFunction
+from fusedopt import Telemetry
 from fusedopt.examples.signum import SIGNUM
 from fusedopt.kernels import aot
 from fusedopt.kernels.aot import accumulate, materialised, norms, update
@@ -73,6 +74,15 @@ averages = [
         {"master": "remainder8", "state_dtype": "int8"},
     )
 ]
+# With telemetry.
+f32 = torch.float32
+measured = [
+    {"state_dtype": f32}, {"rounding": "stochastic"}, {"master": "remainder", "state_dtype": f32},
+    {"state_dtype": "int8"}, {"master": "remainder8", "state_dtype": "int8"},
+    {"master": "remainder8", "state_dtype": "fp8"}, {"master": "float32", "state_dtype": f32},
+    {"average_decay": 0.5, "average_start": 0, "average_dtype": f32, "master": "remainder8",
+     "state_dtype": "int8"},
+]
 adam, *others = json.loads(sys.argv[1])
 with fake_driver(target):
     for average in averages:
@@ -82,6 +92,11 @@ with fake_driver(target):
                 case.run()
     for case in cases.all_cases():
         case.run()
+    for kept in ({}, *measured):
+        for case in cases.all_cases({**kept, "telemetry": Telemetry(every=2)}):
+            chosen = "Adam step 0 " if kept else (adam, *others)
+            if case.name.startswith(chosen) and " samples " not in case.name:
+                case.run()
     for parameter in parameters:
         for state in states:
             given = {**parameter, **state}

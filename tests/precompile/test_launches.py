@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from precompiling import FP32, TRAINING, needs_compiler, run_python
 
+from fusedopt import Telemetry
+
 pytestmark = needs_compiler
 
 # Every launch that nothing in the list of `find` answers to; nothing is compiled.
@@ -132,7 +134,9 @@ def test_every_variant_of_codegen_is_among_the_cases(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton_samples, "launch", note)
     monkeypatch.setattr(triton_accumulate, "launch", note)
     monkeypatch.setattr(triton_coefficients, "launch", note)
-    for case in cases.all_cases():
+    telemetry = cases.all_cases({"telemetry": Telemetry()})
+    telemetry = [c for c in telemetry if c.name.startswith("SGD step 0 ")]
+    for case in (*cases.all_cases(), *telemetry):
         case.run()
     listed = [*update.plain_variants(), *norms.variants(), *accumulate.variants()]
     listed += coefficients.variants()
@@ -158,12 +162,16 @@ FORMATS: tuple[dict[str, Any], ...] = (
     {"state_dtype": "int8", "master": "remainder8"},
     {"state_dtype": {"exp_avg_sq": "fp8"}, "rounding": "stochastic"},
     {"master": "float32"},
+    {"telemetry": 2, "state_dtype": "int8", "master": "remainder8"},
 )
 FORMAT = """
 from fusedopt.precompile import work
 
 precision, other = json.loads(sys.argv[2])
-work.prepare(work.Settings("unused", precision=precision))
+asked = dict(precision)
+if "telemetry" in asked:
+    asked["telemetry"] = fusedopt.Telemetry(asked["telemetry"])
+work.prepare(work.Settings("unused", precision=asked))
 found = {}
 for target in ("cuda:90", "hip:gfx942"):
     tasks, failed = work.find(target, ("Adam", "SGD"), ("bf16",))
