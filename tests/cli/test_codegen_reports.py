@@ -54,7 +54,7 @@ change("a constant", constants={**one.constants, "BLOCK": 2048})
 change("target", target=aot.parse_target("cuda:80"))
 called = adam.apply_moments
 source = called.src
-called._unsafe_update_src(source + "\n    # Nothing.\n")
+called._unsafe_update_src(source.replace("    shrink,", "    # Nothing.\n    shrink,", 1))
 change("a comment")
 called._unsafe_update_src(source.replace(" - ", " + "))
 change("what the rule calls")
