@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,8 @@ class SpikeGuard:
     only norms of steps that were taken count: watch ``skipped``, and call ``restart()``.
     ``fusedopt.scaling.rescale_`` does.
 
+    A guard is one optimizer's: another may have it once that has none, or is gone.
+
     Args:
         zscore: the bound; positive and finite.
         window: how many norms are remembered, at least 2.
@@ -52,6 +55,9 @@ class SpikeGuard:
         TypeError: for arguments of another kind.
         ValueError: for others without meaning.
     """
+
+    # Pickles of before have none.
+    _optimizer: weakref.ref[Any] | None = None
 
     def __init__(self, zscore: float = 6.0, window: int = 128, min_steps: int = 64) -> None:
         self._zscore = _bound(zscore)
@@ -101,6 +107,20 @@ class SpikeGuard:
     def restart(self) -> None:
         """Forget the norms, as for another batch size: nothing is decided for ``min_steps``."""
         self._record[ACCEPTED].zero_()
+
+    def attach(self, optimizer: Any) -> None:
+        """Take an optimizer as the one whose steps are watched."""
+        self._optimizer = weakref.ref(optimizer)
+
+    def other_owner(self, optimizer: Any) -> Any:
+        """Return the optimizer that has this guard; None for none but the one that asks."""
+        owner = None if self._optimizer is None else self._optimizer()
+        if owner is None or owner is optimizer or owner.guard is not self:
+            return None
+        return owner
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_optimizer": None}
 
     def record_on(self, device: torch.device) -> Tensor:
         """Return what kernels read and write: see ``fusedopt/kernels/guard.py``.

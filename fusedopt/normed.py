@@ -7,6 +7,7 @@ from typing import Any
 
 from .clipping import GlobalNorm
 from .guard import SpikeGuard
+from .step.wrappers import check_in_backward
 
 
 class TakesNorm:
@@ -38,8 +39,9 @@ class TakesNorm:
 
     @guard.setter
     def guard(self, guard: SpikeGuard | None) -> None:
-        if guard is not None and not isinstance(guard, SpikeGuard):
-            raise TypeError(f"guard must be a fusedopt.SpikeGuard or None, got {guard!r}")
+        check_guard(self, guard)
+        if guard is not None:
+            guard.attach(self)
         self._guard = guard
 
     @property
@@ -75,3 +77,21 @@ class TakesNorm:
             self.guard = guard
         else:
             self.guard.take(guard)
+
+
+def check_guard(optimizer: Any, guard: Any) -> None:
+    """Raise for what cannot be an optimizer's guard.
+
+    Raises:
+        TypeError: for what is no ``SpikeGuard``, nor None.
+        ValueError: for another optimizer's, which would mix their norms.
+        RuntimeError: for that of optimizers which backward steps.
+    """
+    if guard is None:
+        return
+    if not isinstance(guard, SpikeGuard):
+        raise TypeError(f"guard must be a fusedopt.SpikeGuard or None, got {guard!r}")
+    owner = guard.other_owner(optimizer)
+    if owner is not None:
+        check_in_backward(owner)
+        raise ValueError("guard is one optimizer's: make a SpikeGuard for each")

@@ -31,7 +31,7 @@ from .formats import check_options, check_parameters
 from .guard import SpikeGuard
 from .kernels.rule import Rule
 from .kernels.weight_average import OPTIONS as AVERAGE
-from .normed import TakesNorm
+from .normed import TakesNorm, check_guard
 from .source import Source
 from .statistics.base import Statistics
 from .step.checks import check_source, check_statistics, check_virtual_batch_size
@@ -112,7 +112,9 @@ class FusedOptimizer(Averaged, Measured, TakesNorm, Optimizer):
         if capturable is not None:
             defaults = {**defaults, "capturable": capturable}
         backends.check_name(backend)
-        self.clip, self.guard = clip, guard
+        check_guard(self, guard)
+        # Its owner is an optimizer that was made, not one of which something is wrong.
+        self.clip, self._guard = clip, guard
         defaults = {
             **defaults,
             "state_dtype": state_dtype,
@@ -145,7 +147,7 @@ class FusedOptimizer(Averaged, Measured, TakesNorm, Optimizer):
         check_telemetry(self, telemetry)
         self._telemetry = telemetry
         super().__init__(params, defaults)
-        self.telemetry = telemetry
+        self.guard, self.telemetry = guard, telemetry
         if average is not None:
             average.attach(self)
         watch(FusedOptimizer)

@@ -64,7 +64,8 @@ def test_the_norm_of_one_parameter_is_refused(option: str) -> None:
     """Each optimizer has one parameter: their gradients are never there at the same time."""
     model = network()
     value = fusedopt.GlobalNorm(0.1) if option == "clip" else fusedopt.SpikeGuard()
-    _apply(fusedopt.AdamW, model, {**ADAMW.own, option: value})
     with pytest.raises(RuntimeError, match=rf"_apply_optimizer_in_backward.*{option}=None"):
+        # A guard cannot be shared, either.
+        _apply(fusedopt.AdamW, model, {**ADAMW.own, option: value})
         loss_of(model, *batches(1, 4)[0]).backward()
     assert all(torch.equal(*p) for p in zip(values(model), values(network()), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -384,3 +385,34 @@ def test_what_has_no_norm_of_all_gradients() -> None:
         fusedopt.gradient_release(model, ours)
     with pytest.raises(ValueError, match=r"does not cover steps left out.*guard=None"):
         fusedopt.SVAG(ours, 2)
+
+
+def test_a_guard_is_one_optimizers() -> None:
+    """Two would mix their norms. Catches an owner that is forgotten, or kept when it has let go."""
+    guard, others = SpikeGuard(*SETTING), [torch.nn.Parameter(torch.ones(2))]
+    message = "^guard is one optimizer's: make a SpikeGuard for each$"
+    # One that is not made owns nothing, though it is there.
+    kept = object.__new__(fusedopt.SGD)
+    with pytest.raises(ValueError, match="state_dtype"):
+        kept.__init__(others, lr=0.1, state_dtype="int3", guard=guard)  # type: ignore[misc]
+    assert kept._guard is guard
+    one = fusedopt.AdamW(others, guard=guard)
+    one.guard = guard
+    other = fusedopt.SGD(others, lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        fusedopt.SGD(others, lr=0.1, guard=guard)
+    with pytest.raises(ValueError, match=message):
+        other.guard = guard
+    assert other.guard is None
+    # Copies are others, and what is loaded is a guard of its own.
+    copied = copy.deepcopy(one)
+    assert copied.guard is not guard and copied.guard.other_owner(one) is copied
+    other.guard = copy.deepcopy(guard)
+    fusedopt.AdamW(others).load_state_dict(one.state_dict())
+    # Let go of, or its owner gone, it is free.
+    other.guard = one.guard = None
+    other.guard = guard
+    guard, owner = SpikeGuard(*SETTING), fusedopt.AdamW(others)
+    owner.guard = guard
+    del owner
+    one.guard = guard
