@@ -1,4 +1,4 @@
-"""AdamW in every format of parameters and states, beside a copy of as many bytes.
+"""AdamW in every format, and with what rides along, beside a copy of as many bytes.
 
 ``python -m bench.gpu.formats --out FILE`` steps one tensor of bfloat16 parameters in turn with the
 copy, one read and one write; the aim is 90 % of the copy's bandwidth. The file is written anew
@@ -20,6 +20,7 @@ import fusedopt
 from bench.harness import clock
 from bench.harness.output import write_json
 from fusedopt.formats import footprint
+from fusedopt.kernels import telemetry
 
 ELEMENTS = 2**30
 AIM = 0.9
@@ -46,6 +47,17 @@ FORMATS: Mapping[str, dict[str, Any]] = {
     "kahan": {"rounding": "kahan"},
     "float32": {"master": "float32", "state_dtype": torch.float32},
 }
+# What rides along, beside "plain": each optimizer has its own.
+RIDING: Mapping[str, Callable[[], dict[str, Any]]] = {
+    "telemetry": lambda: {"telemetry": fusedopt.Telemetry()},
+    "average": lambda: {"average": fusedopt.WeightAverage()},
+}
+NAMES = ("plain", *RIDING, *(name for name in FORMATS if name != "plain"))
+
+
+def options_of(name: str) -> Mapping[str, Any]:
+    """Return the options of an optimizer that is measured."""
+    return RIDING[name]() if name in RIDING else FORMATS[name]
 
 
 def measure(
@@ -63,6 +75,8 @@ def measure(
     group = optimizer.param_groups[0]
     parts = footprint.of_element(optimizer.rule, group, DTYPE, DTYPE)
     moved = footprint.total(parts)[1]
+    if optimizer.telemetry is not None:
+        moved += 4 * telemetry.COUNT / telemetry.SMALLEST_BLOCK
     source = torch.zeros(round(moved * elements / 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     # Compiled, and states made.
@@ -87,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.gpu.formats", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--elements", type=int, default=ELEMENTS)
-    parser.add_argument("--format", action="append", choices=FORMATS, help="repeatable (all)")
+    parser.add_argument("--format", action="append", choices=NAMES, help="repeatable (all)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
@@ -95,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--elements {options.elements}: at least 1")
     device = torch.device(options.device)
     found: dict[str, Any] = {}
-    for name in options.format or FORMATS:
-        found[name] = measure(FORMATS[name], options.elements, device, options.rounds, 1.0)
+    for name in options.format or NAMES:
+        found[name] = measure(options_of(name), options.elements, device, options.rounds, 1.0)
         clock.release()
         write_json(options.out, {"elements": options.elements, "aim": AIM, "formats": found})
         print(json.dumps({name: found[name]["of_copy"]}), flush=True)

@@ -15,12 +15,12 @@ def test_formats_are_measured_and_read(tmp_path, capsys, monkeypatch):
     formats, stages, findings = module("formats"), module("stages"), module("findings")
     table = tmp_path / "formats" / "formats.json"
     table.parent.mkdir()
-    chosen = ["--format", "plain", "--format", "remainder8 + int8"]
+    chosen = ["--format", "plain", "--format", "remainder8 + int8", "--format", "telemetry"]
     arguments = ["--device", "cpu", "--elements", "2048", "--rounds", "3", "--out", str(table)]
     assert formats.main([*arguments, *chosen]) == 0
     found = json.loads(table.read_text())
     assert {name: row["bytes"] for name, row in found["formats"].items()} == {
-        "plain": 14, "remainder8 + int8": 12.125,
+        "plain": 14, "remainder8 + int8": 12.125, "telemetry": pytest.approx(14 + 12 / 2048, rel=1e-6),
     }  # fmt: skip
     for row in found["formats"].values():
         speeds = row["gbps"]["median"], row["copy_gbps"]["median"]
@@ -39,7 +39,8 @@ def test_every_format_is_one_of_the_optimizers():
     import fusedopt
 
     formats = module("formats")
-    for options in formats.FORMATS.values():
+    for name in formats.NAMES:
+        options = formats.options_of(name)
         p = torch.nn.Parameter(torch.empty(1, dtype=formats.DTYPE, device="meta"))
         fusedopt.AdamW([p], **options)
 
