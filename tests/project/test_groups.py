@@ -45,3 +45,10 @@ def test_one_without_is_free(case: int, tmp_path: object, request: pytest.Fixtur
 @pytest.mark.xdist_group("a group of its own")
 def test_a_mark_stays(shared: object, request: pytest.FixtureRequest) -> None:
     assert group(request) == "a group of its own"
+
+
+def test_groups_reach_the_scheduler(shared: object, request: pytest.FixtureRequest) -> None:
+    # Catches a pytest under which pytest-xdist's groups do nothing. It tells them at the end of a
+    # test's name, where it is told to mind them.
+    minded = request.config.getoption("loadgroup", default=False)
+    assert request.node.nodeid.endswith(f"@{__name__}") == bool(minded)
