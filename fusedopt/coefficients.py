@@ -242,13 +242,18 @@ class LiveTable:
         width = max([1, *(f.n_inputs + len(f.constants) for f in self.formulas)])
         shape = len(self._groups), width
         self.inputs = torch.zeros(shape, dtype=torch.float64, device=device)
-        for row, formula in zip(self.inputs, self.formulas, strict=True):
-            for i, value in enumerate(formula.constants, formula.n_inputs):
-                row[i].fill_(value)
+        # What the host knows of them: as one copy to the device, however many groups there are.
+        self._numbers = array("d", bytes(8 * self.inputs.numel()))
+        self._host = torch.frombuffer(self._numbers, dtype=torch.float64).view(shape)
+        for i, formula in enumerate(self.formulas):
+            first = i * width + formula.n_inputs
+            self._numbers[first : first + len(formula.constants)] = array("d", formula.constants)
         self._inputs = [
             _LiveGroup(groups[index], own, row)
             for index, own, row in zip(self._groups, names, self.inputs, strict=True)
         ]
+        if not self._push(groups):
+            upload(self.inputs, self._host)
         self.read(groups)
         self._tape: list[_Entry] | None = None
 
@@ -293,8 +298,24 @@ class LiveTable:
 
     def push(self, groups: Sequence[Group]) -> None:
         """Send hyper-parameters that are Python numbers to the device, where they changed."""
-        for index, live in zip(self._groups, self._inputs, strict=True):
-            live.push(groups[index])
+        self._push(groups)
+
+    def _push(self, groups: Sequence[Group]) -> bool:
+        """Do so; return whether all that the host knows was sent."""
+        changed = [
+            (row, live, place, wanted)
+            for row, (index, live) in enumerate(zip(self._groups, self._inputs, strict=True))
+            for place, wanted in live.changes(groups[index])
+        ]
+        for row, live, place, wanted in changed:
+            live.pushed[place] = self._numbers[row * self.inputs.shape[1] + place] = wanted
+        if len(changed) > 1:
+            # Over tensors, too, which are read before anything is made of them.
+            upload(self.inputs, self._host)
+        elif changed:
+            _, live, place, wanted = changed[0]
+            live.scalars[place].fill_(wanted)
+        return len(changed) > 1
 
     def read(self, groups: Sequence[Group]) -> None:
         """Take hyper-parameters that are tensors on the device."""
@@ -331,55 +352,64 @@ def _formula(rule: Rule, group: Group, names: Sequence[str], averages: bool) -> 
 
 
 class _LiveGroup:
-    """The numeric hyper-parameters of one group, as float64 scalars on the device."""
+    """The numeric hyper-parameters of one group, as float64 scalars on the device.
+
+    Args:
+        group: the group.
+        hyper: names of its entries.
+        row: where they go, one after the other.
+
+    Attributes:
+        scalars: the places.
+        pushed: of each, the number that the host has sent; None where a tensor is read.
+    """
 
     def __init__(self, group: Group, hyper: Sequence[str], row: Tensor) -> None:
-        self.hyper = hyper
-        self.device = row.device
-        self.scalars: dict[str, list[Tensor]] = {}
-        self._pushed: dict[str, list[float | None]] = {}
-        rest = iter(row.unbind())
-        for name in hyper:
-            self.scalars[name] = [next(rest) for _ in _flat(group[name])]
-            self._pushed[name] = [None] * len(self.scalars[name])
-        self.push(group)
+        self._counts = [(name, sum(1 for _ in _flat(group[name]))) for name in hyper]
+        self._device = row.device
+        self.scalars = row.unbind()
+        self.pushed: list[float | None] = [None] * len(self.scalars)
 
     def _is_live(self, value: Any) -> bool:
         # A tensor on the host, where parameters are on a GPU, is a number like any other.
         return isinstance(value, Tensor) and (
-            value.device.type != "cpu" or self.device.type == "cpu"
+            value.device.type != "cpu" or self._device.type == "cpu"
         )
 
-    def push(self, group: Group) -> None:
-        for name in self.hyper:
+    def changes(self, group: Group) -> Iterator[tuple[int, float]]:
+        """Yield the Python numbers that are not those on the device, with their places."""
+        first = 0
+        for name, count in self._counts:
             values = list(_flat(group[name]))
             plural = isinstance(group[name], (tuple, list))
-            if len(values) != len(self.scalars[name]) or (plural and len(values) == 1):
+            if len(values) != count or (plural and len(values) == 1):
                 raise TypeError(f"{name} has another number of entries than it had")
-            for i, value in enumerate(values):
+            for place, value in enumerate(values, first):
                 if self._is_live(value):
                     # Read when the step is under way: nothing may be wrong with it then.
                     if value.numel() != 1 or value.is_meta or value.is_complex():
                         raise TypeError(f"{name} must be a number, got {value!r}")
+                    # A number that comes after it is one that is not there.
+                    self.pushed[place] = None
                     continue
                 wanted = float(number(value))
-                if wanted == self._pushed[name][i]:
+                if wanted == self.pushed[place]:
                     continue
-                if is_capturing(self.device):
+                if is_capturing(self._device):
                     raise RuntimeError(
-                        f"{name} changed from {self._pushed[name][i]} to {value} since the last"
+                        f"{name} changed from {self.pushed[place]} to {value} since the last"
                         " step, and a CUDA graph is being captured: call"
                         " optimizer.push_hyperparameters() before the capture"
                     )
-                self._pushed[name][i] = wanted
-                self.scalars[name][i].fill_(wanted)
+                yield place, wanted
+            first += count
 
     def pairs(self, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what is read at every step: where it goes, and the tensor that it is."""
-        for name in self.hyper:
-            for scalar, value in zip(self.scalars[name], _flat(group[name]), strict=True):
-                if self._is_live(value):
-                    yield scalar, value.reshape(())
+        values = (value for name, _ in self._counts for value in _flat(group[name]))
+        for scalar, value in zip(self.scalars, values, strict=False):
+            if self._is_live(value):
+                yield scalar, value.reshape(())
 
 
 def _weight(group: Group, number: Any) -> Any:

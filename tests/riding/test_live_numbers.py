@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from format_cases import assert_same_bits_of, bits_of
+from marks import both_backends
 from pairwise import covering, pairs_of
 from riding import BESIDE, DTYPES, RULES, STATES, goes_with, states_of
 from torch import Tensor
@@ -189,6 +190,22 @@ def test_every_number_counts(rule: str, capturable: str) -> None:
         for (p, state), (q, unchanged) in zip(one, other, strict=True):
             assert not torch.equal(state["ema"][1], unchanged["ema"][1]), name
             assert torch.equal(p, q) == (name == "average_decay"), name
+
+
+@both_backends
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("capturable", ["no", "yes"])
+def test_from_numbers_to_tensors_and_back(backend: str, rule: str, capturable: str) -> None:
+    """Catches a number that was sent before a tensor took its place, and is taken to be there."""
+    case = _plain(rule, capturable=capturable, change="replaced")
+    mixed, numbers = (Run(case, None, backend, SHAPES[1:]) for _ in range(2))
+    for step, form in enumerate((None, "float64", None, "element", None)):
+        mixed.form = form
+        # The same numbers return, and those that stay beside a tensor are sent once.
+        for run in (mixed, numbers):
+            run.change(step % 2)
+            run.step(step)
+        assert_same_bits_of(mixed.optimizer, numbers.optimizer)
 
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {

@@ -121,7 +121,7 @@ def test_pushed_numbers_reach_every_captured_plan(capture):
     ours.clip.max_norm = 0.5
     ours.push_hyperparameters()
     for lane in (ours._engine.captured[0].device_groups[0], ours._engine.plan.device_groups[0]):
-        assert lane.table._inputs[0].scalars["lr"][0] == 0.25
+        assert lane.table.inputs[0, 0] == 0.25
         assert lane.scale.max_norm == 0.5
 
 
