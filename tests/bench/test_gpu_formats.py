@@ -20,7 +20,8 @@ def test_formats_are_measured_and_read(tmp_path, capsys, monkeypatch):
     assert formats.main([*arguments, *chosen]) == 0
     found = json.loads(table.read_text())
     assert {name: row["bytes"] for name, row in found["formats"].items()} == {
-        "plain": 14, "remainder8 + int8": 12.125, "telemetry": pytest.approx(14 + 12 / 2048, rel=1e-6),
+        "plain": 14, "remainder8 + int8": 12.125,
+        "telemetry": pytest.approx(14 + 12 / 2048, rel=1e-6),
     }  # fmt: skip
     for row in found["formats"].values():
         speeds = row["gbps"]["median"], row["copy_gbps"]["median"]
