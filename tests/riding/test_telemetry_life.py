@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fusedopt
 from fusedopt import Telemetry
+from fusedopt import telemetry as module
 
 
 def params_of() -> list[nn.Parameter]:
@@ -108,6 +109,22 @@ def test_nothing_to_read() -> None:
     check(telemetry.norms, wanted)
 
 
+def test_meshes_with_nothing_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches advice about GlobalNorm, which this has nothing to do with."""
+
+    def apart(*_: Any) -> Any:
+        raise RuntimeError("name those to be clipped together, GlobalNorm(...)")
+
+    params, telemetry = params_of(), Telemetry()
+    optimizer = sgd(params, telemetry)
+    give(params, 0)
+    optimizer.step()
+    monkeypatch.setattr(module, "in_several_processes", lambda: True)
+    monkeypatch.setattr(module, "span_of", apart)
+    with pytest.raises(RuntimeError, match=r"an optimizer, and a Telemetry, for each mesh"):
+        telemetry.norms  # noqa: B018
+
+
 @both_backends
 def test_set_between_steps(backend: str) -> None:
     """Bits are those without; another begins anew, and what was None is measured from then on."""
@@ -163,8 +180,12 @@ def test_state_dict_has_nothing_of_it() -> None:
         give(params, 0)
         optimizer.step()
         saved.append(optimizer.state_dict())
-    assert repr(saved[0]) == repr(saved[1])
     assert telemetry is not None
+    # Wrappers put all arguments of the constructor into groups.
+    optimizer.param_groups[0]["telemetry"] = telemetry
+    saved.append(optimizer.state_dict())
+    assert "telemetry" not in repr(saved).lower()
+    assert repr(saved[0]) == repr(saved[1]) == repr(saved[2])
     optimizer.load_state_dict(saved[0])
     assert optimizer.telemetry is telemetry
     give(params, 1)

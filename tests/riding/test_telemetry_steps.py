@@ -39,7 +39,7 @@ def take(optimizer: Any, params: list[nn.Parameter]) -> Tensor:
 @either_count
 def test_every(backend: str, capturable: bool) -> None:
     """Steps 1, k + 1, 2 k + 1 are measured; norms of the latest of these stay meanwhile."""
-    for every in (1, 2, 3):
+    for every in (2, 3):
         params = params_of()
         telemetry = Telemetry(every=every)
         optimizer = sgd(params, telemetry, backend=backend, capturable=capturable)

@@ -93,6 +93,21 @@ def test_replays_and_eager_steps_do_not_rely_on_each_others_addresses(capture):
         assert torch.equal(p, q)
 
 
+def test_a_captured_step_is_measured_whatever_its_number(capture):
+    """What the graph repeats has to write the norms; eager steps are measured as before."""
+    telemetry = fusedopt.Telemetry(every=3)
+    params, ours = make(fusedopt.SGD, capturable=True, telemetry=telemetry)
+    for number in range(1, 8):
+        capture.active = number in (3, 6)
+        for p in params:
+            p.grad.fill_(number)
+        ours.step()
+        assert telemetry.measured == (number in (1, 3, 4, 6, 7))
+        if telemetry.measured:
+            wanted = torch.full((2,), number * 6**0.5)
+            torch.testing.assert_close(telemetry.norms[:, 0], wanted)
+
+
 def test_a_graph_keeps_its_plan_and_its_step_counts(capture):
     params, ours = make(capturable=True)
     ours.step()
