@@ -43,8 +43,9 @@ OTHER: dict[str, Any] = {
 FACTORS: dict[str, dict[str, Any]] = {
     "reference": {"rule": list(RULES), "states": list(STATES), "kept": KEPT, **OTHER},
     "triton": {
-        "rule": ["sgd", "rmsprop", "adam", "lion", "schedule_free", "batch"],
-        "states": list(STATES), "dtype": list(DTYPES), "beside": list(BESIDE), **OTHER,
+        "rule": ["sgd", "adam", "lion", "schedule_free", "batch"],
+        "states": ["None", "float16", "int8", "fp8", "mixed"],
+        "dtype": list(DTYPES), "beside": list(BESIDE), **OTHER,
     },
 }  # fmt: skip
 
