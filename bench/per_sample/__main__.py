@@ -19,7 +19,7 @@ from bench.harness.environment import device_slug
 from bench.harness.gpt import TINY, Size
 from bench.harness.places import RESULTS, SCRATCH
 
-from . import PARTS
+from . import PARTS, busy
 from .cases import ARITHMETIC, QUICK, SHAPES, Shape
 
 NOTE = "tiny shapes, which show that the benchmark works and nothing else"
@@ -130,7 +130,7 @@ def _settings(options: argparse.Namespace, device: str) -> dict[str, Any]:
     return {
         "device": device,
         "parts": options.parts or list(PARTS),
-        "shapes": [str(s) for s in options.shapes or (QUICK if options.quick else SHAPES)],
+        "shapes": [str(s) for s in _shapes(options)],
         "types": options.types or list(ARITHMETIC),
         "repetitions": options.repetitions or (3 if options.quick else 50),
         "seconds": options.seconds,
@@ -138,6 +138,12 @@ def _settings(options: argparse.Namespace, device: str) -> dict[str, Any]:
         "size": size,
         "batch": options.batch or (3 if options.quick else 32),
     }
+
+
+def _shapes(options: argparse.Namespace) -> Sequence[Shape]:
+    if options.models:
+        return list(busy.shapes())
+    return options.shapes or (QUICK if options.quick else SHAPES)
 
 
 def _folder(device: str, quick: bool) -> Path:
@@ -168,7 +174,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"{' or '.join(PARTS)} (both)")
     add("--quick", action="store_true", help="tiny shapes, without a GPU too; no measurement")
-    add("--shapes", nargs="+", type=_shape, metavar="BxTxIxO", help=", ".join(map(str, SHAPES)))
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--shapes", nargs="+", type=_shape, metavar="BxTxIxO", help=", ".join(map(str, SHAPES))
+    )
+    names = ", ".join(busy.MODELS)
+    which.add_argument("--models", action="store_true", help=f"the layers of {names} instead")
     add("--types", nargs="+", choices=list(ARITHMETIC), help="of arithmetic (all)")
     add(
         "--contender",

@@ -17,11 +17,15 @@ from rich.table import Table
 
 from fusedopt.kernels.per_sample.shapes import Shares, Tile, samples_tile, share_tiles
 
-# Rows and columns of the weights, and rows of a sample.
+from .cases import Shape
+
+# Rows and columns of the weights, and rows of a sample. ViT-B's head, of one row a sample, is not
+# among them: 64 samples are two row blocks, which are not worth sharing.
 MODELS: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {
     "GPT-2": (
         1024,
-        {"qkv": (2304, 768), "out": (768, 768), "fc": (3072, 768), "proj": (768, 3072)},
+        {"qkv": (2304, 768), "out": (768, 768), "fc": (3072, 768), "proj": (768, 3072)}
+        | {"head": (50257, 768)},
     ),
     "ViT-B": (
         197,
@@ -30,12 +34,12 @@ MODELS: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {
     "Llama-3-8B": (
         2048,
         {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096)}
-        | {"down": (4096, 14336)},
+        | {"down": (4096, 14336), "head": (128256, 4096)},
     ),
     "Llama-3-70B": (
         2048,
         {"q, o": (8192, 8192), "k, v": (1024, 8192), "gate, up": (28672, 8192)}
-        | {"down": (8192, 28672)},
+        | {"down": (8192, 28672), "head": (128256, 8192)},
     ),
 }
 # Processors, and what decides about tiles: H100 and H200, B200, MI300X.
@@ -63,7 +67,9 @@ class Layer:
 
     def tile(self, capability: int) -> Tile:
         """Return what a program has, of 16-bit operands."""
-        choice = capability, 2, "tf32", self.outputs, self.inputs, True, self.length
+        # Rows that start at multiples of 16 bytes; a vocabulary of 50257 has others.
+        wide = self.outputs % 8 == 0 and self.inputs % 8 == 0
+        choice = capability, 2, "tf32", self.outputs, self.inputs, wide, self.length
         return samples_tile(*choice)
 
     def shares(self, samples: int, device: str) -> Shares:
@@ -105,6 +111,18 @@ def layers() -> Iterator[Layer]:
     for model, (length, weights) in MODELS.items():
         for name, (outputs, inputs) in weights.items():
             yield Layer(model, name, outputs, inputs, length)
+
+
+def shapes() -> dict[Shape, list[str]]:
+    """Return what ``bench.per_sample --models`` measures, with the layers that each stands for.
+
+    Of GPT-2 and ViT-B 32 samples, of the Llamas, whose samples are long, 8.
+    """
+    found: dict[Shape, list[str]] = {}
+    for x in layers():
+        shape = Shape(32 if x.length <= 1024 else 8, x.length, x.inputs, x.outputs)
+        found.setdefault(shape, []).append(f"{x.model} {x.name}")
+    return found
 
 
 def partial_bytes(layer: Layer, samples: int, device: str) -> int:

@@ -10,6 +10,7 @@ from rich.table import Table
 from bench.harness.tables import mebibytes
 
 from . import busy
+from .contenders import OURS
 
 
 def report(result: dict[str, Any], console: Console) -> None:
@@ -19,6 +20,7 @@ def report(result: dict[str, Any], console: Console) -> None:
     for case in result["linear"]:
         console.print(_linear(case))
     if result["linear"]:
+        console.print(_shares(result["linear"]))
         console.print(busy.table())
     if result["training"] is not None:
         console.print(_training(result["training"]))
@@ -44,6 +46,20 @@ def _linear(case: dict[str, Any]) -> Table:
             mebibytes(entry["peak_bytes"]),
             entry["source"],
         )
+    return table
+
+
+def _shares(cases: list[dict[str, Any]]) -> Table:
+    """Tabulate how near to the library's pace gradient and squares are formed."""
+    title = (
+        "Pace of gradient and squares, as a share of cuBLAS's (rocBLAS's) for the gradient alone"
+    )
+    table = Table("shape", "layer", "arithmetic", "share of cuBLAS", title=title)
+    names = {str(shape): ", ".join(layers) for shape, layers in busy.shapes().items()}
+    for case in cases:
+        ratio = case["contenders"][OURS]["ratio"]
+        name = names.get(case["shape"], "")
+        table.add_row(case["shape"], name, case["arithmetic"], f"{1 / ratio:.3f}")
     return table
 
 

@@ -74,6 +74,15 @@ def matrix_instruction(capability: int) -> str:
     return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(capability // 10, "mma.sync")
 
 
+def _family(capability: int) -> str:
+    """Whose tiles an architecture has: those of its matrix instruction, but for sm_120.
+
+    There the compiler holds a thread to the 128 registers of two programs, at the price of stack,
+    in tiles for which it takes more on sm_80 to 89.
+    """
+    return "sm_120" if capability // 10 == 12 else matrix_instruction(capability)
+
+
 def takes_descriptors(capability: int, itemsize: int, precision: str) -> bool:
     """Whether ``linear_samples`` takes descriptors of its operands: what the hardware copies.
 
@@ -82,17 +91,19 @@ def takes_descriptors(capability: int, itemsize: int, precision: str) -> bool:
     return capability >= 90 and (itemsize == 2 or precision != "ieee")
 
 
-# By matrix instruction and by operands: 16-bit, float32 in tf32.
+# By ``_family`` and by operands: 16-bit, float32 in tf32.
 _SAMPLES = {
     "wgmma": (Tile(128, 128, 64, 256, 4, True), Tile(128, 128, 32, 256, 3, True)),
     "tcgen05": (Tile(128, 64, 64, 256, 3), Tile(128, 64, 32, 256, 4)),
     "mma.sync": (Tile(128, 64, 32, 256, 4), Tile(128, 64, 32, 256, 3)),
+    "sm_120": (Tile(128, 64, 32, 256, 3), Tile(128, 64, 32, 256, 3)),
     "v_mfma": (Tile(128, 128, 32, 512, 2), Tile(128, 128, 16, 512, 2)),
 }
 _ROWS = {
     "wgmma": (Tile(128, 128, 32, 256, 3), Tile(128, 128, 32, 256, 3)),
     "tcgen05": (Tile(128, 64, 64, 256, 3), Tile(128, 64, 32, 256, 3)),
     "mma.sync": (Tile(128, 64, 32, 256, 3), Tile(128, 64, 32, 256, 3)),
+    "sm_120": (Tile(128, 64, 16, 256, 3), Tile(128, 64, 32, 256, 3)),
     "v_mfma": (Tile(128, 128, 32, 512, 2), Tile(128, 128, 32, 512, 2)),
 }
 # Of 16-bit operands whose rows do not start at multiples of 16 bytes (a vocabulary of 50257), every
@@ -180,10 +191,10 @@ def _choose(
     if itemsize == 2 and not wide and capability:
         return _SCATTERED
     if itemsize == 2 and not wide:
-        return replace(table[matrix_instruction(capability)][0], inputs=64)
+        return replace(table[_family(capability)][0], inputs=64)
     if itemsize == 4 and precision == "ieee" and capability:
         return exact
-    return table[matrix_instruction(capability)][0 if itemsize == 2 else 1]
+    return table[_family(capability)][0 if itemsize == 2 else 1]
 
 
 def _shorten(tile: Tile, length: int) -> Tile:

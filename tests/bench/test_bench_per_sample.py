@@ -65,6 +65,27 @@ def test_linear(tmp_path: Path) -> None:
     assert result["aims"] and all(aim["holds"] is None for aim in result["aims"])
 
 
+def test_the_pace_is_printed_beside_cublas(tmp_path: Path, capsys: Any) -> None:
+    """Catches the time over the plain gradient's, which is the inverse, in the place of a share."""
+    _, result = run(tmp_path, "linear", "--types", "bf16", "--shapes", SHAPES[1])
+    (case,) = result["linear"]
+    printed = capsys.readouterr().out.split("share of cuBLAS ")[1].split("Busy processors")[0]
+    assert f" {1 / case['contenders']['fused']['ratio']:.3f} " in printed
+
+
+def test_layers_of_known_models_can_be_asked_for() -> None:
+    """Catches a layer that is left out of the run, or rows and columns that are turned around."""
+    main, busy = module("__main__"), module("busy")
+    asked = main._settings(main._parse(["linear", "--models"]), "cuda")["shapes"]
+    named = {str(shape): names for shape, names in busy.shapes().items()}
+    assert asked == list(named)
+    assert sorted(name for names in named.values() for name in names) == sorted(
+        f"{model} {layer}" for model, (_, weights) in busy.MODELS.items() for layer in weights
+    )
+    assert named["32x1024x768x3072"] == ["GPT-2 fc"] and named["32x1024x3072x768"] == ["GPT-2 proj"]
+    assert named["8x2048x4096x14336"] == ["Llama-3-8B gate, up"]
+
+
 def test_training(tmp_path: Path) -> None:
     status, result = run(tmp_path, "training")
     assert status == 0 and result["failed"] == []
