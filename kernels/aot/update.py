@@ -84,9 +84,10 @@ def held_variants(architecture: str = "") -> Iterator[Variant]:
             types = (param, gradient, squares, *[state] * states)
             variant = update_tensors(rule, rule.options(group), types, aligned, architecture)
             yield replace(variant, name=f"{variant.name}, squares held")
-        for kept in formats.some():
-            variant = update_kept(rule, group, kept, architecture.partition(":")[0])
-            yield replace(variant, name=f"{variant.name}, squares held")
+    rule = held(BATCH_DECOUPLED_ADAM)
+    for kept in formats.some():
+        variant = update_kept(rule, rule.example_groups[0], kept, architecture.partition(":")[0])
+        yield replace(variant, name=f"{variant.name}, squares held")
 
 
 def measured_variants(architecture: str = "") -> Iterator[Variant]:

@@ -84,7 +84,7 @@ def test_what_a_finished_command_leaves_running_is_ended(setting, tmp_path):
 
 def test_an_interrupted_command_may_write_down_what_it_has(setting):
     text = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('so far')"
-    results = run(setting, stage("x", script("x", text), limit=2.0))
+    results = run(setting, stage("x", script("x", text), limit=8.0))
     assert results["x"]["result"] == "out of time" and results["x"]["figures"] == {"said": "so far"}
 
 

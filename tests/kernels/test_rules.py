@@ -326,13 +326,13 @@ def _update_two_inputs(
 def test_scale_enters_each_input_by_its_degree(backend: str, device: torch.device) -> None:
     # p = 8 - 0.25 * (0.5 * 6) = 7.25, sum = 1 + 0.5^2 * 10 = 3.5. Catches squares that are
     # clipped like gradients.
-    p, total = _update_two_inputs(backend, [0.5, 0.0], device)
+    p, total = _update_two_inputs(backend, [0.5, 0.0, 1.0], device)
     assert p.tolist() == [7.25] * 5
     assert total.tolist() == [3.5] * 5
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_skip_flag_leaves_memory_alone(backend: str, device: torch.device) -> None:
-    p, total = _update_two_inputs(backend, [float("nan"), 1.0], device)
+    p, total = _update_two_inputs(backend, [float("nan"), 1.0, 1.0], device)
     assert p.tolist() == [8.0] * 5
     assert total.tolist() == [1.0] * 5
