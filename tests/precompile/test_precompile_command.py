@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -90,6 +91,17 @@ def test_the_gpus_of_the_machine_are_the_default(monkeypatch: pytest.MonkeyPatch
     assert precompile._own_targets() == ["cuda:90", "cuda:90", "cuda:120"]
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert precompile._own_targets() == ["hip:gfx942", "hip:gfx942", "hip:gfx1100"]
+
+
+def test_telemetry_is_asked_for() -> None:
+    """Of two steps one is measured: chunks of the other are as large, and another variant."""
+    from fusedopt.cli import precompile
+
+    parser = argparse.ArgumentParser()
+    precompile.add_arguments(parser)
+    found = [precompile._precision(parser.parse_args(a), ["SGD"]) for a in ([], ["--telemetry"])]
+    assert found[0] == {} and found[1].keys() == {"telemetry"}
+    assert found[1]["telemetry"].every == 2
 
 
 MY_RULES = """
