@@ -6,6 +6,7 @@ PYTHON ?= python3
 # Passed to the tool behind a target: make test ARGS='-k adam -x'
 ARGS ?=
 TARGETS ?= cuda:80 cuda:90 cuda:100 hip:gfx942
+SAMPLES_TARGETS ?= cuda:120 hip:gfx950
 # Where the results of make gpu go, and the C library is built.
 OUT ?= bench/out/gpu
 BUILD ?= build
@@ -18,7 +19,7 @@ CLIENTS := .venv-ecosystem
 CLIENTS_STAMP := $(CLIENTS)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-ecosystem gpu bench bench-per-sample experiments regression codegen \
+.PHONY: help env demo test test-ecosystem gpu bench bench-per-sample experiments regression codegen codegen-samples \
   native table lint format clean
 
 help: ## List the targets
@@ -84,6 +85,11 @@ regression: $(STAMP) ## Hold the host's share of a step to its committed baselin
 
 codegen: $(STAMP) ## Compile every kernel variant for TARGETS, without a GPU; check budgets and baseline
 	$(BIN)/python -m fusedopt codegen $(TARGETS:%=--target %) --baseline bench/baselines/codegen.json $(ARGS)
+
+# Their registers are scarce, and what runs out of them depends on the target: the next ones of both makers.
+codegen-samples: $(STAMP) ## Compile the per-sample kernels for SAMPLES_TARGETS, too; check budgets
+	$(BIN)/python -m fusedopt codegen $(SAMPLES_TARGETS:%=--target %) \
+	  $(foreach name,linear_ convolution_ partial_sums embedding reduce_,--only $(name)) --only "finish " $(ARGS)
 
 # Of the targets, NVIDIA's: the library has code for no other.
 space := $(subst ,, )

@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,21 @@ def test_a_baseline_has_one_line_a_variant(baseline, compiled):
     assert adam["bytes_per_element"] == 28 and 16 < adam["registers"] <= 64 and adam["stack"] == 0
     lines = baseline.read_text().splitlines()
     assert [sum(row["variant"] in line for line in lines) for row in compiled] == [1, 1, 1]
+
+
+def test_the_baseline_of_the_checkout_can_be_read():
+    """Catches columns that were added without recording, by which every comparison would end."""
+    root = Path(__file__).resolve().parents[2]
+    known = codegen_baseline.load(root / "bench" / "baselines" / "codegen.json")
+    (targets,) = re.findall(r"^TARGETS \?= (.*)$", (root / "Makefile").read_text(), re.MULTILINE)
+    assert set(known["targets"]) == set(targets.split())
+    for target in ("cuda:80", "cuda:90", "cuda:100"):
+        loops = {
+            name: dict(zip(known["columns"], values, strict=True))["loop"]
+            for name, values in known["targets"][target].items()
+            if name.startswith("linear_samples") and " bf16 " in name
+        }
+        assert len(loops) > 10 and None not in loops.values(), target
 
 
 def test_the_same_code_meets_its_baseline(command, baseline):

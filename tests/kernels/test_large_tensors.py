@@ -12,8 +12,13 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt.kernels import multi_tensor
-from fusedopt.kernels.lang import INTERPRETED, tl
+from fusedopt.kernels.lang import INTERPRETED, jit, tl
+from fusedopt.kernels.per_sample.shapes import Tile
+from fusedopt.kernels.per_sample.tiles import place_tile
 from fusedopt.kernels.rules import SGD
+from fusedopt.statistics.ops.samples import Samples
+from fusedopt.statistics.ops.triton_linear import linear_in_tiles
+from fusedopt.statistics.ops.triton_vectors import vector
 
 BLOCK = multi_tensor.BLOCK
 LIMIT = 1 << 31
@@ -71,6 +76,59 @@ def test_chunks_beyond_two_to_the_31(position: str, aligned: bool) -> None:
     assert_untouched(p[window], expected, "parameter")
     # Where a start that wrapped around would have written.
     assert not reserved[max(start - LIMIT, 0) :][:block].any()
+
+
+def _far_samples(samples: int, length: int, width: int) -> Tensor:
+    """Reserve samples that lie far apart: the last ones are beyond the 2^31st element."""
+    step = 2 * LIMIT // samples
+    # In front of them as much as an offset in int32 would lead back by.
+    reserved = _reserve(3 * LIMIT + length * width)[LIMIT:]
+    x = reserved.as_strided((samples, length, width), (step, width, 1))
+    x.copy_(torch.randn(x.shape))
+    return x
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="memory that is reserved and not there")
+@pytest.mark.parametrize(("count", "length", "width"), [(4, 5, 16), (4, 5, 9), (32, 1, 16)])
+def test_samples_beyond_two_to_the_31(count: int, length: int, width: int) -> None:
+    """By descriptors, by addresses, and of one row. Catches a sample's offset in int32."""
+    a, e = _far_samples(count, length, width), _far_samples(count, length, width)
+    rows = torch.einsum("bto,bti->boi", e.double(), a.double())
+    wanted = rows.sum(0), rows.square().sum(0)
+    tile = Tile(16, 16, 16, 128, 2)
+    found = linear_in_tiles(a, e, Samples(count), torch.float32, None, tile)
+    # Squares of one row are rounded to bfloat16.
+    for result, exact, rtol in zip(found, wanted, (1e-5, 2.0**-7), strict=True):
+        torch.testing.assert_close(result.double(), exact, rtol=rtol, atol=1e-5)
+    rows = e.double().sum(1)
+    found = vector(e, Samples(count), torch.float32)
+    for result, exact in zip(found, (rows.sum(0), rows.square().sum(0)), strict=True):
+        assert result is not None
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@jit
+def _write_place_of(out, group, tile_o, tile_i, outputs, inputs):
+    group, tile_o, tile_i = tl.load(group), tl.load(tile_o), tl.load(tile_i)
+    where, mask = place_tile(group, tile_o, tile_i, outputs, inputs, 16, 16)
+    place = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out + place, tl.where(mask, where, -1))
+
+
+@pytest.mark.parametrize(("group", "outputs"), [(0, 2**18 + 3), (7, 2**15 + 3)])
+def test_a_weight_beyond_two_to_the_31(device: torch.device, group: int, outputs: int) -> None:
+    """Catches a place in int32, of a wide weight and of groups of small ones."""
+    inputs = 2**14 + 5
+    tile_o, tile_i = outputs // 16, inputs // 16
+    out = torch.zeros(16, 16, dtype=torch.int64, device=device)
+    # Numbers that the kernel has from its program, and so in int32.
+    numbers = [torch.tensor(n, dtype=torch.int32, device=device) for n in (group, tile_o, tile_i)]
+    _write_place_of[(1,)](out, *numbers, outputs, inputs)
+    first = (group * outputs + tile_o * 16) * inputs + tile_i * 16
+    assert first > LIMIT
+    places = first + torch.arange(3)[:, None] * inputs + torch.arange(5)
+    assert torch.equal(out.cpu()[:3, :5], places) and (out.cpu()[3:] == -1).all()
+    assert (out.cpu()[:, 5:] == -1).all()
 
 
 @pytest.mark.gpu

@@ -124,7 +124,7 @@ def _share_segments(
     """Share out segments by their rows, which the kernel finds; none is cut."""
     if samples.count == 0:
         return shared_by(tiles, 0, 0, 1)
-    # As linear.first_sample counts.
+    # As linear._first_segment counts.
     positions = -(-e.shape[0] // tile.rows) + samples.count
     if forced is not None:
         return shared_by(tiles, positions, 1, forced[0])
