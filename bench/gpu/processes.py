@@ -86,6 +86,7 @@ def run(
             process = subprocess.Popen(
                 command.arguments, cwd=folder, env={**environment, **command.environment},
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+                preexec_fn=_heed_interrupts,
             )  # fmt: skip
         except OSError as error:
             return Outcome(command, 127, time.monotonic() - begin, "", f"{error}\n")
@@ -107,6 +108,11 @@ def run(
         output.read_text(encoding="utf-8", errors="replace"),
         errors.read_text(encoding="utf-8", errors="replace"),
     )
+
+
+def _heed_interrupts() -> None:
+    """Have a child heed interrupts, which a shell has its jobs in the background ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(pid: int, end: float, tick: Callable[[], object]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -82,9 +83,15 @@ def test_what_a_finished_command_leaves_running_is_ended(setting, tmp_path):
     assert soon_over(int(pid.read_text()))
 
 
-def test_an_interrupted_command_may_write_down_what_it_has(setting):
+@pytest.mark.parametrize("ignored", [False, True])
+def test_an_interrupted_command_may_write_down_what_it_has(setting, ignored):
+    """Catches a command that ignores interrupts as a job of a shell in the background does."""
     text = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('so far')"
-    results = run(setting, stage("x", script("x", text), limit=8.0))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    try:
+        results = run(setting, stage("x", script("x", text), limit=4.0))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert results["x"]["result"] == "out of time" and results["x"]["figures"] == {"said": "so far"}
 
 
