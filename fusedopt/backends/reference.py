@@ -165,8 +165,8 @@ class ReferenceExecutor:
             sums[1] += _sum_of_squares(p)
             sums[2] += _sum_of_squares(p - before)
         memory.store(piece, p, (*new_states, *average))
-        for target, before in zip(piece.tensors, old, strict=False):
-            target.copy_(_chosen(skip, before, target))
+        for target, kept in zip(piece.tensors, old, strict=False):
+            target.copy_(_chosen(skip, kept, target))
 
 
 def norm_of(

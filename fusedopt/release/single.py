@@ -136,9 +136,10 @@ class Single:
             return False
         if self.scaler_on_device or is_capturing(self.parameter.device):
             return False
-        if not alone.step(self._group, self._own, gradient, plan.is_measured(telemetry)):
+        measured = plan.is_measured(telemetry)
+        if not alone.step(self._group, self._own, gradient, measured):
             return False
-        plan.took(telemetry)
+        plan.took(telemetry, measured)
         return True
 
     def _makes_for(self, plan: Plan) -> tuple[Any, ...]:

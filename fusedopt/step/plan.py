@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import Draw, Entries, Inputs
+from ..backends import Draw, Entries, Executor, Inputs
 from ..clipping import GlobalNorm
 from ..coefficients import numbers_of
 from ..formats import GroupFormat, format_of
@@ -285,13 +286,17 @@ class Plan:
         """Whether norms are measured at this step: whenever a CUDA graph is to repeat it."""
         return telemetry is not None and (telemetry.is_due or self.is_capturing())
 
-    def took(self, telemetry: Measures | None, certain: bool = True) -> None:
+    @cached_property
+    def _parts(self) -> list[tuple[list[Tensor], Executor]]:
+        """The parameters of each executor: made once, where a step is measured."""
+        params = self.known.params
+        places = zip(self._positions, self.device_groups, strict=True)
+        return [([params[k] for k in own], group.executor) for own, group in places]
+
+    def took(self, telemetry: Measures | None, measured: bool, certain: bool = True) -> None:
         """Tell telemetry of the step that was taken, or that the device may have skipped."""
         if telemetry is not None:
-            params = self.known.params
-            places = zip(self._positions, self.device_groups, strict=True)
-            parts = [([params[k] for k in own], group.executor) for own, group in places]
-            telemetry.took(parts, self.is_measured(telemetry), certain)
+            telemetry.took(self._parts if measured else (), measured, certain)
 
     def launch(self, request: Request) -> None:
         """Count the step, and update: nothing is checked any more."""
@@ -301,7 +306,7 @@ class Plan:
         for group, own in zip(self.device_groups, self._inputs(request), strict=True):
             flag = group.scale.values[1] if decided else None
             group.step(own, groups, flag, measured)
-        self.took(request.telemetry, not decided)
+        self.took(request.telemetry, measured, not decided)
         self.created.clear()
 
     def is_capturing(self) -> bool:

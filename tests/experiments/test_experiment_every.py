@@ -1,4 +1,4 @@
-"""The experiment on squares at every k-th step."""
+"""The experiment on squares at every k-th step, and the figures of it that the docs have."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,51 @@ def _checkout() -> Iterator[None]:
     sys.path.insert(0, str(ROOT))
     yield
     sys.path.remove(str(ROOT))
+
+
+def committed() -> dict[str, Any]:
+    result = json.loads((ROOT / "experiments/results/cpu/every.json").read_text())
+    assert not result["reduced"]
+    return result
+
+
+def rows_of_the_page(result: dict[str, Any]) -> list[str]:
+    """Return the lines of the table of docs/batch_decoupled.md."""
+    settings, found = result["settings"], []
+    for name, title in (("digits", "digits"), ("gpt", "character GPT")):
+        figures = result["figures"][name]
+        arms = [("square-root rule", "", figures["sqrt"])]
+        arms += [
+            (f"virtual batch {b}", f"{every}", figures[f"virtual {b}, every {every}"])
+            for b in settings["virtual"]
+            for every in settings["every"]
+        ]
+        for title_of, every, arm in arms:
+            gaps = [arm["M1"].get(batch) for batch in ("32", "128", "512")]
+            words = ["" if own is None else f"{fmean(own):.2g}" for own in gaps]
+            found.append(f"| {title} | {title_of} | {every} | {' | '.join(words)} |")
+    return found
+
+
+def test_the_page_has_the_committed_figures() -> None:
+    # Catches: a page that was not written anew after another run.
+    page = (ROOT / "docs/batch_decoupled.md").read_text("utf-8")
+    rows = rows_of_the_page(committed())
+    assert len(rows) == 14
+    assert [row for row in rows if row not in page] == []
+
+
+def test_the_committed_figures() -> None:
+    """What the page says of them in words: see the section on ``every``."""
+    result = committed()
+    assert len(result["settings"]["digits"]["seeds"]) == 3
+    for name in ("digits", "gpt"):
+        figures = result["figures"][name]
+        for every in (1, 4, 16):
+            arm = figures[f"virtual 8, every {every}"]
+            # There it is AdamW, to the bit.
+            assert set(arm["M1"]["8"]) == {0.0}
+            assert arm["share"]["8"] == pytest.approx(1 / every, rel=0.01)
 
 
 @pytest.mark.slow
