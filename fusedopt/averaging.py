@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +12,11 @@ from torch import Tensor
 from .formats.options import check_average
 from .kernels.weight_average import DECAY, DTYPE, NAME, OPTIONS, START
 from .memory.storage import local_tensors
+from .owned import Owned
 from .statistics.per_sample.managed import reshard
 
 
-class WeightAverage:
+class WeightAverage(Owned):
     """An exponential average of the weights, written by the pass that updates them.
 
     ``average=WeightAverage(decay)`` keeps in ``state["ema"]`` of each parameter what
@@ -48,6 +48,8 @@ class WeightAverage:
         is_applied: whether the weights are the averages now.
     """
 
+    role = "average"
+
     def __init__(
         self,
         decay: float | Tensor = 0.9999,
@@ -56,7 +58,6 @@ class WeightAverage:
     ) -> None:
         check_average(decay, dtype, start, "")
         self._options = {DECAY: decay, DTYPE: dtype, START: start}
-        self._optimizer: weakref.ref[Any] | None = None
         self.is_applied = False
 
     @property
@@ -99,36 +100,19 @@ class WeightAverage:
         self._options[name] = value
         for group in self._groups():
             group[name] = value
-        optimizer = self._attached()
+        optimizer = self.owner()
         if optimizer is not None:
             optimizer.defaults[name] = value
 
     def _groups(self) -> list[dict[str, Any]]:
         """List the groups that have an average."""
-        optimizer = self._attached()
+        optimizer = self.owner()
         groups = [] if optimizer is None else optimizer.param_groups
         return [group for group in groups if group.get(DECAY) is not None]
-
-    def _attached(self) -> Any:
-        return None if self._optimizer is None else self._optimizer()
 
     def options(self) -> dict[str, Any]:
         """Return the entries of parameter groups that say so."""
         return dict(self._options)
-
-    def attach(self, optimizer: Any) -> None:
-        """Take an optimizer as the one whose weights are averaged.
-
-        Raises:
-            ValueError: where that is another one's already.
-        """
-        self.check_free(optimizer)
-        self._optimizer = weakref.ref(optimizer)
-
-    def check_free(self, optimizer: Any) -> None:
-        """Raise ValueError where another optimizer has it."""
-        if self._attached() not in (None, optimizer):
-            raise ValueError("average is one optimizer's: make a WeightAverage for each")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_options": self._options, "_optimizer": None, "is_applied": False}
@@ -160,7 +144,7 @@ class WeightAverage:
             RuntimeError: within itself; without an optimizer; for parameters of FSDP1, or that
                 ``ZeroRedundancyOptimizer`` has dealt out.
         """
-        optimizer = self._attached()
+        optimizer = self.owner()
         self._check_applicable(optimizer)
         pairs = [
             (p, state[NAME])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +12,14 @@ from torch import Tensor
 from .clipping import GlobalNorm
 from .kernels.guard import ACCEPTED, BOUND, HEADER, SKIPPED, ZSCORE
 from .memory.device import is_capturing
+from .owned import Owned
 
 # Of a saved state: the constructor's arguments, and the tensors with their types.
 _ARGUMENTS = ("zscore", "window", "min_steps")
 _SCALARS = {"accepted": ACCEPTED, "skipped": SKIPPED, "last_zscore": ZSCORE}
 
 
-class SpikeGuard:
+class SpikeGuard(Owned):
     """Leave out steps whose gradients are not finite, or larger than the last ones by far.
 
     ``guard=SpikeGuard()`` compares the global norm of a step, that of ``clip`` before clipping,
@@ -56,8 +56,7 @@ class SpikeGuard:
         ValueError: for others without meaning.
     """
 
-    # Pickles of before have none.
-    _optimizer: weakref.ref[Any] | None = None
+    role = "guard"
 
     def __init__(self, zscore: float = 6.0, window: int = 128, min_steps: int = 64) -> None:
         self._zscore = _bound(zscore)
@@ -107,17 +106,6 @@ class SpikeGuard:
     def restart(self) -> None:
         """Forget the norms, as for another batch size: nothing is decided for ``min_steps``."""
         self._record[ACCEPTED].zero_()
-
-    def attach(self, optimizer: Any) -> None:
-        """Take an optimizer as the one whose steps are watched."""
-        self._optimizer = weakref.ref(optimizer)
-
-    def other_owner(self, optimizer: Any) -> Any:
-        """Return the optimizer that has this guard; None for none but the one that asks."""
-        owner = None if self._optimizer is None else self._optimizer()
-        if owner is None or owner is optimizer or owner.guard is not self:
-            return None
-        return owner
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None}

@@ -94,4 +94,4 @@ def check_guard(optimizer: Any, guard: Any) -> None:
     owner = guard.other_owner(optimizer)
     if owner is not None:
         check_in_backward(owner)
-        raise ValueError("guard is one optimizer's: make a SpikeGuard for each")
+    guard.check_free(optimizer)

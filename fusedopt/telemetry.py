@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from .backends import Executor
 from .kernels.telemetry import COUNT
 from .memory.device import upload
 from .memory.storage import local_tensors
+from .owned import Owned
 from .step.span import Span, in_several_processes, span_of
 from .step.wrappers import flat_group
 
@@ -22,7 +22,7 @@ _KEYS = ("grad_norm", "param_norm", "update_norm", "update_ratio")
 _TITLES = ("parameter", "gradient norm", "parameter norm", "update norm", "update / parameter")
 
 
-class Telemetry:
+class Telemetry(Owned):
     """Norms of gradient, parameter and update, for each parameter, from the pass that updates it.
 
     ``telemetry=Telemetry(every=k)`` has the update kernel of every k-th step write sums of squares,
@@ -52,13 +52,14 @@ class Telemetry:
         is_due: whether the one under way is to be.
     """
 
+    role = "telemetry"
+
     def __init__(self, every: int = 1) -> None:
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"every must be an int, got {every!r}")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         self._every = every
-        self._optimizer: weakref.ref[Any] | None = None
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -195,18 +196,13 @@ class Telemetry:
         Raises:
             ValueError: where that is another one's already.
         """
-        self.check_free(optimizer)
-        if self._optimizer is None or self._optimizer() is not optimizer:
+        before = self.owner()
+        super().attach(optimizer)
+        if before is not optimizer:
             self._begin_anew()
-        self._optimizer = weakref.ref(optimizer)
-
-    def check_free(self, optimizer: Any) -> None:
-        """Raise ValueError where another optimizer has it."""
-        if self._optimizer is not None and self._optimizer() not in (None, optimizer):
-            raise ValueError("telemetry is one optimizer's: make a Telemetry for each")
 
     def _attached(self) -> Any:
-        optimizer = None if self._optimizer is None else self._optimizer()
+        optimizer = self.owner()
         if optimizer is None:
             raise RuntimeError("no optimizer has this Telemetry: pass it on as telemetry=")
         return optimizer

@@ -24,6 +24,7 @@ LAYERS = (
     "coefficients",
     "source",
     "clipping",
+    "owned",
     "guard",
     "backends",
     "statistics",

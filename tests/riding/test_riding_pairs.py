@@ -332,3 +332,25 @@ def test_what_is_refused(pair: Any) -> None:
     run, error, message = REFUSED[pair]
     with pytest.raises(error, match=message):
         run()
+
+
+@pytest.mark.parametrize(
+    ("role", "kind"),
+    [
+        ("guard", fusedopt.SpikeGuard),
+        ("telemetry", fusedopt.Telemetry),
+        ("average", fusedopt.WeightAverage),
+    ],
+)
+def test_what_one_optimizer_has_another_may_have_afterwards(role: str, kind: type) -> None:
+    """Catches a part that two have, and one that nobody can have who has not had it first."""
+    part = kind()
+    one, other = (fusedopt.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1) for _ in range(2))
+    setattr(one, role, part)
+    with pytest.raises(ValueError, match=f"{role} is one optimizer's: make a {kind.__name__}"):
+        setattr(other, role, part)
+    setattr(one, role, None)
+    setattr(other, role, part)
+    assert getattr(other, role) is part and getattr(one, role) is None
+    with pytest.raises(ValueError, match="one optimizer's"):
+        setattr(one, role, part)
